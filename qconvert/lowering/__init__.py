@@ -1,0 +1,1 @@
+"""One decoder, lowered to each runtime's operators."""
