@@ -1,0 +1,155 @@
+"""From the checkpoint's tensors to a graph's initializers: cast or packed, checked, written, freed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from qconvert.errors import QconvertError
+from qconvert.quantize import BlockFormat, NonFiniteWeightError, PackedWeight, pack, row_pieces
+from qconvert.weights import CheckpointWeights, DataFile
+
+
+@dataclass(frozen=True)
+class PackedValues:
+    """A packed weight ``[rows, columns]`` as initializers (see ``quantize.PackedWeight``)."""
+
+    data: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+    rows: int
+    columns: int
+
+
+class Initializers:
+    """All initializers of one graph. Large ones go to the data file, small constants into the graph.
+
+    Several names given at once are put side by side along the output axis.
+    """
+
+    def __init__(self, weights: CheckpointWeights, data: DataFile) -> None:
+        self._weights = weights
+        self._data = data
+        self._by_name: dict[str, ir.Value] = {}
+
+    @property
+    def values(self) -> list[ir.Value]:
+        return list(self._by_name.values())
+
+    def constant(self, name: str, value: NDArray[np.generic]) -> ir.Value:
+        """A small tensor, stored in the graph itself; the same name gives the same value."""
+        if name not in self._by_name:
+            tensor = ir.tensor(value, name=name)
+            self._by_name[name] = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self._by_name[name]
+
+    def table(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        """A large tensor that does not come from the checkpoint."""
+        return self._keep(self._data.add(name, [tensor], tensor.shape))
+
+    def dense(self, names: Sequence[str], dtype: torch.dtype) -> ir.Value:
+        """Checkpoint tensors in ``dtype``; the same names again give the same initializer.
+
+        Raises:
+            QconvertError: a value is NaN or Inf, or too large for ``dtype``.
+        """
+        joined = joined_name(names)
+        if joined not in self._by_name:
+            first = self._weights[names[0]]
+            rows = sum(self._weights[name].shape[0] for name in names)
+            self._keep(self._data.add(joined, self._cast(names, dtype), (rows, *first.shape[1:])))
+        return self._by_name[joined]
+
+    def packed(self, names: Sequence[str], fmt: BlockFormat) -> PackedValues:
+        """Checkpoint matrices, quantised.
+
+        Raises:
+            QconvertError: a value is NaN or Inf.
+        """
+        joined = joined_name(names)
+        parts = [self._pack(name, fmt) for name in names]
+        rows = sum(part.scales.shape[0] for part in parts)
+        return PackedValues(
+            self._store(f"{joined}.q{fmt.bits}", [part.data for part in parts]),
+            self._store(f"{joined}.scales", [part.scales for part in parts]),
+            None
+            if fmt.symmetric
+            else self._store(
+                f"{joined}.zero_points", [part.zero_points for part in parts if part.zero_points is not None]
+            ),
+            rows,
+            self._weights[names[0]].shape[1],
+        )
+
+    def flat_view(self, packed: PackedValues) -> ir.Value:
+        """The same bytes of an 8-bit packed matrix as ``[rows, columns]``: a tied embedding is stored once."""
+        tensor = packed.data.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor.offset is not None
+        assert tensor.length == packed.rows * packed.columns, "padded rows cannot be viewed as a matrix"
+        return self._keep(
+            self._data.view(
+                f"{tensor.name}.rows", tensor.dtype, (packed.rows, packed.columns), tensor.offset, tensor.length
+            )
+        )
+
+    def _pack(self, name: str, fmt: BlockFormat) -> PackedWeight:
+        try:
+            return pack(self._weights[name], fmt)
+        except NonFiniteWeightError as error:
+            raise _not_finite(name) from error
+        finally:
+            self._weights.release(name)
+
+    def _cast(self, names: Sequence[str], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        for name in names:
+            for piece in row_pieces(self._weights[name]):
+                cast = piece.to(dtype)
+                if not bool(torch.isfinite(cast).all()):
+                    if bool(torch.isfinite(piece).all()):
+                        raise QconvertError(
+                            f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold "
+                            f"(largest: {piece.abs().max().item():.3g})",
+                            where=name,
+                            hint="use --precision fp32, int8 or int4",
+                        )
+                    raise _not_finite(name)
+                yield cast
+            self._weights.release(name)
+
+    def _store(self, name: str, parts: Iterable[torch.Tensor]) -> ir.Value:
+        parts = list(parts)
+        return self._keep(
+            self._data.add(name, parts, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+        )
+
+    def _keep(self, value: ir.Value) -> ir.Value:
+        assert value.name is not None
+        assert value.name not in self._by_name, f"{value.name} is stored twice"
+        self._by_name[value.name] = value
+        return value
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """One name for tensors side by side: q_proj, k_proj and v_proj become ``q_k_v_proj``."""
+    if len(names) == 1:
+        return names[0]
+    before, part, kind = names[0].rsplit(".", 2)
+    stem = part.rsplit("_", 1)[-1]
+    heads = "_".join(name.rsplit(".", 2)[1].removesuffix(f"_{stem}") for name in names)
+    return f"{before}.{heads}_{stem}.{kind}"
+
+
+def _not_finite(name: str) -> QconvertError:
+    return QconvertError(
+        f"{name} holds NaN or Inf: the checkpoint is damaged",
+        where=name,
+        hint="download the checkpoint again, or ask whoever trained it",
+    )

@@ -1,0 +1,235 @@
+"""The decoder in ONNX Runtime's operators: GroupQueryAttention, MatMulNBits and fused norms.
+
+The graph follows the contract in ``docs/model-folder.md``: input and output names are those of
+optimum and onnxruntime-genai. ``logits_start`` is an initializer that is also an input: programs
+that do not know it get logits for every position, qrun asks for the last one with -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from qconvert.decoder import DecoderSpec
+from qconvert.lowering.initializers import Initializers, PackedValues, joined_name
+from qconvert.quantize import BlockFormat, Recipe
+
+OPSET = 21
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+_INT64_MAX = np.iinfo(np.int64).max
+
+
+class OnnxRuntimeLowering:
+    """Builds one ONNX graph for ONNX Runtime; see ``decoder.Lowering`` for the verbs."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        recipe: Recipe,
+        initializers: Initializers,
+        rope: tuple[NDArray[np.float32], NDArray[np.float32]],
+    ) -> None:
+        self._spec = spec
+        self._recipe = recipe
+        self._initializers = initializers
+        self._dtype = {"float32": torch.float32, "float16": torch.float16}[recipe.activations]
+        self._ir_dtype = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}[recipe.activations]
+        self._nodes: list[ir.Node] = []
+        self._tied: PackedValues | None = None
+
+        self._input_ids = _value("input_ids", ir.DataType.INT64, "batch", "sequence")
+        self._mask = _value("attention_mask", ir.DataType.INT64, "batch", "total_sequence")
+        self._past = self._kv_values("past_key_values", "past_sequence")
+        self._present = self._kv_values("present", "total_sequence")
+        self._logits: ir.Value | None = None
+        self._logits_start = self._constant("logits_start", [0])
+        self._total_minus_one, self._total = self._sequence_lengths()
+        self._cos, self._sin = (
+            initializers.table(name, torch.from_numpy(table).to(self._dtype))
+            for name, table in zip(("cos_cache", "sin_cache"), rope)
+        )
+
+    # The verbs.
+
+    def embed(self, weight: str) -> ir.Value:
+        head = self._recipe.head
+        if head is None:
+            table = self._initializers.dense([weight], self._dtype)
+            hidden = self._op("Gather", [table, self._input_ids], name=weight)
+        else:
+            packed = self._initializers.packed([weight], head)
+            self._tied = packed if self._spec.tie_word_embeddings else None
+            hidden = self._op(
+                "GatherBlockQuantized",
+                [self._initializers.flat_view(packed), self._input_ids, packed.scales],
+                {"bits": head.bits, "block_size": head.block_size, "gather_axis": 0, "quantize_axis": 1},
+                domain=CONTRIB,
+                name=weight,
+            )
+        return hidden
+
+    def add_and_norm(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
+        scale = self._initializers.dense([weight], self._dtype)
+        epsilon = {"epsilon": self._spec.rms_norm_eps}
+        if delta is None:
+            norm = self._op("SimplifiedLayerNormalization", [residual, scale], epsilon | {"axis": -1}, name=weight)
+            return residual, norm
+        norm, _, _, total = self._ops(
+            "SkipSimplifiedLayerNormalization", [delta, residual, scale], epsilon, 4, domain=CONTRIB, name=weight
+        )
+        return total, norm
+
+    def linear(self, hidden: ir.Value, weights: Sequence[str], biases: Sequence[str] = ()) -> ir.Value:
+        bias = self._initializers.dense(biases, self._dtype) if biases else None
+        name = joined_name(weights)
+        fmt = self._recipe.linear
+        if fmt is not None:
+            return self._multiply_packed(hidden, self._initializers.packed(weights, fmt), fmt, bias, name)
+        product = self._multiply_dense(hidden, self._initializers.dense(weights, self._dtype), name)
+        return product if bias is None else self._op("Add", [product, bias], name=joined_name(biases))
+
+    def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
+        spec = self._spec
+        attributes = {
+            "num_heads": spec.num_attention_heads,
+            "kv_num_heads": spec.num_key_value_heads,
+            "scale": spec.head_size**-0.5,
+            "do_rotary": 1,
+        }
+        window = spec.sliding_windows[layer]
+        if window is not None:
+            attributes["local_window_size"] = window
+        name = f"/model/layers.{layer}/self_attn/attention"
+        context = ir.Value(name=f"{name}.output")
+        past, present = self._past[2 * layer : 2 * layer + 2], self._present[2 * layer : 2 * layer + 2]
+        inputs = [qkv, None, None, *past, self._total_minus_one, self._total, self._cos, self._sin]
+        self._nodes.append(
+            ir.node(
+                "GroupQueryAttention", inputs, attributes, domain=CONTRIB, outputs=[context, *present], name=name
+            )
+        )
+        return context
+
+    def gated_silu(self, gate: ir.Value, up: ir.Value) -> ir.Value:
+        return self._op("Mul", [self._op("QuickGelu", [gate], {"alpha": 1.0}, domain=CONTRIB), up])
+
+    def requested_positions(self, hidden: ir.Value) -> ir.Value:
+        end, axis = self._constant("positions_end", [_INT64_MAX]), self._constant("positions_axis", [1])
+        return self._op("Slice", [hidden, self._logits_start, end, axis])
+
+    def head(self, hidden: ir.Value, weight: str) -> None:
+        fmt = self._recipe.head
+        if fmt is None:
+            logits = self._multiply_dense(hidden, self._initializers.dense([weight], self._dtype), "lm_head.weight")
+        else:
+            packed = self._tied or self._initializers.packed([weight], fmt)
+            logits = self._multiply_packed(hidden, packed, fmt, None, "lm_head.weight")
+        if self._ir_dtype != ir.DataType.FLOAT:
+            logits = self._op("Cast", [logits], {"to": ir.DataType.FLOAT})
+        logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
+        logits.shape = ir.Shape(("batch", "logits_sequence", self._spec.vocab_size))
+        self._logits = logits
+
+    def model(self, name: str) -> ir.Model:
+        """The finished graph; its large initializers point into the data file."""
+        assert self._logits is not None, "the decoder has no head yet"
+        graph = ir.Graph(
+            [self._input_ids, self._mask, *self._past, self._logits_start],
+            [self._logits, *self._present],
+            nodes=self._nodes,
+            initializers=self._initializers.values,
+            opset_imports={"": OPSET, CONTRIB: 1},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="qconvert")
+
+    # Pieces of them.
+
+    def _multiply_dense(self, hidden: ir.Value, weight: ir.Value, name: str) -> ir.Value:
+        # Weights stay [out, in] as in the checkpoint, so that a tied embedding serves as the head too.
+        return self._op("FusedMatMul", [hidden, weight], {"transB": 1}, domain=CONTRIB, name=name)
+
+    def _multiply_packed(
+        self, hidden: ir.Value, weight: PackedValues, fmt: BlockFormat, bias: ir.Value | None, name: str
+    ) -> ir.Value:
+        attributes = {
+            "K": weight.columns,
+            "N": weight.rows,
+            "bits": fmt.bits,
+            "block_size": fmt.block_size,
+            "accuracy_level": self._recipe.accuracy_level,
+        }
+        inputs = [hidden, weight.data, weight.scales, weight.zero_points, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        return self._op("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
+
+    def _sequence_lengths(self) -> tuple[ir.Value, ir.Value]:
+        """What GroupQueryAttention wants: tokens of each row less one [batch], and the longest row's."""
+        axis = self._constant("mask_axis", [1])
+        rows = self._op("ReduceSum", [self._mask, axis], {"keepdims": 0})
+        less_one = self._op("Sub", [rows, self._constant("one", [1])])
+        longest = self._op("Gather", [self._op("Shape", [self._mask]), self._constant("mask_axis_scalar", 1)])
+        to_int32 = {"to": ir.DataType.INT32}
+        return self._op("Cast", [less_one], to_int32), self._op("Cast", [longest], to_int32)
+
+    def _kv_values(self, prefix: str, length: str) -> list[ir.Value]:
+        spec = self._spec
+        return [
+            _value(
+                f"{prefix}.{layer}.{part}",
+                self._ir_dtype,
+                "batch",
+                spec.num_key_value_heads,
+                length,
+                spec.head_size,
+            )
+            for layer in range(spec.num_hidden_layers)
+            for part in ("key", "value")
+        ]
+
+    def _constant(self, name: str, value: int | list[int]) -> ir.Value:
+        return self._initializers.constant(name, np.array(value, dtype=np.int64))
+
+    def _op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        name: str = "",
+    ) -> ir.Value:
+        return self._ops(op_type, inputs, attributes, 1, domain=domain, name=name)[0]
+
+    def _ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None,
+        num_outputs: int,
+        *,
+        domain: str = "",
+        name: str = "",
+    ) -> Sequence[ir.Value]:
+        # "model.layers.0.mlp.up_proj.weight" becomes "/model/layers.0/mlp/up_proj", so that a profile
+        # or an error of the runtime names the layer as the checkpoint does.
+        path = "/" + name.removesuffix(".weight").removesuffix(".bias").replace(".", "/").replace(
+            "layers/", "layers."
+        )
+        label = f"{path}/{op_type}" if name else f"/{op_type}_{len(self._nodes)}"
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=num_outputs, name=label)
+        for index, output in enumerate(node.outputs):
+            output.name = f"{label}.output_{index}"
+        self._nodes.append(node)
+        return node.outputs
+
+
+def _value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))

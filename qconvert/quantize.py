@@ -1,0 +1,186 @@
+"""What becomes of each weight: a ``Recipe``, and pure functions that pack one tensor.
+
+Block formats are those of ONNX Runtime's ``MatMulNBits``: a weight ``[N, K]`` is cut along K into
+blocks that share one float32 scale (and a zero point); 4-bit values are packed two to a byte, the
+earlier one in the low half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qconvert.errors import QconvertError
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+DEFAULT_BLOCK_SIZE = 32
+# Rows are packed in pieces of about this many weights: float32 temporaries then stay in the cache.
+PIECE = 1 << 19
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """``bits`` 4 or 8; ``block_size`` weights share a scale; asymmetric adds a zero point to each block."""
+
+    bits: int
+    block_size: int
+    symmetric: bool
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, scales and zero points included."""
+        return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.block_size
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one export treats its weights. It stands in the manifest as it is.
+
+    ``linear`` and ``head`` are None where weights keep the activations' type. ``head`` is the format
+    of the embedding as well: a tied one is stored once.
+    """
+
+    precision: str
+    activations: str
+    linear: BlockFormat | None
+    head: BlockFormat | None
+    accuracy_level: int = 4  # MatMulNBits may quantise activations to int8, block by block
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def recipe_for(precision: str, block_size: int = DEFAULT_BLOCK_SIZE) -> Recipe:
+    """The recipe behind ``--precision`` and ``--block-size``.
+
+    Raises:
+        QconvertError: an unknown precision or block size.
+    """
+    if precision not in PRECISIONS:
+        raise QconvertError(f"unknown precision {precision!r}", hint=f"use one of {', '.join(PRECISIONS)}")
+    if block_size not in BLOCK_SIZES:
+        raise QconvertError(
+            f"unknown block size {block_size}", hint=f"use one of {', '.join(map(str, BLOCK_SIZES))}"
+        )
+    if precision in ("fp32", "fp16"):
+        return Recipe(precision, {"fp32": "float32", "fp16": "float16"}[precision], None, None)
+    eight_bits = BlockFormat(8, block_size, symmetric=True)
+    if precision == "int8":
+        return Recipe(precision, "float32", eight_bits, eight_bits)
+    return Recipe(precision, "float32", BlockFormat(4, block_size, symmetric=False), eight_bits)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One packed weight ``[N, K]`` in MatMulNBits' layout, with B = K / block_size rounded up.
+
+    data: uint8 ``[N, B, block_size * bits / 8]``; scales: float32 ``[N, B]``;
+    zero_points: uint8 ``[N, ceil(B * bits / 8)]``, or None for a symmetric format.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+
+
+class NonFiniteWeightError(ValueError):
+    """A weight holds NaN or Inf; the caller knows its name."""
+
+
+def row_pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Cut a tensor along its first axis into pieces of about ``PIECE`` elements."""
+    rows = max(1, PIECE // max(1, weight[0].numel())) if weight.dim() > 0 else 1
+    yield from weight.split(rows) if weight.dim() > 0 else (weight,)
+
+
+def pack(weight: torch.Tensor, fmt: BlockFormat) -> PackedWeight:
+    """Quantise ``weight`` [N, K] (any float type) by rounding to nearest, block by block.
+
+    Symmetric: scale = max|w| / (2^(bits-1) - 1), zero at 2^(bits-1).
+    Asymmetric: the block's range, widened to contain 0, is divided into 2^bits - 1 steps.
+
+    Raises:
+        NonFiniteWeightError: NaN or Inf in the weight.
+    """
+    import torch
+
+    rows, columns = weight.shape
+    blocks = -(-columns // fmt.block_size)
+    data = torch.empty((rows, blocks, fmt.block_size * fmt.bits // 8), dtype=torch.uint8)
+    scales = torch.empty((rows, blocks), dtype=torch.float32)
+    zeros = None if fmt.symmetric else torch.empty((rows, blocks), dtype=torch.uint8)
+    start = 0
+    for piece in row_pieces(weight):
+        stop = start + piece.shape[0]
+        values = piece.to(torch.float32)
+        if padding := blocks * fmt.block_size - columns:
+            values = torch.nn.functional.pad(values, (0, padding))
+        values = values.view(stop - start, blocks, fmt.block_size)
+        quantised = _round_blocks(values, fmt, scales[start:stop], None if zeros is None else zeros[start:stop])
+        data[start:stop] = _pack_bits(quantised, fmt.bits)
+        start = stop
+    return PackedWeight(data, scales, None if zeros is None else _pack_zero_points(zeros, fmt.bits))
+
+
+def _round_blocks(
+    values: torch.Tensor, fmt: BlockFormat, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> torch.Tensor:
+    """uint8 codes of ``values`` [n, B, block]; fills ``scales`` and ``zeros`` [n, B]."""
+    import torch
+
+    low, high = torch.aminmax(values, dim=-1)
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise NonFiniteWeightError
+    top = (1 << fmt.bits) - 1
+    if zeros is None:
+        middle = 1 << (fmt.bits - 1)
+        torch.maximum(high, -low, out=scales).div_(middle - 1)
+        offset: torch.Tensor | float = float(middle)
+    else:
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        torch.sub(high, low, out=scales).div_(top)
+        offset = torch.round(-low / scales).nan_to_num_(0.0).clamp_(0, top)
+        zeros.copy_(offset)
+        offset = offset.unsqueeze(-1)
+    # A block of zeros has scale 0: any scale stores it exactly, so take 1 and avoid 0 / 0.
+    scales.masked_fill_(scales == 0, 1.0)
+    codes = values * scales.reciprocal().unsqueeze(-1)
+    return codes.round_().add_(offset).clamp_(0, top).to(torch.uint8)
+
+
+def _pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    if bits == 8:
+        return codes
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _pack_zero_points(zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    import torch
+
+    if bits == 4 and zeros.shape[1] % 2:
+        zeros = torch.nn.functional.pad(zeros, (0, 1))
+    return _pack_bits(zeros, bits).contiguous()
+
+
+def unpack(packed: PackedWeight, fmt: BlockFormat, columns: int) -> torch.Tensor:
+    """The float32 weight ``[N, columns]`` that a packed one stands for."""
+    import torch
+
+    def codes(data: torch.Tensor) -> torch.Tensor:
+        if fmt.bits == 8:
+            return data.to(torch.float32)
+        return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).to(torch.float32)
+
+    rows, blocks = packed.scales.shape
+    zeros = (
+        torch.full((rows, blocks), float(1 << (fmt.bits - 1)))
+        if packed.zero_points is None
+        else codes(packed.zero_points)[:, :blocks]
+    )
+    values = (codes(packed.data) - zeros.unsqueeze(-1)) * packed.scales.unsqueeze(-1)
+    return values.reshape(rows, -1)[:, :columns]

@@ -1,0 +1,110 @@
+"""The one interface behind which every backend runs a model.
+
+    session = open_session("./model-folder")
+    cache = session.new_cache()
+    logits = session.forward(token_ids, cache)     # token_ids int64 [batch, new]; float32 [batch, 1, vocab]
+
+``forward`` appends to the cache at each row's own length: the position of a token is the number of
+tokens that were in its row before it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.errors import QrunError
+from qrun.kvcache import KVCache
+from qrun.manifest import Manifest, read_manifest
+
+LogitsFor = Literal["last", "all", "none"]
+Device = Literal["cpu", "cuda"]
+
+
+class Session(Protocol):
+    """A model that is ready to run.
+
+    Attributes:
+        manifest: what the model is.
+        device: where it really runs, for people: "CPU, 2 threads".
+    """
+
+    manifest: Manifest
+    device: str
+
+    def new_cache(self, batch: int = 1, *, in_place: bool = True) -> KVCache:
+        """An empty KV cache for this session.
+
+        Args:
+            batch: number of sequences.
+            in_place: past and present share one buffer (fast). False gives the form in which every
+                step returns longer tensors, as other programs run the same graph.
+        """
+        ...
+
+    def forward(
+        self, token_ids: NDArray[np.int64], cache: KVCache, logits: LogitsFor = "last"
+    ) -> NDArray[np.float32]:
+        """Run new tokens through the decoder and append their keys and values to the cache.
+
+        Args:
+            token_ids: int64 ``[batch, new]``.
+            cache: from this session's ``new_cache``; grown as needed and advanced by ``new``.
+            logits: for which of the new positions to compute logits.
+
+        Returns:
+            float32 ``[batch, positions, vocab]`` with 1, new or 0 positions. For "last" it is the
+            session's own buffer: copy it to keep it beyond the next call.
+
+        Raises:
+            QrunError: a token id outside the vocabulary, or more tokens than the context holds.
+        """
+        ...
+
+
+def usable_cores() -> int:
+    """Cores that this process may really use: CPU affinity and the control group's (v2) quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def open_session(
+    path: str | Path, *, device: Device = "cpu", threads: int | None = None, check_hashes: bool = False
+) -> Session:
+    """Open a model folder, or a .onnx file inside one.
+
+    Args:
+        path: the folder that ``qconvert export`` wrote.
+        device: "cpu" or "cuda". There is no silent fall-back from one to the other.
+        threads: threads within an operator; by default the cores that the process may use.
+        check_hashes: hash every file against the manifest first (sizes are always checked).
+
+    Raises:
+        QrunError: the folder is not whole, not ours or too new, the options do not fit together, or
+            the device cannot run the model.
+    """
+    if threads is not None and threads < 1:
+        raise QrunError(f"threads is {threads}: it must be at least 1")
+    manifest = read_manifest(path)
+    manifest.check_files(hashes=check_hashes)
+    if manifest.target != "onnxruntime":
+        raise QrunError(
+            f'the folder holds a model for "{manifest.target}", which this qrun cannot run',
+            where=manifest.folder,
+            hint="export it with `qconvert export CHECKPOINT` (target onnxruntime)",
+        )
+    if device not in ("cpu", "cuda"):
+        raise QrunError(f'unknown device "{device}"', hint="use cpu or cuda")
+    from qrun.ort import OrtSession
+
+    return OrtSession(manifest, device=device, threads=threads or usable_cores())
