@@ -1,0 +1,289 @@
+"""The files of a checkpoint folder, judged without loading a single weight.
+
+A safetensors file says in its header what it holds, so a truncated download, a Git LFS pointer or a
+missing shard shows after reading some kilobytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+Status = Literal["whole", "missing", "truncated", "pointer", "garbage", "refused"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+POINTER_HINT = "run `git lfs install && git lfs pull` in the folder, or download the files again"
+DOWNLOAD_HINT = "download the file again"
+
+_POINTER_START = b"version https://git-lfs.github.com/spec/"
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_DTYPE_BITS = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6},
+    **{"F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
+    **{"U64": 64, "I64": 64, "F64": 64, "C64": 64},
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor: safetensors' dtype name (``BF16``), shape, and file name."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class FileState:
+    """One file of a checkpoint: ``size`` in bytes (0 where missing), what is wrong, what to do.
+
+    ``required`` is false for files whose absence takes nothing from an export but convenience.
+    """
+
+    name: str
+    size: int
+    status: Status
+    detail: str = ""
+    hint: str = ""
+    required: bool = True
+
+    @property
+    def harmful(self) -> bool:
+        """Whether the checkpoint is not whole because of this file."""
+        return self.status != "whole" and (self.required or self.status != "missing")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files' states, and every tensor named by the whole ones."""
+
+    states: tuple[FileState, ...]
+    tensors: dict[str, TensorInfo]
+
+
+class _BrokenFileError(Exception):
+    def __init__(self, status: Status, detail: str, hint: str = DOWNLOAD_HINT) -> None:
+        self.status: Status = status
+        self.detail = detail
+        self.hint = hint
+        super().__init__(detail)
+
+
+def inspect_files(folder: Path) -> list[FileState]:
+    """The state of every file that an export reads, text files first. Raises nothing for a broken file."""
+    return [*text_file_states(folder), *read_weight_files(folder).states]
+
+
+def text_file_states(folder: Path) -> list[FileState]:
+    """The states of configuration, generation defaults, tokenizer and chat template."""
+    tokenizer_config = read_json_object(folder / "tokenizer_config.json")[1] or {}
+    template = "in tokenizer_config.json" if "chat_template" in tokenizer_config else "no chat template"
+    return [
+        text_file_state(folder, "config.json", absent="nothing says what this model is"),
+        text_file_state(folder, "generation_config.json", required=False, absent="defaults apply"),
+        text_file_state(folder, "tokenizer.json", absent="text cannot become token ids"),
+        text_file_state(folder, "tokenizer_config.json", required=False, absent="no special-token names"),
+        text_file_state(folder, "chat_template.jinja", required=False, absent=template),
+    ]
+
+
+def text_file_state(folder: Path, name: str, *, required: bool = True, absent: str = "") -> FileState:
+    """The state of a JSON file (which must hold an object) or of a template (which must be UTF-8)."""
+    path = folder / name
+    if not path.is_file():
+        return FileState(name, 0, "missing", absent, DOWNLOAD_HINT, required)
+    size = path.stat().st_size
+    try:
+        _refuse_pointer(path)
+        if size == 0:
+            raise _BrokenFileError("truncated", "the file is empty")
+        if path.suffix == ".json":
+            _parse_json_object(path)
+        else:
+            path.read_text(encoding="utf-8")
+    except _BrokenFileError as broken:
+        return FileState(name, size, broken.status, broken.detail, broken.hint, required)
+    except UnicodeDecodeError as error:
+        return FileState(name, size, "garbage", f"not UTF-8 text: {error.reason}", DOWNLOAD_HINT, required)
+    return FileState(name, size, "whole", required=required)
+
+
+def read_json_object(path: Path) -> tuple[FileState, dict[str, Any] | None]:
+    """A JSON file's state, and its content where the file is whole."""
+    state = text_file_state(path.parent, path.name)
+    return state, _parse_json_object(path) if state.status == "whole" else None
+
+
+def read_weight_files(folder: Path) -> WeightFiles:
+    """Finds the safetensors files as transformers does (one file, else an index) and reads their headers."""
+    if (folder / SINGLE_FILE).is_file():
+        state, tensors = _read_shard(folder, SINGLE_FILE)
+        return WeightFiles((state,), tensors)
+    if (folder / INDEX_FILE).is_file():
+        return _read_sharded(folder)
+    return WeightFiles((_no_weights(folder),), {})
+
+
+def _read_sharded(folder: Path) -> WeightFiles:
+    index_state, index = read_json_object(folder / INDEX_FILE)
+    if index is None:
+        return WeightFiles((index_state,), {})
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        detail = "no weight_map from tensor names to file names"
+        return WeightFiles((_index_problem(index_state, "garbage", detail),), {})
+
+    shards = [_read_shard(folder, name) for name in sorted(set(weight_map.values()))]
+    tensors = {name: info for _, shard in shards for name, info in shard.items()}
+    states = [index_state, *(state for state, _ in shards)]
+    whole = {state.name for state, _ in shards if state.status == "whole"}
+
+    on_disk = {path.name for path in folder.glob("model-*-of-*.safetensors")}
+    absent = sorted(name for name, file in weight_map.items() if file in whole and name not in tensors)
+    unlisted = sorted(set(tensors) - set(weight_map))
+    if left := sorted(on_disk - set(weight_map.values())):
+        states[0] = _index_problem(index_state, "garbage", f"shard {left[0]} is missing from the index")
+    elif absent:
+        detail = f"{absent[0]} is not in {weight_map[absent[0]]}, where the index puts it"
+        states[0] = _index_problem(index_state, "garbage", detail)
+    elif unlisted:
+        detail = f"{unlisted[0]} of {tensors[unlisted[0]].file} is missing from the index"
+        states[0] = _index_problem(index_state, "garbage", detail)
+    return WeightFiles(tuple(states), tensors)
+
+
+def _index_problem(state: FileState, status: Status, detail: str) -> FileState:
+    hint = "index and shards come from different versions: download the whole checkpoint again"
+    return FileState(state.name, state.size, status, detail, hint)
+
+
+def _read_shard(folder: Path, name: str) -> tuple[FileState, dict[str, TensorInfo]]:
+    size = 0
+    try:
+        path = _inside(folder, name)
+        if not path.is_file():
+            raise _BrokenFileError("missing", "the index names this shard, but it is not on disk")
+        size = path.stat().st_size
+        _refuse_pointer(path)
+        tensors = {key: TensorInfo(*value, name) for key, value in _read_header(path, size).items()}
+    except _BrokenFileError as broken:
+        return FileState(name, size, broken.status, broken.detail, broken.hint), {}
+    return FileState(name, size, "whole", f"{len(tensors)} tensors"), tensors
+
+
+def _inside(folder: Path, name: str) -> Path:
+    hint = "do not use this checkpoint: its index reaches for other files of this machine"
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or pure.suffix != ".safetensors":
+        raise _BrokenFileError(
+            "refused", "the index points outside the folder or to another kind of file", hint
+        )
+    path = folder / name
+    target = path.resolve()
+    if target.is_relative_to(folder.resolve()):
+        return path
+    # The hub's cache links a snapshot's files to <repo>/blobs/<hash>, or to <cache>/blobs/<xx>/<hash>.
+    if "blobs" in (target.parent.name, target.parent.parent.name):
+        return path
+    raise _BrokenFileError(
+        "refused", f"a link to {target}, outside the folder", "copy the file into the folder"
+    )
+
+
+def _no_weights(folder: Path) -> FileState:
+    if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+        detail = f"there are shards ({shards[0].name}, ...) but no index that says what is in them"
+        return FileState(INDEX_FILE, 0, "missing", detail, DOWNLOAD_HINT)
+    pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        hint = (
+            "where you trust the source, convert them once: in Python, "
+            f"transformers.Qwen2ForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER), "
+            "then copy the tokenizer's files"
+        )
+        detail = "only pickle weights, which can run code when loaded; qconvert reads safetensors only"
+        return FileState(pickles[0].name, pickles[0].stat().st_size, "refused", detail, hint)
+    if ggufs := sorted(folder.glob("*.gguf")):
+        hint = "get the original checkpoint with safetensors weights"
+        return FileState(ggufs[0].name, ggufs[0].stat().st_size, "refused", "GGUF weights are not read", hint)
+    return FileState(
+        SINGLE_FILE, 0, "missing", "no safetensors weights in the folder", "download the weights"
+    )
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(200)
+    if head.startswith(_POINTER_START):
+        size = re.search(rb"^size (\d+)$", head, re.MULTILINE)
+        meant = f" of {int(size[1]):,} bytes" if size else ""
+        raise _BrokenFileError("pointer", f"a Git LFS pointer in place of a file{meant}", POINTER_HINT)
+
+
+def _parse_json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        detail = f"malformed JSON in line {error.lineno}, column {error.colno}: {error.msg}"
+        raise _BrokenFileError("garbage", detail, "mend or download the file again") from error
+    except (ValueError, RecursionError) as error:
+        raise _BrokenFileError(
+            "garbage", f"malformed JSON: {error}", "mend or download the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise _BrokenFileError(
+            "garbage", f"holds a JSON {type(value).__name__}, not an object", DOWNLOAD_HINT
+        )
+    return value
+
+
+def _read_header(path: Path, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape by tensor name; the file's length must be 8 + header + the last offset."""
+    if size < 8:
+        raise _BrokenFileError("truncated", f"{size} bytes: not even a header")
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            raise _BrokenFileError("garbage", f"not a safetensors file: a header of {length:,} bytes")
+        if 8 + length > size:
+            raise _BrokenFileError(
+                "truncated", f"{size:,} bytes on disk, the header alone needs {8 + length:,}"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        parsed = {name: _parse_entry(entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _BrokenFileError("garbage", f"not a safetensors header: {error}") from error
+
+    end = 0
+    for name, (_, _, begin, stop) in sorted(parsed.items(), key=lambda item: item[1][2:]):
+        if begin != end:
+            raise _BrokenFileError("garbage", f"{name} begins at offset {begin:,}, not at {end:,}")
+        end = stop
+    if size < 8 + length + end:
+        raise _BrokenFileError("truncated", f"{size:,} of {8 + length + end:,} bytes on disk")
+    if size > 8 + length + end:
+        raise _BrokenFileError(
+            "garbage", f"{size:,} bytes on disk, the header describes {8 + length + end:,}"
+        )
+    return {name: (dtype, shape) for name, (dtype, shape, _, _) in parsed.items()}
+
+
+def _parse_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in _DTYPE_BITS:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
+        raise ValueError(f"shape {shape} or offsets {begin}, {stop} are no sizes")
+    if (stop - begin) * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
+        raise ValueError(f"{stop - begin} bytes for shape {shape} of {dtype}")
+    return dtype, shape, begin, stop
