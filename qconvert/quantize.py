@@ -55,11 +55,11 @@ class Recipe:
         return asdict(self)
 
 
-def recipe_for(precision: str, block_size: int = DEFAULT_BLOCK_SIZE) -> Recipe:
-    """The recipe behind ``--precision`` and ``--block-size``.
+def recipe_for(precision: str, hidden_size: int, block_size: int = DEFAULT_BLOCK_SIZE) -> Recipe:
+    """The recipe behind ``--precision`` and ``--block-size`` for a model of ``hidden_size``.
 
     Raises:
-        QconvertError: an unknown precision or block size.
+        QconvertError: an unknown precision or block size, or a model that cannot be cut into blocks.
     """
     if precision not in PRECISIONS:
         raise QconvertError(f"unknown precision {precision!r}", hint=f"use one of {', '.join(PRECISIONS)}")
@@ -69,10 +69,17 @@ def recipe_for(precision: str, block_size: int = DEFAULT_BLOCK_SIZE) -> Recipe:
         )
     if precision in ("fp32", "fp16"):
         return Recipe(precision, {"fp32": "float32", "fp16": "float16"}[precision], None, None)
-    eight_bits = BlockFormat(8, block_size, symmetric=True)
-    if precision == "int8":
-        return Recipe(precision, "float32", eight_bits, eight_bits)
-    return Recipe(precision, "float32", BlockFormat(4, block_size, symmetric=False), eight_bits)
+    # Rows of the embedding are looked up as they are stored: they must be whole blocks.
+    fitting = [size for size in BLOCK_SIZES if size <= block_size and hidden_size % size == 0]
+    if not fitting:
+        raise QconvertError(
+            f"hidden_size {hidden_size} is not a multiple of {BLOCK_SIZES[0]}: its embedding cannot be quantised",
+            where="config.json: hidden_size",
+            hint="use --precision fp32 or fp16",
+        )
+    head = BlockFormat(8, fitting[-1], symmetric=True)
+    linear = BlockFormat(8, block_size, symmetric=True) if precision == "int8" else BlockFormat(4, block_size, symmetric=False)
+    return Recipe(precision, "float32", linear, head)
 
 
 @dataclass(frozen=True)

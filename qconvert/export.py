@@ -1,0 +1,184 @@
+"""The whole flow on one screen: load, describe, lower, quantise, save, verify, publish."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qconvert.artifact import ModelFolder, new_model_folder
+from qconvert.checkpoint import Checkpoint, hash_files, load_model, open_checkpoint, resolve_source
+from qconvert.companions import end_token_ids, write_companions
+from qconvert.decoder import DecoderSpec, lower_decoder, rope_tables
+from qconvert.errors import QconvertError
+from qconvert.forecast import export_bytes, kv_bytes_per_token, parameter_count
+from qconvert.progress import Progress
+from qconvert.quantize import DEFAULT_BLOCK_SIZE, Recipe, recipe_for
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
+
+    from qconvert.verify import Report
+
+GRAPH_NAME = "model.onnx"
+_LIBRARIES = ("qconvert", "torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may choose; see ``qconvert export --help``."""
+
+    precision: str = "int8"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    output: Path | None = None
+    force: bool = False
+    verify: bool = True
+    keep_failed: bool = False
+    hub: str = "huggingface"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A published model folder, and the proof that came with it (None if it was not asked for)."""
+
+    folder: Path
+    report: Report | None
+
+
+def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
+    """Convert a checkpoint into a verified model folder.
+
+    Raises:
+        QconvertError: a bad checkpoint or option, no space, or an export that failed its verification.
+    """
+    checkpoint = open_checkpoint(resolve_source(source, hub=options.hub, revision=options.revision))
+    spec = DecoderSpec.from_config(checkpoint.config)
+    recipe = recipe_for(options.precision, spec.hidden_size, options.block_size)
+    output = options.output or Path(f"{checkpoint.name}-onnx-{options.precision}")
+    needed = int(export_bytes(spec, recipe) * 1.01) + (64 << 20)  # graph, tokenizer and reports
+
+    with new_model_folder(output, force=options.force, needed_bytes=needed) as folder:
+        with ThreadPoolExecutor(1) as background:
+            hashes = background.submit(hash_files, checkpoint.weight_files)
+            with progress.task("loading the checkpoint"):
+                model = load_model(checkpoint)
+            with progress.task("writing the graph", parameter_count(spec)) as advance:
+                write_graph(model, spec, recipe, folder.path, advance)
+            write_companions(checkpoint, spec, folder.path)
+            facts = describe(checkpoint, spec, recipe, hashes.result())
+        with progress.task("hashing the files"):
+            folder.write_manifest(facts)
+        report = None
+        if options.verify:
+            report = prove(folder, facts, model, options, progress)
+        with progress.task("publishing the folder"):
+            return Exported(folder.publish(), report)
+
+
+def write_graph(
+    model: Qwen2ForCausalLM, spec: DecoderSpec, recipe: Recipe, folder: Path, advance: Any = None
+) -> None:
+    """Lower the decoder and write ``model.onnx`` and ``model.onnx.data``."""
+    import onnx_ir
+
+    from qconvert.lowering.initializers import Initializers
+    from qconvert.lowering.onnxruntime import OnnxRuntimeLowering
+    from qconvert.weights import CheckpointWeights, DataFile
+
+    with DataFile(folder / f"{GRAPH_NAME}.data") as data:
+        initializers = Initializers(CheckpointWeights(model, advance), data)
+        rope = rope_tables(model.config, spec.context_length)
+        lowering = OnnxRuntimeLowering(spec, recipe, initializers, rope)
+        lower_decoder(spec, lowering)
+    onnx_ir.save(lowering.model("qwen2"), folder / GRAPH_NAME)
+
+
+def prove(
+    folder: ModelFolder, facts: dict[str, Any], model: Qwen2ForCausalLM, options: ExportOptions, progress: Progress
+) -> Report:
+    """Verify the folder before it is published, and write the verdict into it.
+
+    Raises:
+        QconvertError: the verification failed; the folder is kept aside with ``--keep-failed``.
+    """
+    from qconvert.reference import Reference
+    from qconvert.verify import verify
+
+    report = verify(folder.path, Reference(model), progress)
+    report.write(folder.path)
+    folder.write_manifest({**facts, "verification": report.verdict()})
+    if not report.passed:
+        kept = None
+        if options.keep_failed:
+            kept = folder.publish(folder.output.with_name(f"{folder.output.name}.failed"))
+        raise QconvertError(
+            f"the export does not compute what PyTorch computes:\n{report.failures()}",
+            where=kept,
+            hint="nothing was published. "
+            + ("The report is in the folder above." if kept else "See the files with --keep-failed.")
+            + " If the checkpoint is good, this is a bug of qconvert: please report it.",
+        )
+    return report
+
+
+def describe(
+    checkpoint: Checkpoint, spec: DecoderSpec, recipe: Recipe, source_hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """The manifest's facts (docs/model-folder.md), files and header apart."""
+    return {
+        "name": checkpoint.name,
+        "target": "onnxruntime",
+        "precision": recipe.precision,
+        "recipe": recipe.to_json(),
+        "created_by": {"python": platform.python_version(), **_versions()},
+        "source": {
+            "name": checkpoint.name,
+            "dtype": str(checkpoint.config.dtype).removeprefix("torch."),
+            "files": [
+                {"path": path.name, "size": path.stat().st_size, "sha256": source_hashes[path.name]}
+                for path in checkpoint.weight_files
+            ],
+        },
+        "model": {
+            "architecture": "Qwen2ForCausalLM",
+            "parameters": parameter_count(spec),
+            "num_hidden_layers": spec.num_hidden_layers,
+            "num_attention_heads": spec.num_attention_heads,
+            "num_key_value_heads": spec.num_key_value_heads,
+            "head_size": spec.head_size,
+            "hidden_size": spec.hidden_size,
+            "intermediate_size": spec.intermediate_size,
+            "vocab_size": spec.vocab_size,
+            "context_length": spec.context_length,
+            "tie_word_embeddings": spec.tie_word_embeddings,
+            "rope": dict(checkpoint.config.rope_parameters),
+            "sliding_windows": list(spec.sliding_windows) if any(spec.sliding_windows) else None,
+        },
+        "graph": {
+            "file": GRAPH_NAME,
+            "inputs": ["input_ids", "attention_mask", "past_key_values.{layer}.{key|value}", "logits_start"],
+            "outputs": ["logits", "present.{layer}.{key|value}"],
+        },
+        "kv_cache": {
+            "dtype": recipe.activations,
+            "layout": ["batch", "kv_heads", "length", "head_size"],
+            "bytes_per_token": kv_bytes_per_token(spec, recipe.activations),
+        },
+        "tokens": {"eos": end_token_ids(checkpoint)},
+        "verification": {"status": "not verified"},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
