@@ -88,8 +88,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def file_error(folder: Path, state: FileState) -> QconvertError:
     """What is wrong with one file, as the error that the user sees."""
-    what = f"{state.name} is {state.status}: {state.detail}."
-    return QconvertError(what, where=folder / state.name, hint=state.hint or None)
+    return QconvertError(f"{state.problem}.", where=folder / state.name, hint=state.hint or None)
 
 
 def checkpoint_name(folder: Path) -> str:

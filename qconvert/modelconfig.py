@@ -96,15 +96,6 @@ def head_size(config: Qwen2Config) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
-def context_limit(config: Qwen2Config) -> int:
-    """Tokens of context: ``max_position_embeddings``, or more where YaRN stretches the original length."""
-    limit = int(config.max_position_embeddings)
-    rope = config.rope_parameters
-    if rope["rope_type"] == "yarn":
-        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
-    return limit
-
-
 def expected_tensors(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the configuration implies; a tied head is not among them."""
     hidden, inner, size = config.hidden_size, config.intermediate_size, head_size(config)
@@ -125,11 +116,6 @@ def expected_tensors(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
-
-
-def parameter_count(config: Qwen2Config) -> int:
-    """Number of weights, a tied head counted once."""
-    return sum(math.prod(shape) for shape in expected_tensors(config).values())
 
 
 def tensor_problems(config: Qwen2Config, tensors: dict[str, TensorInfo]) -> list[str]:

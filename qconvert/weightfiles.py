@@ -21,6 +21,14 @@ INDEX_FILE = "model.safetensors.index.json"
 POINTER_HINT = "run `git lfs install && git lfs pull` in the folder, or download the files again"
 DOWNLOAD_HINT = "download the file again"
 
+_STATUS_WORDS: dict[Status, str] = {
+    "whole": "whole",
+    "missing": "missing",
+    "truncated": "truncated",
+    "pointer": "a pointer",
+    "garbage": "unusable",
+    "refused": "refused",
+}
 _POINTER_START = b"version https://git-lfs.github.com/spec/"
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -58,6 +66,11 @@ class FileState:
     def harmful(self) -> bool:
         """Whether the checkpoint is not whole because of this file."""
         return self.status != "whole" and (self.required or self.status != "missing")
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the file, in one sentence without a full stop."""
+        return f"{self.name} is {_STATUS_WORDS[self.status]}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -175,7 +188,7 @@ def _read_shard(folder: Path, name: str) -> tuple[FileState, dict[str, TensorInf
         tensors = {key: TensorInfo(*value, name) for key, value in _read_header(path, size).items()}
     except _BrokenFileError as broken:
         return FileState(name, size, broken.status, broken.detail, broken.hint), {}
-    return FileState(name, size, "whole", f"{len(tensors)} tensors"), tensors
+    return FileState(name, size, "whole", f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"), tensors
 
 
 def _inside(folder: Path, name: str) -> Path:

