@@ -202,11 +202,12 @@ def _position_facts(config: Qwen2Config, spec: DecoderSpec) -> Iterator[Fact]:
     rope = config.rope_parameters
     kind = rope["rope_type"]
     yield Fact(section, "rope_theta", rope["rope_theta"], "base of the rotary positions")
+    original = rope.get("original_max_position_embeddings")
     meanings = {
         "default": "no scaling",
         "linear": f"positions divided by {rope.get('factor')}",
         "llama3": f"low frequencies divided by {rope.get('factor')}",
-        "yarn": f"context stretched by {rope.get('factor')} from {rope.get('original_max_position_embeddings')}",
+        "yarn": f"context stretched by {rope.get('factor')} from {original}",
     }
     yield Fact(section, "rope_type", kind, meanings[kind])
     positions = config.max_position_embeddings

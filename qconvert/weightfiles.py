@@ -7,19 +7,16 @@ missing shard shows after reading some kilobytes.
 from __future__ import annotations
 
 import json
-import math
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-Status = Literal["whole", "missing", "truncated", "pointer", "garbage", "refused"]
+from qconvert.safetensors_header import DOWNLOAD_HINT, BrokenFileError, Status, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 POINTER_HINT = "run `git lfs install && git lfs pull` in the folder, or download the files again"
-DOWNLOAD_HINT = "download the file again"
 
 _STATUS_WORDS: dict[Status, str] = {
     "whole": "whole",
@@ -30,13 +27,7 @@ _STATUS_WORDS: dict[Status, str] = {
     "refused": "refused",
 }
 _POINTER_START = b"version https://git-lfs.github.com/spec/"
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_DTYPE_BITS = {
-    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6},
-    **{"F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
-    **{"U64": 64, "I64": 64, "F64": 64, "C64": 64},
-}
 
 
 @dataclass(frozen=True)
@@ -81,14 +72,6 @@ class WeightFiles:
     tensors: dict[str, TensorInfo]
 
 
-class _BrokenFileError(Exception):
-    def __init__(self, status: Status, detail: str, hint: str = DOWNLOAD_HINT) -> None:
-        self.status: Status = status
-        self.detail = detail
-        self.hint = hint
-        super().__init__(detail)
-
-
 def inspect_files(folder: Path) -> list[FileState]:
     """The state of every file that an export reads, text files first. Raises nothing for a broken file."""
     return [*text_file_states(folder), *read_weight_files(folder).states]
@@ -116,12 +99,12 @@ def text_file_state(folder: Path, name: str, *, required: bool = True, absent: s
     try:
         _refuse_pointer(path)
         if size == 0:
-            raise _BrokenFileError("truncated", "the file is empty")
+            raise BrokenFileError("truncated", "the file is empty")
         if path.suffix == ".json":
             _parse_json_object(path)
         else:
             path.read_text(encoding="utf-8")
-    except _BrokenFileError as broken:
+    except BrokenFileError as broken:
         return FileState(name, size, broken.status, broken.detail, broken.hint, required)
     except UnicodeDecodeError as error:
         return FileState(name, size, "garbage", f"not UTF-8 text: {error.reason}", DOWNLOAD_HINT, required)
@@ -159,9 +142,12 @@ def _read_sharded(folder: Path) -> WeightFiles:
     whole = {state.name for state, _ in shards if state.status == "whole"}
 
     on_disk = {path.name for path in folder.glob("model-*-of-*.safetensors")}
-    absent = sorted(name for name, file in weight_map.items() if file in whole and name not in tensors)
+    here = {(name, info.file) for name, info in tensors.items()}
+    absent = sorted(name for name, file in weight_map.items() if file in whole and (name, file) not in here)
     unlisted = sorted(set(tensors) - set(weight_map))
-    if left := sorted(on_disk - set(weight_map.values())):
+    if any(state.status == "refused" for state in states):
+        pass  # that is worse than what the index lacks, so it shall be what the user reads
+    elif left := sorted(on_disk - set(weight_map.values())):
         states[0] = _index_problem(index_state, "garbage", f"shard {left[0]} is missing from the index")
     elif absent:
         detail = f"{absent[0]} is not in {weight_map[absent[0]]}, where the index puts it"
@@ -182,11 +168,11 @@ def _read_shard(folder: Path, name: str) -> tuple[FileState, dict[str, TensorInf
     try:
         path = _inside(folder, name)
         if not path.is_file():
-            raise _BrokenFileError("missing", "the index names this shard, but it is not on disk")
+            raise BrokenFileError("missing", "the index names this shard, but it is not on disk")
         size = path.stat().st_size
         _refuse_pointer(path)
-        tensors = {key: TensorInfo(*value, name) for key, value in _read_header(path, size).items()}
-    except _BrokenFileError as broken:
+        tensors = {key: TensorInfo(*value, name) for key, value in read_header(path, size).items()}
+    except BrokenFileError as broken:
         return FileState(name, size, broken.status, broken.detail, broken.hint), {}
     return FileState(name, size, "whole", f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"), tensors
 
@@ -195,7 +181,7 @@ def _inside(folder: Path, name: str) -> Path:
     hint = "do not use this checkpoint: its index reaches for other files of this machine"
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or pure.suffix != ".safetensors":
-        raise _BrokenFileError(
+        raise BrokenFileError(
             "refused", "the index points outside the folder or to another kind of file", hint
         )
     path = folder / name
@@ -205,7 +191,7 @@ def _inside(folder: Path, name: str) -> Path:
     # The hub's cache links a snapshot's files to <repo>/blobs/<hash>, or to <cache>/blobs/<xx>/<hash>.
     if "blobs" in (target.parent.name, target.parent.parent.name):
         return path
-    raise _BrokenFileError(
+    raise BrokenFileError(
         "refused", f"a link to {target}, outside the folder", "copy the file into the folder"
     )
 
@@ -237,7 +223,7 @@ def _refuse_pointer(path: Path) -> None:
     if head.startswith(_POINTER_START):
         size = re.search(rb"^size (\d+)$", head, re.MULTILINE)
         meant = f" of {int(size[1]):,} bytes" if size else ""
-        raise _BrokenFileError("pointer", f"a Git LFS pointer in place of a file{meant}", POINTER_HINT)
+        raise BrokenFileError("pointer", f"a Git LFS pointer in place of a file{meant}", POINTER_HINT)
 
 
 def _parse_json_object(path: Path) -> dict[str, Any]:
@@ -245,58 +231,11 @@ def _parse_json_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         detail = f"malformed JSON in line {error.lineno}, column {error.colno}: {error.msg}"
-        raise _BrokenFileError("garbage", detail, "mend or download the file again") from error
+        raise BrokenFileError("garbage", detail, "mend or download the file again") from error
     except (ValueError, RecursionError) as error:
-        raise _BrokenFileError(
+        raise BrokenFileError(
             "garbage", f"malformed JSON: {error}", "mend or download the file again"
         ) from error
     if not isinstance(value, dict):
-        raise _BrokenFileError(
-            "garbage", f"holds a JSON {type(value).__name__}, not an object", DOWNLOAD_HINT
-        )
+        raise BrokenFileError("garbage", f"holds a JSON {type(value).__name__}, not an object", DOWNLOAD_HINT)
     return value
-
-
-def _read_header(path: Path, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape by tensor name; the file's length must be 8 + header + the last offset."""
-    if size < 8:
-        raise _BrokenFileError("truncated", f"{size} bytes: not even a header")
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise _BrokenFileError("garbage", f"not a safetensors file: a header of {length:,} bytes")
-        if 8 + length > size:
-            raise _BrokenFileError(
-                "truncated", f"{size:,} bytes on disk, the header alone needs {8 + length:,}"
-            )
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        parsed = {name: _parse_entry(entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _BrokenFileError("garbage", f"not a safetensors header: {error}") from error
-
-    end = 0
-    for name, (_, _, begin, stop) in sorted(parsed.items(), key=lambda item: item[1][2:]):
-        if begin != end:
-            raise _BrokenFileError("garbage", f"{name} begins at offset {begin:,}, not at {end:,}")
-        end = stop
-    if size < 8 + length + end:
-        raise _BrokenFileError("truncated", f"{size:,} of {8 + length + end:,} bytes on disk")
-    if size > 8 + length + end:
-        raise _BrokenFileError(
-            "garbage", f"{size:,} bytes on disk, the header describes {8 + length + end:,}"
-        )
-    return {name: (dtype, shape) for name, (dtype, shape, _, _) in parsed.items()}
-
-
-def _parse_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in _DTYPE_BITS:
-        raise ValueError(f"unknown dtype {dtype!r}")
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
-        raise ValueError(f"shape {shape} or offsets {begin}, {stop} are no sizes")
-    if (stop - begin) * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
-        raise ValueError(f"{stop - begin} bytes for shape {shape} of {dtype}")
-    return dtype, shape, begin, stop
