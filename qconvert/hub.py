@@ -28,7 +28,7 @@ def resolve_source(source: str, *, hub: Hub = "huggingface", revision: str | Non
         QconvertError: no such folder, repository or revision; no access; no network.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():  # Path("") would be the current folder
         if revision is not None:
             raise QconvertError(f"A revision ({revision}) has no meaning for a folder.", where=source)
         return path

@@ -141,21 +141,26 @@ def _read_sharded(folder: Path) -> WeightFiles:
     states = [index_state, *(state for state, _ in shards)]
     whole = {state.name for state, _ in shards if state.status == "whole"}
 
-    on_disk = {path.name for path in folder.glob("model-*-of-*.safetensors")}
-    here = {(name, info.file) for name, info in tensors.items()}
-    absent = sorted(name for name, file in weight_map.items() if file in whole and (name, file) not in here)
-    unlisted = sorted(set(tensors) - set(weight_map))
-    if any(state.status == "refused" for state in states):
-        pass  # that is worse than what the index lacks, so it shall be what the user reads
-    elif left := sorted(on_disk - set(weight_map.values())):
-        states[0] = _index_problem(index_state, "garbage", f"shard {left[0]} is missing from the index")
-    elif absent:
-        detail = f"{absent[0]} is not in {weight_map[absent[0]]}, where the index puts it"
-        states[0] = _index_problem(index_state, "garbage", detail)
-    elif unlisted:
-        detail = f"{unlisted[0]} of {tensors[unlisted[0]].file} is missing from the index"
-        states[0] = _index_problem(index_state, "garbage", detail)
+    # A shard that is refused is worse than what the index lacks, so that shall be what the user reads.
+    refused = any(state.status == "refused" for state in states)
+    if not refused and (conflict := _contradiction(folder, weight_map, tensors, whole)):
+        states[0] = _index_problem(index_state, "garbage", conflict)
     return WeightFiles(tuple(states), tensors)
+
+
+def _contradiction(
+    folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo], whole: set[str]
+) -> str | None:
+    """Where the index and its whole shards disagree: a shard, or a tensor's place."""
+    on_disk = {path.name for path in folder.glob("model-*-of-*.safetensors")}
+    for name in sorted(on_disk - set(weight_map.values())):
+        return f"shard {name} is missing from the index"
+    for name, file in weight_map.items():
+        if file in whole and (name not in tensors or tensors[name].file != file):
+            return f"{name} is not in {file}, where the index puts it"
+    for name in sorted(set(tensors) - set(weight_map)):
+        return f"{name} of {tensors[name].file} is missing from the index"
+    return None
 
 
 def _index_problem(state: FileState, status: Status, detail: str) -> FileState:
