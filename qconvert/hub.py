@@ -58,11 +58,11 @@ def _from_huggingface(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=ALLOWED_FILES))
     except GatedRepoError as error:  # a kind of RepositoryNotFoundError, so it comes first
-        what, hint = (
-            "The repository is gated",
-            "accept its terms on its page, then log in with `hf auth login`",
-        )
-        raise QconvertError(f"{what}.", where=where, hint=hint) from error
+        raise QconvertError(
+            f"{repository} is gated.",
+            where=where,
+            hint="accept its terms on its page, then log in with `hf auth login`",
+        ) from error
     except RepositoryNotFoundError as error:
         raise QconvertError(
             f"There is no folder and no hub repository {repository}, or it is private.",
