@@ -11,6 +11,8 @@ import click
 from rich.console import Console
 
 from qconvert import __version__
+from qconvert.progress import Progress
+from qconvert.quantize import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, PRECISIONS
 from qrun.errors import QrunError
 
 _EXPORT_LIBRARIES = (
@@ -28,7 +30,7 @@ _EXPORT_LIBRARIES = (
 class _Group(click.Group):
     """The one place that turns errors into messages and exit codes."""
 
-    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own signature
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except QrunError as error:
@@ -74,6 +76,60 @@ def inspect(folder: Path, as_json: bool) -> None:
         render(inspection, Console())
     if not inspection.whole:
         sys.exit(1)
+
+
+@main.command()
+@click.argument("source")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="int8",
+    show_default=True,
+    help="Of the weights. fp16 is meant for GPUs.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice([str(size) for size in BLOCK_SIZES]),
+    default=str(DEFAULT_BLOCK_SIZE),
+    show_default=True,
+    help="Weights that share a scale (int8, int4).",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The model folder; by default ./NAME-onnx-PRECISION.",
+)
+@click.option("--force", is_flag=True, help="Replace a model folder that is there already.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare with PyTorch before publishing. Without it the folder is marked as not verified.",
+)
+@click.option("--keep-failed", is_flag=True, help="Put an export that fails aside as OUTPUT.failed.")
+@click.option(
+    "--source",
+    "hub",
+    type=click.Choice(["huggingface", "modelscope"]),
+    default="huggingface",
+    show_default=True,
+    help="Where a model id is downloaded from.",
+)
+@click.option("--revision", help="Branch, tag or commit of a model id.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def export(source: str, block_size: str, quiet: bool, **options: Any) -> None:
+    """Convert SOURCE, a checkpoint folder or a model id, into a verified ONNX model folder."""
+    from qconvert.export import ExportOptions
+    from qconvert.export import export as run
+
+    exported = run(source, ExportOptions(block_size=int(block_size), **options), Progress(quiet=quiet))
+    console = Console()
+    if exported.report is not None:
+        console.print(exported.report.summary)
+    else:
+        Console(stderr=True).print("[yellow]not verified[/]: nobody has compared this export with PyTorch.")
+    click.echo(exported.folder)
 
 
 @main.command()

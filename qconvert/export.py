@@ -16,6 +16,7 @@ from qconvert.companions import end_token_ids, write_companions
 from qconvert.decoder import DecoderSpec, lower_decoder, rope_tables
 from qconvert.errors import QconvertError
 from qconvert.forecast import export_bytes, kv_bytes_per_token, parameter_count
+from qconvert.hub import Hub
 from qconvert.progress import Progress
 from qconvert.quantize import DEFAULT_BLOCK_SIZE, Recipe, recipe_for
 
@@ -38,7 +39,7 @@ class ExportOptions:
     force: bool = False
     verify: bool = True
     keep_failed: bool = False
-    hub: str = "huggingface"
+    hub: Hub = "huggingface"
     revision: str | None = None
 
 
@@ -99,7 +100,11 @@ def write_graph(
 
 
 def prove(
-    folder: ModelFolder, facts: dict[str, Any], model: Qwen2ForCausalLM, options: ExportOptions, progress: Progress
+    folder: ModelFolder,
+    facts: dict[str, Any],
+    model: Qwen2ForCausalLM,
+    options: ExportOptions,
+    progress: Progress,
 ) -> Report:
     """Verify the folder before it is published, and write the verdict into it.
 

@@ -78,7 +78,11 @@ def recipe_for(precision: str, hidden_size: int, block_size: int = DEFAULT_BLOCK
             hint="use --precision fp32 or fp16",
         )
     head = BlockFormat(8, fitting[-1], symmetric=True)
-    linear = BlockFormat(8, block_size, symmetric=True) if precision == "int8" else BlockFormat(4, block_size, symmetric=False)
+    linear = (
+        BlockFormat(8, block_size, symmetric=True)
+        if precision == "int8"
+        else BlockFormat(4, block_size, symmetric=False)
+    )
     return Recipe(precision, "float32", linear, head)
 
 
@@ -101,8 +105,9 @@ class NonFiniteWeightError(ValueError):
 
 def row_pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """Cut a tensor along its first axis into pieces of about ``PIECE`` elements."""
-    rows = max(1, PIECE // max(1, weight[0].numel())) if weight.dim() > 0 else 1
-    yield from weight.split(rows) if weight.dim() > 0 else (weight,)
+    rows = max(1, PIECE // weight[0].numel())
+    for start in range(0, weight.shape[0], rows):
+        yield weight[start : start + rows]
 
 
 def pack(weight: torch.Tensor, fmt: BlockFormat) -> PackedWeight:
@@ -128,7 +133,9 @@ def pack(weight: torch.Tensor, fmt: BlockFormat) -> PackedWeight:
         if padding := blocks * fmt.block_size - columns:
             values = torch.nn.functional.pad(values, (0, padding))
         values = values.view(stop - start, blocks, fmt.block_size)
-        quantised = _round_blocks(values, fmt, scales[start:stop], None if zeros is None else zeros[start:stop])
+        quantised = _round_blocks(
+            values, fmt, scales[start:stop], None if zeros is None else zeros[start:stop]
+        )
         data[start:stop] = _pack_bits(quantised, fmt.bits)
         start = stop
     return PackedWeight(data, scales, None if zeros is None else _pack_zero_points(zeros, fmt.bits))

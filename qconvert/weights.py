@@ -75,7 +75,7 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("wb")
+        self._file = path.open("wb", buffering=0)  # numpy's tofile writes to the descriptor itself
 
     def __enter__(self) -> DataFile:
         return self
@@ -95,7 +95,7 @@ class DataFile:
         for piece in tensors:
             dtype = dtype or _ir_dtype(piece)
             try:
-                self._file.write(memoryview(piece.contiguous().numpy()).cast("B"))
+                piece.contiguous().numpy().tofile(self._file)
             except OSError as error:
                 raise QconvertError(
                     f"cannot write the weights: {error.strerror}",
@@ -105,7 +105,9 @@ class DataFile:
         assert dtype is not None, f"{name} has no pieces"
         return self.view(name, dtype, tuple(shape), offset, self._file.tell() - offset)
 
-    def view(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, length: int) -> ir.Value:
+    def view(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, length: int
+    ) -> ir.Value:
         """An initializer over bytes that are already in the file (a tied tensor is stored once)."""
         tensor = ir.ExternalTensor(
             self.path.name, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent

@@ -46,7 +46,7 @@ class Initializers:
         if name not in self._by_name:
             tensor = ir.tensor(value, name=name)
             self._by_name[name] = ir.Value(
-                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=name, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
             )
         return self._by_name[name]
 
@@ -96,7 +96,11 @@ class Initializers:
         assert tensor.length == packed.rows * packed.columns, "padded rows cannot be viewed as a matrix"
         return self._keep(
             self._data.view(
-                f"{tensor.name}.rows", tensor.dtype, (packed.rows, packed.columns), tensor.offset, tensor.length
+                f"{tensor.name}.rows",
+                tensor.dtype,
+                (packed.rows, packed.columns),
+                tensor.offset,
+                tensor.length,
             )
         )
 

@@ -74,14 +74,23 @@ class OnnxRuntimeLowering:
             )
         return hidden
 
-    def add_and_norm(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
+    def add_and_norm(
+        self, residual: ir.Value, delta: ir.Value | None, weight: str
+    ) -> tuple[ir.Value, ir.Value]:
         scale = self._initializers.dense([weight], self._dtype)
         epsilon = {"epsilon": self._spec.rms_norm_eps}
         if delta is None:
-            norm = self._op("SimplifiedLayerNormalization", [residual, scale], epsilon | {"axis": -1}, name=weight)
+            norm = self._op(
+                "SimplifiedLayerNormalization", [residual, scale], epsilon | {"axis": -1}, name=weight
+            )
             return residual, norm
         norm, _, _, total = self._ops(
-            "SkipSimplifiedLayerNormalization", [delta, residual, scale], epsilon, 4, domain=CONTRIB, name=weight
+            "SkipSimplifiedLayerNormalization",
+            [delta, residual, scale],
+            epsilon,
+            4,
+            domain=CONTRIB,
+            name=weight,
         )
         return total, norm
 
@@ -111,7 +120,12 @@ class OnnxRuntimeLowering:
         inputs = [qkv, None, None, *past, self._total_minus_one, self._total, self._cos, self._sin]
         self._nodes.append(
             ir.node(
-                "GroupQueryAttention", inputs, attributes, domain=CONTRIB, outputs=[context, *present], name=name
+                "GroupQueryAttention",
+                inputs,
+                attributes,
+                domain=CONTRIB,
+                outputs=[context, *present],
+                name=name,
             )
         )
         return context
@@ -126,7 +140,9 @@ class OnnxRuntimeLowering:
     def head(self, hidden: ir.Value, weight: str) -> None:
         fmt = self._recipe.head
         if fmt is None:
-            logits = self._multiply_dense(hidden, self._initializers.dense([weight], self._dtype), "lm_head.weight")
+            logits = self._multiply_dense(
+                hidden, self._initializers.dense([weight], self._dtype), "lm_head.weight"
+            )
         else:
             packed = self._tied or self._initializers.packed([weight], fmt)
             logits = self._multiply_packed(hidden, packed, fmt, None, "lm_head.weight")

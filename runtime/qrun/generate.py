@@ -46,12 +46,16 @@ class Context:
         """Append tokens; float32 logits ``[vocab]`` of the last one, or an empty array for "none"."""
         output = self.session.forward(np.asarray(token_ids, dtype=np.int64)[None], self.cache, logits)
         self.token_ids.extend(token_ids)
-        return output[0, -1] if logits == "last" else output[0]
+        last: NDArray[np.float32] = output[0, -1] if logits == "last" else output[0]
+        return last
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """Part of the prompt is in the cache: ``done`` of ``total`` tokens, those reused included."""
+    """Part of the prompt is in the cache: ``done`` of ``total`` tokens.
+
+    The first one comes before any work, and its ``done`` are the tokens that were in the cache already.
+    """
 
     done: int
     total: int
@@ -123,6 +127,7 @@ def generate(
     check_prompt(prompt_ids, limit)
     started = perf_counter()
     reused = context.reuse(prompt_ids)
+    yield Prefilled(reused, len(prompt_ids))
     logits = np.empty(0, dtype=np.float32)
     for start in range(reused, len(prompt_ids), chunk):
         piece = prompt_ids[start : start + chunk]
@@ -146,4 +151,6 @@ def generate(
         yield Token(token_id)
         if completed < budget:
             logits = context.feed([token_id], logits="last")
-    yield Finished(reason, len(prompt_ids), reused, completed, prefilled - started, perf_counter() - prefilled)
+    yield Finished(
+        reason, len(prompt_ids), reused, completed, prefilled - started, perf_counter() - prefilled
+    )

@@ -206,9 +206,7 @@ def read_manifest(path: str | Path) -> Manifest:
     for item in reader.get("files", list):
         entry = _Reader(file, item if isinstance(item, dict) else {})
         entries.append(
-            FileEntry(
-                _inside(file, entry.get("path", str)), entry.get("size", int), entry.get("sha256", str)
-            )
+            FileEntry(_inside(file, entry.get("path", str)), entry.get("size", int), entry.get("sha256", str))
         )
     return Manifest(
         folder=folder,
