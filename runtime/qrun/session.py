@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.errors import QrunError
+from qrun.external_data import check_external_data
 from qrun.kvcache import KVCache
 from qrun.manifest import Manifest, read_manifest
 
@@ -105,6 +106,7 @@ def open_session(
         )
     if device not in ("cpu", "cuda"):
         raise QrunError(f'unknown device "{device}"', hint="use cpu or cuda")
+    check_external_data(manifest)
     from qrun.ort import OrtSession
 
     return OrtSession(manifest, device=device, threads=threads or usable_cores())
