@@ -1,0 +1,155 @@
+"""Text to token ids and back, through the checkpoint's own tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import tokenizers
+
+from qrun.errors import QrunError
+
+# The named special tokens that transformers gives to a chat template.
+SPECIAL_TOKEN_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """The tokenizer of a model folder.
+
+    Attributes:
+        special_tokens: named special tokens and their text, such as ``{"eos_token": "<|im_end|>"}``.
+        special_ids: ids that ``decode`` leaves out by default.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> None:
+        # A tokenizer.json may carry the padding and truncation of its training run; a prompt wants neither.
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.special_tokens = MappingProxyType(dict(special_tokens))
+        self.special_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Read ``tokenizer.json``, and the special tokens' names from ``tokenizer_config.json``.
+
+        Raises:
+            QrunError: tokenizer.json is missing or malformed.
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise QrunError(
+                "the folder has no tokenizer.json",
+                where=path,
+                hint="copy it from the checkpoint, or export the checkpoint again",
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
+            raise QrunError(
+                f"tokenizer.json cannot be read: {error}",
+                where=path,
+                hint="copy it from the checkpoint again; it may be truncated, or a Git LFS pointer",
+            ) from error
+        return cls(backend, read_special_tokens(Path(folder)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; the model's logits are often padded beyond it."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of ``text``; special tokens written out in it become their ids.
+
+        Args:
+            text: any text.
+            add_special_tokens: also what tokenizer.json puts around a plain prompt. For a prompt that a
+                chat template rendered leave it off: the template has written them.
+
+        Raises:
+            QrunError: the text holds half of a surrogate pair, so it is not Unicode text.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            place = next((i for i, letter in enumerate(text) if 0xD800 <= ord(letter) <= 0xDFFF), None)
+            if place is None:
+                raise
+            raise QrunError(
+                f"the text is not Unicode: half a character (U+{ord(text[place]):04X}) at index {place}",
+                hint="it was probably not UTF-8; check the file's or the terminal's encoding",
+            ) from None
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ``token_ids``; half a character becomes U+FFFD, an unknown id nothing."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it (bytes as letters), None if there is no such id."""
+        return self._backend.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it, None if there is no such token."""
+        return self._backend.token_to_id(token)
+
+    def special_id(self, name: str) -> int | None:
+        """The id behind a name such as "eos_token", None if the model has none."""
+        text = self.special_tokens.get(name)
+        return None if text is None else self.token_id(text)
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """``tokenizer_config.json``, empty if there is none.
+
+    Raises:
+        QrunError: the file is not a JSON object.
+    """
+    return _read_object(folder / "tokenizer_config.json")
+
+
+def read_special_tokens(folder: Path) -> dict[str, str]:
+    """Named special tokens and their text, as transformers' ``special_tokens_map`` has them.
+
+    Raises:
+        QrunError: the file is not a JSON object.
+    """
+    config = read_tokenizer_config(folder)
+    if "added_tokens_decoder" not in config:  # else the older file of names is not looked at
+        config |= _read_object(folder / "special_tokens_map.json")
+    texts = {name: _text_of(config.get(name)) for name in SPECIAL_TOKEN_NAMES}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _text_of(token: object) -> str | None:
+    """A special token is written as its text, or as an object with a "content"."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise QrunError(
+            f"{path.name} is not JSON: {error}", where=path, hint="copy it from the checkpoint"
+        ) from error
+    if not isinstance(content, dict):
+        raise QrunError(
+            f"{path.name} must hold a JSON object", where=path, hint="copy it from the checkpoint"
+        )
+    return content
