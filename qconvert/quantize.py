@@ -73,7 +73,7 @@ def recipe_for(precision: str, hidden_size: int, block_size: int = DEFAULT_BLOCK
     fitting = [size for size in BLOCK_SIZES if size <= block_size and hidden_size % size == 0]
     if not fitting:
         raise QconvertError(
-            f"hidden_size {hidden_size} is not a multiple of {BLOCK_SIZES[0]}: its embedding cannot be quantised",
+            f"hidden_size {hidden_size} is no multiple of {BLOCK_SIZES[0]}: its embedding cannot be quantised",
             where="config.json: hidden_size",
             hint="use --precision fp32 or fp16",
         )

@@ -89,7 +89,7 @@ class Initializers:
         )
 
     def flat_view(self, packed: PackedValues) -> ir.Value:
-        """The same bytes of an 8-bit packed matrix as ``[rows, columns]``: a tied embedding is stored once."""
+        """The bytes of an 8-bit packed matrix as ``[rows, columns]``: a tied embedding is stored once."""
         tensor = packed.data.const_value
         assert isinstance(tensor, ir.ExternalTensor)
         assert tensor.offset is not None

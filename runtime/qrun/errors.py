@@ -17,7 +17,9 @@ class QrunError(Exception):
         hint: what to do next, as an instruction.
     """
 
-    def __init__(self, what: str, *, where: str | PathLike[str] | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, where: str | PathLike[str] | None = None, hint: str | None = None
+    ) -> None:
         self.what = what
         self.where = None if where is None else str(where)
         self.hint = hint

@@ -41,7 +41,9 @@ class OrtSession:
         self._run_options = onnxruntime.RunOptions()
         self._inference = self._open(device)
         self._check_device(device)
-        self.device = f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else "CUDA device 0"
+        self.device = (
+            f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else "CUDA device 0"
+        )
         self.kv_dtype = np.dtype(manifest.kv.dtype)
         facts = manifest.model
         self.kv_names = [
@@ -54,18 +56,12 @@ class OrtSession:
     def new_cache(self, batch: int = 1, *, in_place: bool = True) -> OrtKVCache:
         return (InPlaceKVCache if in_place else GrowingKVCache)(self, batch)
 
-    def forward(self, token_ids: NDArray[np.int64], cache: KVCache, logits: str = "last") -> NDArray[np.float32]:
+    def forward(
+        self, token_ids: NDArray[np.int64], cache: KVCache, logits: str = "last"
+    ) -> NDArray[np.float32]:
         assert isinstance(cache, OrtKVCache), "the cache belongs to another session"
-        batch, new = token_ids.shape
-        vocab_size = self.manifest.model.vocab_size
-        if new == 0 or int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size:
-            raise QrunError(
-                "no token ids were given"
-                if new == 0
-                else f"token id {int(token_ids.max() if token_ids.min() >= 0 else token_ids.min())} is outside "
-                f"the vocabulary of {vocab_size:,}",
-                hint="encode the text with the tokenizer of the same model folder",
-            )
+        new = token_ids.shape[1]
+        self._check_tokens(token_ids)
         cache.reserve(new)
         binding = cache.bind(new, logits)
         cache.token_ids(new)[...] = token_ids
@@ -73,6 +69,15 @@ class OrtSession:
         cache.collect()
         cache.advance(new)
         return cache.logits(new, logits)
+
+    def _check_tokens(self, token_ids: NDArray[np.int64]) -> None:
+        hint = "encode the text with the tokenizer of the same model folder"
+        if token_ids.size == 0:
+            raise QrunError("no token ids were given", hint=hint)
+        vocab_size = self.manifest.model.vocab_size
+        for token_id in (int(token_ids.min()), int(token_ids.max())):
+            if not 0 <= token_id < vocab_size:
+                raise QrunError(f"token id {token_id} is outside the vocabulary of {vocab_size:,}", hint=hint)
 
     def _open(self, device: str) -> Any:
         options = self._ort.SessionOptions()
@@ -105,7 +110,7 @@ class OrtSession:
             )
         if device != "cpu" and (strays := nodes_on_cpu(self._inference)):
             raise QrunError(
-                f"{len(strays)} nodes would run on the CPU, not on the {device} device: {', '.join(strays[:5])}",
+                f"{len(strays)} nodes would run on the CPU, not on {device}: {', '.join(strays[:5])}",
                 hint="update onnxruntime-gpu, or use --device cpu",
             )
 
@@ -233,7 +238,8 @@ class GrowingKVCache(OrtKVCache):
     def trim(self, length: int) -> None:
         super().trim(length)
         self._past = [
-            self._session.allocate(np.ascontiguousarray(_as_array(value)[:, :, :length])) for value in self._past
+            self._session.allocate(np.ascontiguousarray(_as_array(value)[:, :, :length]))
+            for value in self._past
         ]
 
 
