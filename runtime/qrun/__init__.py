@@ -1,3 +1,65 @@
-"""qrun: runs what qconvert made. Needs numpy, tokenizers and ONNX Runtime; no torch, no transformers."""
+"""qrun: runs what qconvert made. Needs numpy, tokenizers and ONNX Runtime; no torch, no transformers.
+
+    import qrun
+
+    model = qrun.open("./Qwen2.5-1.5B-Instruct-onnx-int8")
+    for event in model.chat().send("What is the capital of France?"):
+        if isinstance(event, qrun.Piece):
+            print(event.text, end="", flush=True)
+
+Importing qrun is cheap: ONNX Runtime and the tokenizer are loaded by ``open``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrun.errors import QrunError
+
+if TYPE_CHECKING:
+    from qrun.answer import Answer, Event, Piece
+    from qrun.chat import Chat
+    from qrun.generate import Prefilled
+    from qrun.model import Model
+    from qrun.sampling_params import SamplingParams
+    from qrun.session import Device
 
 __version__ = "0.1.0"
+__all__ = [
+    "Answer",
+    "Chat",
+    "Event",
+    "Model",
+    "Piece",
+    "Prefilled",
+    "QrunError",
+    "SamplingParams",
+    "open",
+]
+
+_HOMES = {
+    "Answer": "qrun.answer",
+    "Chat": "qrun.chat",
+    "Event": "qrun.answer",
+    "Model": "qrun.model",
+    "Piece": "qrun.answer",
+    "Prefilled": "qrun.generate",
+    "SamplingParams": "qrun.sampling_params",
+}
+
+
+def open(
+    path: str | Path, *, device: Device = "cpu", threads: int | None = None, check_hashes: bool = False
+) -> Model:
+    """Open a model folder, or the .onnx inside one: ``Model.open`` under a shorter name."""
+    from qrun.model import Model
+
+    return Model.open(path, device=device, threads=threads, check_hashes=check_hashes)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qrun' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,147 @@
+"""One answer: the loop's tokens become text that is final, and end with all that is known about them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+from qrun.generate import Context, FinishReason, Finished, Prefilled, Token, generate
+from qrun.sampling_params import SamplingParams
+from qrun.text import IncrementalDetokenizer, StopStrings, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that has become final: whole characters, and no part of a stop string. Never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The last event of an answer.
+
+    Attributes:
+        text: all pieces together.
+        token_ids: what was generated; an end token is not among them, a stop string's tokens are.
+        finish_reason: "eos" (the model ended it), "stop" (a stop string), "length" (max_tokens),
+            "context" (no room left) or "cancelled".
+        prompt_tokens: length of the prompt, of which ``reused_tokens`` were in the KV cache already.
+        completion_tokens: number of ``token_ids``.
+        prefill_seconds: until the first logits.
+        decode_seconds: from there to the end, with whatever the caller did between the events.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    reused_tokens: int
+    completion_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Rate at which the prompt's new tokens were read."""
+        return _rate(self.prompt_tokens - self.reused_tokens, self.prefill_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Rate of the tokens after the first one, which came with the prompt's logits."""
+        return _rate(self.completion_tokens - 1, self.decode_seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as one JSON object."""
+        return {
+            **asdict(self),
+            "token_ids": list(self.token_ids),
+            "prefill_tokens_per_second": round(self.prefill_tokens_per_second, 2),
+            "decode_tokens_per_second": round(self.decode_tokens_per_second, 2),
+        }
+
+
+Event = Prefilled | Piece | Answer
+
+
+class Answering:
+    """An answer in the making: iterate over ``events`` once.
+
+    Attributes:
+        text: what has become final so far.
+        token_ids: what was generated so far.
+        finish_reason: None until the answer has ended by itself or was cancelled.
+    """
+
+    def __init__(
+        self, context: Context, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._prompt_ids = prompt_ids
+        self._tokens = generate(context, prompt_ids, params)
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._stop = StopStrings(params.stop)
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End the answer after the step that is running. A signal handler or another thread may call it."""
+        self._cancelled = True
+
+    def events(self) -> Generator[Event, None, None]:
+        """Progress through the prompt, pieces of text, and one ``Answer`` at the end.
+
+        Raises:
+            QrunError: see ``generate.generate``.
+        """
+        started = prefilled = perf_counter()
+        reused: int | None = None
+        for event in self._tokens:
+            if isinstance(event, Prefilled):
+                reused = event.done if reused is None else reused
+                prefilled = perf_counter()
+                yield event
+            elif isinstance(event, Token):
+                self.token_ids.append(event.token_id)
+                yield from self._show(self._detokenizer.push(event.token_id))
+            else:
+                yield from self._end(event)
+            if self._cancelled and self.finish_reason is None:
+                self.finish_reason = "cancelled"
+            if self.finish_reason is not None:
+                break
+        ended = perf_counter()
+        assert self.finish_reason is not None, "generate ends with Finished"
+        yield Answer(
+            self.text,
+            tuple(self.token_ids),
+            self.finish_reason,
+            len(self._prompt_ids),
+            reused or 0,
+            len(self.token_ids),
+            prefilled - started,
+            ended - prefilled,
+        )
+
+    def _show(self, text: str) -> Generator[Piece, None, None]:
+        safe, stop = self._stop.push(text)
+        if stop is not None:
+            self.finish_reason = "stop"
+        if safe:
+            self.text += safe
+            yield Piece(safe)
+
+    def _end(self, finished: Finished) -> Generator[Piece, None, None]:
+        yield from self._show(self._detokenizer.flush())
+        if self.finish_reason is None:  # no stop string in the very last characters
+            self.finish_reason = finished.reason
+            if rest := self._stop.flush():
+                self.text += rest
+                yield Piece(rest)
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return max(0, tokens) / seconds if seconds > 0 else 0.0

@@ -1,0 +1,154 @@
+"""A conversation: messages, their rendering by the chat template, and one KV cache for all turns."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from qrun.answer import Answer, Answering, Event
+from qrun.errors import QrunError
+from qrun.model import Model
+
+
+class Chat:
+    """Several turns with one model; the keys and values of earlier turns are kept.
+
+    The prompt of a turn is the rendering of all messages so far. Where it begins with the last
+    prompt and answer, only what comes after them is encoded, so the answer keeps the very tokens
+    that were generated (encoding its text may give others) and only new tokens are prefilled. A
+    template that rewrites earlier turns (to drop their reasoning, say) is followed: the tokens from
+    the first difference on are computed again.
+
+        chat = model.chat(system="Be brief.")
+        for event in chat.send("What is the capital of France?"):
+            if isinstance(event, qrun.Piece):
+                print(event.text, end="", flush=True)
+
+    Attributes:
+        messages: user and assistant turns, as dicts with "role" and "content".
+        answers: one per turn, with its token counts and times.
+
+    Args:
+        model: with a chat template.
+        system: the system message; None leaves it to the template.
+        sampling: for every turn, fields of ``SamplingParams``.
+
+    Raises:
+        QrunError: the model has no chat template, or a bad sampling parameter.
+    """
+
+    def __init__(self, model: Model, system: str | None = None, **sampling: Any) -> None:
+        if model.template is None:
+            raise QrunError(
+                f"{model.manifest.name} has no chat template: it continues text, it does not chat",
+                where=model.manifest.folder,
+                hint="use `qrun generate --raw`, or put the model's chat_template.jinja into the checkpoint "
+                "and export it again",
+            )
+        model.resolve(sampling)  # a bad value should be told now, not at the first turn
+        self.model = model
+        self.messages: list[dict[str, str]] = []
+        self.answers: list[Answer] = []
+        self.context = model.new_context()
+        self._template = model.template
+        self._system = system
+        self._sampling = sampling
+        # Renderings whose token ids are known, the longest last: the last prompt, and prompt and answer.
+        self._known: list[tuple[str, list[int]]] = []
+        self._answering: Answering | None = None
+        self._turn: Generator[Event, None, None] | None = None
+
+    @property
+    def system_message(self) -> str | None:
+        """The system message in force; None leaves it to the template."""
+        return self._system
+
+    def system(self, text: str | None) -> None:
+        """Change the system message. Turns so far stay; the next one computes all of them again."""
+        self._system = text
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self._end_running_turn()
+        self.messages.clear()
+        self.answers.clear()
+        self._known.clear()
+        self.context.reuse([])
+
+    def cancel(self) -> None:
+        """End the running answer after the step it is at; its ``Answer`` says "cancelled".
+
+        A signal handler or another thread may call it. Without a running answer it does nothing.
+        """
+        if self._answering is not None:
+            self._answering.cancel()
+
+    def send(self, text: str, **overrides: Any) -> Generator[Event, None, None]:
+        """Say something and get the events of the answer, the last of them an ``Answer``.
+
+        An answer that is cancelled, or whose loop is left, stays in the conversation as far as it
+        went; if it had not begun, the turn is forgotten. So is a turn that raises before that.
+
+        Args:
+            text: the user's message.
+            overrides: fields of ``SamplingParams`` for this turn only.
+
+        Raises:
+            QrunError: an empty message, a conversation that no longer fits the context, a bad
+                sampling parameter.
+        """
+        self._end_running_turn()
+        self._turn = self._run_turn(text, overrides)
+        return self._turn
+
+    def _run_turn(self, text: str, overrides: dict[str, Any]) -> Generator[Event, None, None]:
+        params, _ = self.model.resolve({**self._sampling, **overrides})
+        user = {"role": "user", "content": text}
+        rendered, prompt_ids = self._prompt(user)
+        answering = self.model.answering(prompt_ids, params, context=self.context)
+        self._answering = answering
+        try:
+            for event in answering.events():
+                if isinstance(event, Answer):
+                    self.answers.append(event)
+                yield event
+        finally:
+            self._answering = None
+            ended_by_itself = answering.finish_reason not in (None, "cancelled")
+            if answering.text or ended_by_itself:
+                self._remember(user, answering, rendered, prompt_ids)
+
+    def _prompt(self, user: dict[str, str]) -> tuple[str, list[int]]:
+        """The conversation with one more message: as text, and as token ids."""
+        if not user["content"].strip():
+            raise QrunError("the message is empty", hint="say something")
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        rendered = self._template.render([*system, *self.messages, user])
+        known_text, known_ids = next(
+            (known for known in reversed(self._known) if rendered.startswith(known[0])), ("", [])
+        )
+        ids = known_ids + self.model.tokenizer.encode(rendered[len(known_text) :])
+        limit = self.model.manifest.model.context_length
+        if len(ids) > limit:
+            raise QrunError(
+                f"the conversation would have {len(ids):,} tokens, and the context of "
+                f"{self.model.manifest.name} ends at {limit:,}",
+                hint="start over with /reset (Chat.reset() in Python)"
+                + ("" if self.messages else " does not help here: shorten the message"),
+            )
+        return rendered, ids
+
+    def _remember(
+        self, user: dict[str, str], answering: Answering, rendered: str, prompt_ids: list[int]
+    ) -> None:
+        self.messages += [user, {"role": "assistant", "content": answering.text}]
+        self._known = [(rendered, prompt_ids)]
+        # A stop string, or half a character at the end, is in the tokens and not in the text.
+        if self.model.tokenizer.decode(answering.token_ids) == answering.text:
+            self._known.append((rendered + answering.text, prompt_ids + answering.token_ids))
+
+    def _end_running_turn(self) -> None:
+        """A turn whose loop was left for good ends here at the latest."""
+        if self._turn is not None:
+            self._turn.close()
+            self._turn = None

@@ -1,0 +1,160 @@
+"""A model folder, opened: session, tokenizer, chat template and generation defaults in one object.
+
+    import qrun
+
+    model = qrun.open("./Qwen2.5-1.5B-Instruct-onnx-int8")
+
+    for event in model.generate("Once upon a time", max_tokens=64, temperature=0.8, seed=1):
+        if isinstance(event, qrun.Piece):
+            print(event.text, end="", flush=True)
+
+    *_, answer = model.generate("1, 2, 3,", max_tokens=8)      # the last event is the whole answer
+    print(answer.text, answer.finish_reason, f"{answer.decode_tokens_per_second:.1f} tokens/s")
+
+    chat = model.chat(system="Answer in one word.")
+    *_, answer = chat.send("What is the capital of France?")
+    *_, answer = chat.send("And of Italy?")                    # only the new tokens are prefilled
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrun.answer import Answering, Event
+from qrun.errors import QrunError
+from qrun.generate import Context, check_prompt
+from qrun.manifest import Manifest, find_model_folder
+from qrun.sampling_params import SamplingParams, resolve
+from qrun.session import Device, Session, open_session
+from qrun.text import ChatTemplate, Tokenizer
+from qrun.tokenizer import read_tokenizer_config
+
+if TYPE_CHECKING:
+    from qrun.chat import Chat
+
+
+class Model:
+    """Everything that is needed to go from text to text.
+
+    Attributes:
+        session: runs token ids.
+        tokenizer: the checkpoint's own.
+        template: the checkpoint's chat template, or None if it has none (a base model).
+        generation_config: the checkpoint's sampling defaults, in transformers' names; may be empty.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.template = template
+        self.generation_config = generation_config or {}
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, device: Device = "cpu", threads: int | None = None, check_hashes: bool = False
+    ) -> Model:
+        """Open a model folder, or the .onnx inside one.
+
+        Args:
+            path: what ``qconvert export`` wrote.
+            device: "cpu" or "cuda"; there is no silent fall-back from one to the other.
+            threads: threads within an operator; by default the cores that the process may use.
+            check_hashes: hash every file against the manifest first (sizes are always checked).
+
+        Raises:
+            QrunError: the folder is not whole, not ours or too new, has no tokenizer, or the device
+                cannot run it.
+        """
+        folder = find_model_folder(path)
+        session = open_session(folder, device=device, threads=threads, check_hashes=check_hashes)
+        template = ChatTemplate.from_folder(folder) if _has_template(folder) else None
+        return cls(session, Tokenizer.from_folder(folder), template, _read_generation_config(folder))
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.session.manifest
+
+    @property
+    def device(self) -> str:
+        """Where it really runs, for people: "CPU, 2 threads"."""
+        return self.session.device
+
+    def resolve(self, sampling: Mapping[str, Any]) -> tuple[SamplingParams, dict[str, str]]:
+        """Every sampling parameter of a request, and where its value came from.
+
+        Raises:
+            QrunError: an unknown parameter or a bad value, by name.
+        """
+        ends = self.manifest.eos_token_ids
+        return resolve(sampling, self.generation_config, eos_token_ids=ends)
+
+    def new_context(self) -> Context:
+        """An empty KV cache. Prompts that are given the same one share their common beginning."""
+        return Context(self.session)
+
+    def generate(
+        self, prompt: str | Sequence[int], *, context: Context | None = None, **sampling: Any
+    ) -> Generator[Event, None, None]:
+        """Continue a prompt as it is, without the chat template (for that, see ``chat``).
+
+        Args:
+            prompt: text, or token ids.
+            context: where the tokens go. With the context of an earlier prompt, the tokens that
+                both begin with are not computed again. One answer at a time may use it.
+            sampling: fields of ``SamplingParams``: max_tokens, temperature, top_p, stop, seed, ...
+
+        Returns:
+            ``Prefilled`` for progress through the prompt, ``Piece`` for text, ``Answer`` at the end.
+            Leave the loop to stop early.
+
+        Raises:
+            QrunError: an empty prompt, one longer than the context, a bad sampling parameter.
+        """
+        params, _ = self.resolve(sampling)
+        ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        check_prompt(ids, self.manifest.model.context_length)
+        return self.answering(ids, params, context=context).events()
+
+    def answering(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, context: Context | None = None
+    ) -> Answering:
+        """The answer to a prompt as an object that can be cancelled; see ``generate``."""
+        return Answering(context or self.new_context(), self.tokenizer, prompt_ids, params)
+
+    def chat(self, system: str | None = None, **sampling: Any) -> Chat:
+        """A conversation of several turns, see ``chat.Chat``.
+
+        Raises:
+            QrunError: the model has no chat template, or a bad sampling parameter.
+        """
+        from qrun.chat import Chat
+
+        return Chat(self, system, **sampling)
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return read_tokenizer_config(folder).get("chat_template") is not None
+
+
+def _read_generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QrunError(f"{path.name} is not JSON: {error}", where=path, hint="copy it from the checkpoint") from error
+    if not isinstance(config, dict):
+        raise QrunError(f"{path.name} must hold a JSON object", where=path, hint="copy it from the checkpoint")
+    return config
