@@ -17,6 +17,7 @@ from qconvert.decoder import DecoderSpec, lower_decoder, rope_tables
 from qconvert.errors import QconvertError
 from qconvert.forecast import export_bytes, kv_bytes_per_token, parameter_count
 from qconvert.hub import Hub
+from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 from qconvert.quantize import DEFAULT_BLOCK_SIZE, Recipe, recipe_for
 
@@ -91,8 +92,8 @@ def write_graph(
     from qconvert.lowering.onnxruntime import OnnxRuntimeLowering
     from qconvert.weights import CheckpointWeights, DataFile
 
-    with DataFile(folder / f"{GRAPH_NAME}.data") as data:
-        initializers = Initializers(CheckpointWeights(model, advance), data)
+    with DataFile(folder / f"{GRAPH_NAME}.data") as data, piece_workers() as workers:
+        initializers = Initializers(CheckpointWeights(model, advance), data, workers)
         rope = rope_tables(model.config, spec.context_length)
         lowering = OnnxRuntimeLowering(spec, recipe, initializers, rope)
         lower_decoder(spec, lowering)

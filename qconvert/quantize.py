@@ -8,6 +8,7 @@ earlier one in the low half.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def recipe_for(precision: str, hidden_size: int, block_size: int = DEFAULT_BLOCK
     fitting = [size for size in BLOCK_SIZES if size <= block_size and hidden_size % size == 0]
     if not fitting:
         raise QconvertError(
-            f"hidden_size {hidden_size} is no multiple of {BLOCK_SIZES[0]}: its embedding cannot be quantised",
+            f"hidden_size {hidden_size} is no multiple of {BLOCK_SIZES[0]}: the embedding cannot be packed",
             where="config.json: hidden_size",
             hint="use --precision fp32 or fp16",
         )
@@ -103,18 +104,23 @@ class NonFiniteWeightError(ValueError):
     """A weight holds NaN or Inf; the caller knows its name."""
 
 
-def row_pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Cut a tensor along its first axis into pieces of about ``PIECE`` elements."""
+def row_ranges(weight: torch.Tensor) -> Iterator[slice]:
+    """Cut a tensor along its first axis into ranges of about ``PIECE`` elements."""
     rows = max(1, PIECE // weight[0].numel())
     for start in range(0, weight.shape[0], rows):
-        yield weight[start : start + rows]
+        yield slice(start, min(start + rows, weight.shape[0]))
 
 
-def pack(weight: torch.Tensor, fmt: BlockFormat) -> PackedWeight:
+def pack(weight: torch.Tensor, fmt: BlockFormat, workers: Executor | None = None) -> PackedWeight:
     """Quantise ``weight`` [N, K] (any float type) by rounding to nearest, block by block.
 
     Symmetric: scale = max|w| / (2^(bits-1) - 1), zero at 2^(bits-1).
     Asymmetric: the block's range, widened to contain 0, is divided into 2^bits - 1 steps.
+
+    Args:
+        weight: the matrix.
+        fmt: how to pack it.
+        workers: threads that each take some rows (see ``parallel.piece_workers``); none: this one.
 
     Raises:
         NonFiniteWeightError: NaN or Inf in the weight.
@@ -123,21 +129,21 @@ def pack(weight: torch.Tensor, fmt: BlockFormat) -> PackedWeight:
 
     rows, columns = weight.shape
     blocks = -(-columns // fmt.block_size)
+    padding = blocks * fmt.block_size - columns
     data = torch.empty((rows, blocks, fmt.block_size * fmt.bits // 8), dtype=torch.uint8)
     scales = torch.empty((rows, blocks), dtype=torch.float32)
     zeros = None if fmt.symmetric else torch.empty((rows, blocks), dtype=torch.uint8)
-    start = 0
-    for piece in row_pieces(weight):
-        stop = start + piece.shape[0]
-        values = piece.to(torch.float32)
-        if padding := blocks * fmt.block_size - columns:
+
+    def pack_rows(part: slice) -> None:
+        values = weight[part].to(torch.float32)
+        if padding:
             values = torch.nn.functional.pad(values, (0, padding))
-        values = values.view(stop - start, blocks, fmt.block_size)
-        quantised = _round_blocks(
-            values, fmt, scales[start:stop], None if zeros is None else zeros[start:stop]
-        )
-        data[start:stop] = _pack_bits(quantised, fmt.bits)
-        start = stop
+        values = values.view(-1, blocks, fmt.block_size)
+        codes = _round_blocks(values, fmt, scales[part], None if zeros is None else zeros[part])
+        data[part] = _pack_bits(codes, fmt.bits)
+
+    for _ in (map if workers is None else workers.map)(pack_rows, row_ranges(weight)):
+        pass  # waits for each piece, and raises what it raised
     return PackedWeight(data, scales, None if zeros is None else _pack_zero_points(zeros, fmt.bits))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
-from qconvert.quantize import BlockFormat, NonFiniteWeightError, PackedWeight, pack, row_pieces
+from qconvert.quantize import BlockFormat, NonFiniteWeightError, PackedWeight, pack, row_ranges
 from qconvert.weights import CheckpointWeights, DataFile
 
 
@@ -32,8 +33,9 @@ class Initializers:
     Several names given at once are put side by side along the output axis.
     """
 
-    def __init__(self, weights: CheckpointWeights, data: DataFile) -> None:
+    def __init__(self, weights: CheckpointWeights, data: DataFile, workers: Executor | None = None) -> None:
         self._weights = weights
+        self._workers = workers
         self._data = data
         self._by_name: dict[str, ir.Value] = {}
 
@@ -106,7 +108,7 @@ class Initializers:
 
     def _pack(self, name: str, fmt: BlockFormat) -> PackedWeight:
         try:
-            return pack(self._weights[name], fmt)
+            return pack(self._weights[name], fmt, self._workers)
         except NonFiniteWeightError as error:
             raise _not_finite(name) from error
         finally:
@@ -114,7 +116,9 @@ class Initializers:
 
     def _cast(self, names: Sequence[str], dtype: torch.dtype) -> Iterator[torch.Tensor]:
         for name in names:
-            for piece in row_pieces(self._weights[name]):
+            weight = self._weights[name]
+            for part in row_ranges(weight):
+                piece = weight[part]
                 cast = piece.to(dtype)
                 if not bool(torch.isfinite(cast).all()):
                     if bool(torch.isfinite(piece).all()):
