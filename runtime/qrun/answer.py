@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
-from qrun.generate import Context, FinishReason, Finished, Prefilled, Token, generate
+from qrun.generate import Context, Finished, FinishReason, Prefilled, Token, generate
 from qrun.sampling_params import SamplingParams
 from qrun.text import IncrementalDetokenizer, StopStrings, Tokenizer
 

@@ -26,7 +26,7 @@ class Chat:
 
     Attributes:
         messages: user and assistant turns, as dicts with "role" and "content".
-        answers: one per turn, with its token counts and times.
+        answers: one per turn that came to an end or was cancelled, with its token counts and times.
 
     Args:
         model: with a chat template.
@@ -109,13 +109,12 @@ class Chat:
         self._answering = answering
         try:
             for event in answering.events():
-                if isinstance(event, Answer):
+                if isinstance(event, Answer) and _has_begun(answering):
                     self.answers.append(event)
                 yield event
         finally:
             self._answering = None
-            ended_by_itself = answering.finish_reason not in (None, "cancelled")
-            if answering.text or ended_by_itself:
+            if _has_begun(answering):
                 self._remember(user, answering, rendered, prompt_ids)
 
     def _prompt(self, user: dict[str, str]) -> tuple[str, list[int]]:
@@ -133,8 +132,9 @@ class Chat:
             raise QrunError(
                 f"the conversation would have {len(ids):,} tokens, and the context of "
                 f"{self.model.manifest.name} ends at {limit:,}",
-                hint="start over with /reset (Chat.reset() in Python)"
-                + ("" if self.messages else " does not help here: shorten the message"),
+                hint="start over with /reset, in Python Chat.reset()"
+                if self.messages
+                else "shorten the message",
             )
         return rendered, ids
 
@@ -152,3 +152,8 @@ class Chat:
         if self._turn is not None:
             self._turn.close()
             self._turn = None
+
+
+def _has_begun(answering: Answering) -> bool:
+    """An answer that ended at once is an answer too; one that was stopped before it said anything is not."""
+    return bool(answering.text) or answering.finish_reason not in (None, "cancelled")

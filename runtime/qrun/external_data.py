@@ -33,7 +33,7 @@ _FIELDS: dict[str, dict[int, str]] = {
 _DEEPEST = 100  # protobuf's own limit to nesting
 
 
-class _Malformed(Exception):
+class _MalformedError(Exception):
     """The bytes are not an ONNX model."""
 
 
@@ -48,7 +48,7 @@ def check_external_data(manifest: Manifest) -> None:
     root = manifest.folder.resolve()
     try:
         locations = external_locations(graph)
-    except (_Malformed, OSError, ValueError) as error:
+    except (_MalformedError, OSError, ValueError) as error:
         raise QrunError(
             f"{graph.name} is not an ONNX graph: {error}",
             where=graph,
@@ -81,7 +81,7 @@ def external_locations(path: Path) -> set[str]:
 
 def _locations(data: memoryview, start: int, end: int, message: str, depth: int) -> Iterator[str]:
     if depth > _DEEPEST:
-        raise _Malformed("it is nested too deeply")
+        raise _MalformedError("it is nested too deeply")
     if message == "location":
         yield from _location(data, start, end)
         return
@@ -89,7 +89,7 @@ def _locations(data: memoryview, start: int, end: int, message: str, depth: int)
     for number, low, high in _fields(data, start, end):
         if number in inside:
             if low < 0:
-                raise _Malformed(f"field {number} is a number where a {inside[number]} should be")
+                raise _MalformedError(f"field {number} is a number where a {inside[number]} should be")
             yield from _locations(data, low, high, inside[number], depth + 1)
 
 
@@ -118,9 +118,9 @@ def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, 
         elif kind in _FIXED_LENGTHS:
             length = _FIXED_LENGTHS[kind]
         else:
-            raise _Malformed(f"wire type {kind} at byte {position:,}")
+            raise _MalformedError(f"wire type {kind} at byte {position:,}")
         if position + length > end:
-            raise _Malformed(f"a field at byte {position:,} is longer than what holds it")
+            raise _MalformedError(f"a field at byte {position:,} is longer than what holds it")
         yield (number, position, position + length) if kind == _BYTES else (number, -1, -1)
         position += length
 
@@ -129,10 +129,10 @@ def _varint(data: memoryview, position: int, end: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if position >= end:
-            raise _Malformed(f"a number is cut off at byte {position:,}")
+            raise _MalformedError(f"a number is cut off at byte {position:,}")
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-    raise _Malformed(f"a number of more than 64 bits at byte {position:,}")
+    raise _MalformedError(f"a number of more than 64 bits at byte {position:,}")

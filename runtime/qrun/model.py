@@ -1,19 +1,19 @@
 """A model folder, opened: session, tokenizer, chat template and generation defaults in one object.
 
-    import qrun
+import qrun
 
-    model = qrun.open("./Qwen2.5-1.5B-Instruct-onnx-int8")
+model = qrun.open("./Qwen2.5-1.5B-Instruct-onnx-int8")
 
-    for event in model.generate("Once upon a time", max_tokens=64, temperature=0.8, seed=1):
-        if isinstance(event, qrun.Piece):
-            print(event.text, end="", flush=True)
+for event in model.generate("Once upon a time", max_tokens=64, temperature=0.8, seed=1):
+    if isinstance(event, qrun.Piece):
+        print(event.text, end="", flush=True)
 
-    *_, answer = model.generate("1, 2, 3,", max_tokens=8)      # the last event is the whole answer
-    print(answer.text, answer.finish_reason, f"{answer.decode_tokens_per_second:.1f} tokens/s")
+*_, answer = model.generate("1, 2, 3,", max_tokens=8)      # the last event is the whole answer
+print(answer.text, answer.finish_reason, f"{answer.decode_tokens_per_second:.1f} tokens/s")
 
-    chat = model.chat(system="Answer in one word.")
-    *_, answer = chat.send("What is the capital of France?")
-    *_, answer = chat.send("And of Italy?")                    # only the new tokens are prefilled
+chat = model.chat(system="Answer in one word.")
+*_, answer = chat.send("What is the capital of France?")
+*_, answer = chat.send("And of Italy?")                    # only the new tokens are prefilled
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ class Model:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, device: Device = "cpu", threads: int | None = None, check_hashes: bool = False
+        cls,
+        path: str | Path,
+        *,
+        device: Device = "cpu",
+        threads: int | None = None,
+        check_hashes: bool = False,
     ) -> Model:
         """Open a model folder, or the .onnx inside one.
 
@@ -154,7 +159,11 @@ def _read_generation_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise QrunError(f"{path.name} is not JSON: {error}", where=path, hint="copy it from the checkpoint") from error
+        raise QrunError(
+            f"{path.name} is not JSON: {error}", where=path, hint="copy it from the checkpoint"
+        ) from error
     if not isinstance(config, dict):
-        raise QrunError(f"{path.name} must hold a JSON object", where=path, hint="copy it from the checkpoint")
+        raise QrunError(
+            f"{path.name} must hold a JSON object", where=path, hint="copy it from the checkpoint"
+        )
     return config
