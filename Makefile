@@ -4,6 +4,7 @@
 #   make test      all tests (tests/interop apart)
 #   make lint      ruff, mypy, import-linter
 #   make interop   optimum and onnxruntime-genai read the exported sample and answer as qrun does
+#   make benchmark export cost and decode speed beside other programs (idle machine, 10 GB, an hour)
 #   make clean     remove environments, caches and the demo
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 to 3.13 with the pinned versions). Packages come
@@ -14,6 +15,7 @@
 PYTHON ?= python3
 VENV := .venv
 INTEROP_VENV := .venv-interop
+BENCH_VENV := .venv-bench
 # Kept between runs: the sample checkpoint, which tests and `make interop` share.
 export QCONVERT_TEST_CACHE ?= $(CURDIR)/.cache/tests
 
@@ -26,7 +28,7 @@ DEMO := demo/sample-model
 DEMO_EXPORT := demo/sample-model-onnx-int8
 QUESTION := What is the capital of France?
 
-.PHONY: demo test lint interop clean
+.PHONY: demo test lint interop benchmark clean
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -43,8 +45,14 @@ lint: $(VENV)/.ready
 interop: $(INTEROP_VENV)/.ready $(EXPORTS)/fp32/qconvert.json $(EXPORTS)/int8/qconvert.json
 	QCONVERT_INTEROP=$(EXPORTS) $(INTEROP_VENV)/bin/pytest tests/interop
 
+benchmark: $(BENCH_VENV)/.ready $(INTEROP_VENV)/.ready
+	$(BENCH_VENV)/bin/python -m benchmarks.decode_overhead --json benchmarks/results/decode_overhead.json
+	$(BENCH_VENV)/bin/python -m benchmarks.export_cost --json benchmarks/results/export_cost.json
+	$(BENCH_VENV)/bin/python -m benchmarks.export_cost --optimum --optimum-python $(INTEROP_VENV)/bin/python \
+	    --json benchmarks/results/export_cost_optimum.json
+
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) demo .cache build dist
+	rm -rf $(VENV) $(INTEROP_VENV) $(BENCH_VENV) demo .cache build dist
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Environments. The stamp comes last, so an interrupted installation is taken up again.
@@ -61,6 +69,13 @@ $(INTEROP_VENV)/.ready: pyproject.toml constraints-interop.txt
 	test -x $(INTEROP_VENV)/bin/python || $(PYTHON) -m venv $(INTEROP_VENV)
 	$(INTEROP_VENV)/bin/python $(PIP_INSTALL) -c constraints-interop.txt -e '.[cpu]' \
 	    optimum-onnx transformers torch onnxruntime-genai onnx onnx-ir psutil pytest pytest-timeout
+	@touch $@
+
+# Both sides of the export benchmark in one environment: genai's builder needs transformers 5, as qconvert does.
+$(BENCH_VENV)/.ready: pyproject.toml constraints.txt
+	@$(call check-python)
+	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[cpu,export]' onnxruntime-genai==0.18.0
 	@touch $@
 
 define check-python

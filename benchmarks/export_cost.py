@@ -130,7 +130,10 @@ def main() -> None:
         "shape": arguments.shape,
         "precision": arguments.precision,
         "checkpoint_bytes": size,
-        "commands": {name: [Path(command[0]).name, *command[1:]] for name, command in commands.items()},
+        "commands": {
+            name: " ".join(["python", *command[1:], "OUTPUT"]).replace(str(checkpoint), "CHECKPOINT")
+            for name, command in commands.items()
+        },
         "programs": {
             name: {
                 "wall_seconds": summary([run.wall_seconds for run in runs]),
