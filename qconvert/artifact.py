@@ -7,6 +7,7 @@ next one to the same place.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -82,33 +83,33 @@ def new_model_folder(
     Raises:
         QconvertError: the output exists, cannot be written, or would not fit on the disk.
     """
-    output = output.expanduser().absolute()
+    output = output.expanduser().resolve()  # a link to a folder stays, and its target is replaced
     _check_output(output, force, marker)
+    created = [folder for folder in output.parents if not folder.exists()]
+    published = False
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(output)
         _check_space(output.parent, needed_bytes)
         path = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
-        path.chmod(0o755)  # mkdtemp makes a private folder; a model folder is an ordinary one
+        try:
+            path.chmod(0o755)  # mkdtemp makes a private folder; a model folder is an ordinary one
+            with _locked(path):
+                yield ModelFolder(output, path)
+            published = True
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
-        raise QconvertError(
-            f"cannot write to {output.parent}: {error.strerror}",
-            where=output.parent,
-            hint="choose another output folder",
-        ) from error
-    try:
-        with _locked(path):
-            yield ModelFolder(output, path)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise QconvertError(
-            "no space left on the disk",
-            where=output.parent,
-            hint="free some space, or choose another output folder",
-        ) from error
+        what = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what, hint = "no space left on the disk", "free some space, or choose another output folder"
+        else:
+            what, hint = f"cannot write the folder: {what}", "choose another output folder"
+        raise QconvertError(what, where=error.filename or output.parent, hint=hint) from error
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        for folder in created if not published else ():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _check_output(output: Path, force: bool, marker: str) -> None:

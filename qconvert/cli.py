@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class _Group(click.Group):
     """The one place that turns errors into messages and exit codes."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        # A polite kill cleans up as Ctrl-C does; the exit code is the shell's for this signal.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return super().invoke(ctx)
         except QrunError as error:

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from qconvert.errors import QconvertError
-
 if TYPE_CHECKING:
     import torch
 
@@ -87,21 +85,14 @@ class DataFile:
         """Append a tensor given in pieces along its first axis.
 
         Raises:
-            QconvertError: no space left on the device.
+            OSError: no space left, or whatever else the disk says.
         """
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
         dtype: ir.DataType | None = None
         for piece in tensors:
             dtype = dtype or _ir_dtype(piece)
-            try:
-                piece.contiguous().numpy().tofile(self._file)
-            except OSError as error:
-                raise QconvertError(
-                    f"cannot write the weights: {error.strerror}",
-                    where=self.path,
-                    hint="free some space, or choose another folder with --output",
-                ) from error
+            piece.contiguous().numpy().tofile(self._file)
         assert dtype is not None, f"{name} has no pieces"
         return self.view(name, dtype, tuple(shape), offset, self._file.tell() - offset)
 

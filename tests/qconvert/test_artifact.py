@@ -1,0 +1,142 @@
+"""A model folder appears by one rename, complete, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from qconvert.artifact import new_model_folder
+from qconvert.errors import QconvertError
+from qconvert.weights import DataFile
+from qrun.manifest import MANIFEST_NAME
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def build(output: Path, content: str = "new", *, force: bool = False, needed: int = 0) -> None:
+    with new_model_folder(output, force=force, needed_bytes=needed) as folder:
+        (folder.path / "weights").write_text(content)
+        folder.write_manifest({})
+        folder.publish()
+
+
+def test_the_manifest_lists_every_other_file(tmp_path: Path) -> None:
+    build(tmp_path / "model")
+    files = json.loads((tmp_path / "model" / MANIFEST_NAME).read_text())["files"]
+    assert [(entry["path"], entry["size"]) for entry in files] == [("weights", 3)]
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_failure_leaves_nothing_not_even_new_parents(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError),
+        new_model_folder(tmp_path / "a" / "b" / "model", force=False, needed_bytes=0),
+    ):
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+def test_an_existing_folder_is_refused_and_untouched(tmp_path: Path) -> None:
+    build(tmp_path / "model", "old")
+    with pytest.raises(QconvertError, match=r"exists already(.|\n)*--force"):
+        build(tmp_path / "model")
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
+def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
+    build(tmp_path / "model", "old")
+    (tmp_path / "model" / "extra").write_text("of the old one")
+    build(tmp_path / "model", "new", force=True)
+    assert names(tmp_path / "model") == [MANIFEST_NAME, "weights"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_failed_replacement_keeps_the_old_folder(tmp_path: Path) -> None:
+    build(tmp_path / "model", "old")
+    with pytest.raises(RuntimeError), new_model_folder(tmp_path / "model", force=True, needed_bytes=0):
+        raise RuntimeError
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+def test_without_renameat2_the_old_folder_is_still_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "model", "old")
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    build(tmp_path / "model", "new", force=True)
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert names(tmp_path) == ["model"]
+
+
+def test_force_does_not_delete_what_qconvert_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dear.jpg").write_text("x")
+    with pytest.raises(QconvertError, match="did not make"):
+        build(tmp_path / "photos", force=True)
+    assert (tmp_path / "photos" / "dear.jpg").read_text() == "x"
+
+
+def test_a_file_of_that_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("a file")
+    with pytest.raises(QconvertError, match="not a folder"):
+        build(tmp_path / "model", force=True)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    needed = shutil.disk_usage(tmp_path).total + 1
+    with pytest.raises(QconvertError, match=r"GB are needed and .* GB are free"):
+        build(tmp_path / "model", needed=needed)
+    assert names(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_while_writing_is_one_clear_message(tmp_path: Path) -> None:
+    with (
+        pytest.raises(QconvertError, match="no space left on the disk"),
+        new_model_folder(tmp_path / "model", force=False, needed_bytes=0),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_the_data_file_notices_a_full_device() -> None:
+    with DataFile(Path("/dev/full")) as data, pytest.raises(OSError, match=r"space|requested"):
+        data.add("w", [torch.zeros(1 << 16)], (1 << 16,))
+
+
+def test_an_unwritable_parent_is_one_clear_message(tmp_path: Path) -> None:
+    # A path through a file cannot be made by anybody, root included.
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QconvertError, match="cannot write"):
+        build(tmp_path / "file" / "model")
+
+
+def test_leftovers_of_a_killed_export_are_removed_by_the_next(tmp_path: Path) -> None:
+    leftover = tmp_path / ".model.tmp-abcdefgh"
+    leftover.mkdir()
+    (leftover / "weights").write_text("half")
+    build(tmp_path / "model")
+    assert names(tmp_path) == ["model"]
+
+
+def test_another_running_export_is_left_alone(tmp_path: Path) -> None:
+    with new_model_folder(tmp_path / "model", force=False, needed_bytes=0) as first:
+        build(tmp_path / "model", "second")
+        assert first.path.is_dir()
+    assert (tmp_path / "model" / "weights").read_text() == "second"
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    build(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    build(tmp_path / "link", "new", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "weights").read_text() == "new"
