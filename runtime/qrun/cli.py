@@ -21,6 +21,7 @@ from qrun.lines import decode_input
 from qrun.manifest import read_manifest
 from qrun.model import Model
 from qrun.options import model_options, open_model, sampling_options, take_sampling, tell_sampling
+from qrun.sampling_params import DEFAULT
 from qrun.terminal import PrefillLine, complain, note, printable, show, size
 
 # A model that does not find an end would go on to the end of its context, for minutes.
@@ -97,13 +98,15 @@ def generate(
     sampling = take_sampling(options)
     text = _read_prompt(prompt, prompt_file)
     model = open_model(**options)
-    if "max_new_tokens" not in model.generation_config:
-        sampling.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+    ours = "max_tokens" not in sampling and model.generation_config.get("max_new_tokens") is None
+    if ours:
+        sampling["max_tokens"] = DEFAULT_MAX_TOKENS
     if templated is None:
         templated = model.template is not None or system is not None
     events = Chat(model, system, **sampling).send(text) if templated else model.generate(text, **sampling)
     if options["verbose"]:
-        tell_sampling(*model.resolve(sampling))
+        params, sources = model.resolve(sampling)
+        tell_sampling(params, sources | ({"max_tokens": DEFAULT} if ours else {}))
     answer = _follow(events, model, quiet=as_json, verbose=options["verbose"])
     if as_json:
         click.echo(json.dumps(answer.to_json(), ensure_ascii=False))

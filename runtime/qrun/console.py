@@ -97,9 +97,7 @@ class ChatConsole:
         if not printed.endswith("\n"):
             show("\n")
         if answer.finish_reason == "cancelled":
-            note(
-                "(stopped)" if answer.text else "(stopped before the answer began: the message is forgotten)"
-            )
+            note("(stopped)" if answer.text else "(stopped before it began: the message is forgotten)")
         elif answer.finish_reason == "length":
             note("(cut off at --max-tokens)")
         elif answer.finish_reason == "context":
@@ -149,11 +147,12 @@ def statistics(chat: Chat) -> list[str]:
     lines = []
     if chat.answers:
         last = chat.answers[-1]
+        new = last.prompt_tokens - last.reused_tokens
         lines += [
-            f"last prompt   {last.prompt_tokens:,} tokens, {last.reused_tokens:,} of them from the cache, "
-            f"{_timing(last.prompt_tokens - last.reused_tokens, last.prefill_seconds, last.prefill_tokens_per_second)}",
-            f"last answer   {last.completion_tokens:,} tokens, "
-            f"{_timing(None, last.decode_seconds, last.decode_tokens_per_second)}",
+            f"last prompt   {last.prompt_tokens:,} tokens, {last.reused_tokens:,} of them from the cache",
+            f"  new         {new:,} {_timing(last.prefill_seconds, last.prefill_tokens_per_second)}",
+            f"last answer   {last.completion_tokens:,} tokens "
+            f"{_timing(last.decode_seconds, last.decode_tokens_per_second)}",
         ]
     generated = sum(answer.completion_tokens for answer in chat.answers)
     seconds = sum(answer.prefill_seconds + answer.decode_seconds for answer in chat.answers)
@@ -166,9 +165,8 @@ def statistics(chat: Chat) -> list[str]:
     ]
 
 
-def _timing(new_tokens: int | None, seconds: float, rate: float) -> str:
-    new = "" if new_tokens is None else f"{new_tokens:,} new "
-    return f"{new}in {seconds:.2f} s ({rate:.1f} tokens/s)"
+def _timing(seconds: float, rate: float) -> str:
+    return f"in {seconds:.2f} s ({rate:.1f} tokens/s)"
 
 
 def _plural(count: int, noun: str) -> str:
