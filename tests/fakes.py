@@ -1,0 +1,152 @@
+"""A session without a model: NumPy only, and every token that it is fed is written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.errors import QrunError
+from qrun.kvcache import KVCache
+from qrun.manifest import KVFacts, Manifest, ModelFacts
+from qrun.model import Model
+from qrun.session import LogitsFor
+from qrun.text import ChatTemplate, Tokenizer
+from tests.tiny import CHAT_TEMPLATE, write_tiny_tokenizer
+
+VOCAB_SIZE = 320
+IM_START, IM_END, AB = 257, 258, 259
+# A next token by the tokens so far.
+Rule = Callable[[list[int]], int]
+
+
+def fake_manifest(
+    *, context_length: int = 256, eos: Sequence[int] = (IM_END,), verification: str = "passed"
+) -> Manifest:
+    return Manifest(
+        folder=Path("fake-model"),
+        name="fake",
+        target="onnxruntime",
+        precision="fp32",
+        graph="model.onnx",
+        model=ModelFacts("Qwen2ForCausalLM", 2, 4, 2, 16, 64, VOCAB_SIZE, context_length),
+        kv=KVFacts("float32", 512),
+        eos_token_ids=tuple(eos),
+        verification=verification,
+        files=(),
+        raw={},
+    )
+
+
+class FakeKVCache(KVCache):
+    """Holds token ids where a model would hold their keys and values, and marks what was never written."""
+
+    def __init__(self, manifest: Manifest, batch: int) -> None:
+        super().__init__(manifest, batch)
+        self.ids = np.full((batch, 0), -1, dtype=np.int64)
+
+    def _reallocate(self, capacity: int) -> None:
+        grown = np.full((self.batch, capacity), -1, dtype=np.int64)
+        grown[:, : self.length] = self.ids[:, : self.length]
+        self.ids = grown
+
+
+class FakeSession:
+    """Answers by a rule over what its cache holds, so that a wrong reuse or trim changes the answer.
+
+    Attributes:
+        fed: the tokens of each forward call, in order.
+    """
+
+    def __init__(self, rule: Rule, manifest: Manifest | None = None) -> None:
+        self.manifest = manifest or fake_manifest()
+        self.device = "fake device"
+        self.rule = rule
+        self.fed: list[list[int]] = []
+
+    def new_cache(self, batch: int = 1, *, in_place: bool = True) -> FakeKVCache:
+        return FakeKVCache(self.manifest, batch)
+
+    def forward(
+        self, token_ids: NDArray[np.int64], cache: KVCache, logits: LogitsFor = "last"
+    ) -> NDArray[np.float32]:
+        assert isinstance(cache, FakeKVCache)
+        assert token_ids.shape[0] == 1
+        if not (token_ids.min() >= 0 and token_ids.max() < VOCAB_SIZE):
+            raise QrunError(f"token id {token_ids.max()} is outside the vocabulary of {VOCAB_SIZE}")
+        new = token_ids.shape[1]
+        cache.reserve(new)
+        start = cache.length
+        cache.ids[0, start : start + new] = token_ids[0]
+        cache.advance(new)
+        self.fed.append(token_ids[0].tolist())
+        scores = np.zeros((1, {"last": 1, "all": new, "none": 0}[logits], VOCAB_SIZE), dtype=np.float32)
+        for index in range(scores.shape[1]):
+            seen = cache.ids[0, : cache.length - scores.shape[1] + index + 1].tolist()
+            scores[0, index, self.rule(seen)] = 10.0
+        return scores
+
+
+def scripted(tokenizer: Tokenizer, answers: Sequence[str | list[int]]) -> Rule:
+    """Gives the n-th answer to the n-th ``<|im_start|>assistant``, and ends it with <|im_end|>.
+
+    An answer is a text, or token ids where its tokens matter.
+    """
+    header = tokenizer.encode("<|im_start|>assistant\n")
+    scripts = [tokenizer.encode(text) if isinstance(text, str) else text for text in answers]
+
+    def rule(seen: list[int]) -> int:
+        starts = [i for i in range(len(seen)) if seen[i : i + len(header)] == header]
+        written = seen[starts[-1] + len(header) :]
+        answer = [*scripts[len(starts) - 1], IM_END]
+        assert written == answer[: len(written)], "the cache holds another answer than the one given"
+        return answer[len(written)]
+
+    return rule
+
+
+def repeating(tokenizer: Tokenizer, text: str) -> Rule:
+    """Says ``text`` for ever, whatever the prompt: the place in it follows from the number of tokens."""
+    ids = tokenizer.encode(text)
+    return lambda seen: ids[len(seen) % len(ids)]
+
+
+def write_merging_tokenizer(folder: Path) -> None:
+    """The tiny tokenizer with one merge, "ab", so that a text has several encodings."""
+    write_tiny_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["ab"] = AB
+    content["model"]["merges"] = [["a", "b"]]
+    path.write_text(json.dumps(content))
+
+
+def tiny_tokenizer(folder: Path, *, merging: bool = False) -> Tokenizer:
+    (write_merging_tokenizer if merging else write_tiny_tokenizer)(folder)
+    return Tokenizer.from_folder(folder)
+
+
+def fake_model(
+    tokenizer: Tokenizer,
+    rule: Rule,
+    *,
+    manifest: Manifest | None = None,
+    template: str | None = CHAT_TEMPLATE,
+    generation_config: Mapping[str, Any] | None = None,
+) -> Model:
+    """A ``Model`` over a fake session; its ``session.fed`` tells what was computed."""
+    chat_template = None if template is None else ChatTemplate({"default": template}, {})
+    return Model(FakeSession(rule, manifest), tokenizer, chat_template, generation_config)
+
+
+def fed_tokens(model: Model) -> int:
+    """Tokens that the fake session has computed since the last call."""
+    session = model.session
+    assert isinstance(session, FakeSession)
+    count = sum(map(len, session.fed))
+    session.fed.clear()
+    return count
