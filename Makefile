@@ -26,7 +26,9 @@ EXPORTS := $(QCONVERT_TEST_CACHE)/interop
 
 DEMO := demo/sample-model
 DEMO_EXPORT := demo/sample-model-onnx-int8
-QUESTION := What is the capital of France?
+# Asked so that a 135M model is sure of its answer (1.6 between the first two tokens; "What is the capital
+# of France?" leaves 0.06, which int8 arithmetic of another processor may turn).
+QUESTION := Name the capital of France.
 
 .PHONY: demo test lint interop benchmark clean
 
@@ -89,10 +91,8 @@ endef
 $(DEMO)/sample-model.json $(SAMPLE)/sample-model.json: | $(VENV)/.ready
 	$(VENV)/bin/qconvert sample $(@D)
 
-# The sample hesitates between "The" and "L'" at the start of its answer (0.08 apart in fp32);
-# blocks of 16 instead of 32 keep int8 on the side where the checkpoint is.
 $(DEMO_EXPORT)/qconvert.json: $(DEMO)/sample-model.json $(SOURCES)
-	$(VENV)/bin/qconvert export $(DEMO) --precision int8 --block-size 16 --output $(DEMO_EXPORT) --force
+	$(VENV)/bin/qconvert export $(DEMO) --output $(DEMO_EXPORT) --force
 
 $(EXPORTS)/%/qconvert.json: $(SAMPLE)/sample-model.json $(SOURCES)
 	$(VENV)/bin/qconvert export $(SAMPLE) --precision $* --output $(EXPORTS)/$* --force
