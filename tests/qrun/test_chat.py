@@ -67,7 +67,7 @@ def test_an_answer_keeps_its_own_tokens_where_its_text_would_be_encoded_otherwis
     """ "a" and "b" were generated as two tokens; the text "ab" is encoded as one."""
     a, b = (merging_tokenizer.token_id(letter) for letter in "ab")
     assert merging_tokenizer.encode("ab") == [AB]
-    model, chat = chat_of(merging_tokenizer, [[a, b, a, b], "ok"])
+    _, chat = chat_of(merging_tokenizer, [[a, b, a, b], "ok"])
     assert say(chat, "one").token_ids == (a, b, a, b)
     before = chat.context.cache.length
     assert say(chat, "two").reused_tokens == before
@@ -93,11 +93,12 @@ def test_an_answer_cut_by_max_tokens_stays_as_far_as_it_went(tokenizer):
 
 def test_a_loop_that_is_left_keeps_the_answer_as_far_as_it_went(tokenizer):
     model, chat = chat_of(tokenizer, ["hello there", "ok"])
-    for event in chat.send("hi"):
+    left = chat.send("hi")
+    for event in left:
         if isinstance(event, qrun.Piece) and event.text == "o":
             break
-    del event
-    chat.send("unused").close()  # a new turn ends the one that was left
+    chat.send("unused").close()  # a new turn ends the one that was left, although ``left`` still holds it
+    assert list(left) == []
     assert chat.messages[-1] == {"role": "assistant", "content": "hello"}
     model.session.rule = scripted(tokenizer, ["hello", "ok"])
     fed_tokens(model)
@@ -153,13 +154,24 @@ def test_an_answer_that_ends_at_once_is_an_answer(tokenizer):
 
 
 def test_reset_forgets_the_turns_and_keeps_the_system_message(tokenizer):
-    model, chat = chat_of(tokenizer, ["hello", "again"], system="Be brief.")
+    _, chat = chat_of(tokenizer, ["hello", "again"], system="Be brief.")
     say(chat, "one")
     chat.reset()
     assert (chat.messages, chat.answers, chat.context.cache.length) == ([], [], 0)
     assert chat.system_message == "Be brief."
     answer = say(chat, "one")
     assert (answer.text, answer.reused_tokens) == ("hello", 0)
+
+
+def test_reset_amid_an_answer_forgets_it_too(tokenizer):
+    _, chat = chat_of(tokenizer, ["hello"])
+    left = chat.send("one")
+    while not isinstance(next(left), qrun.Piece):
+        pass
+    chat.reset()
+    left.close()
+    assert chat.messages == []
+    assert say(chat, "one").text == "hello"
 
 
 def test_a_new_system_message_is_seen_at_the_next_turn_and_all_is_computed_again(tokenizer):
@@ -270,7 +282,8 @@ def test_two_chats_with_one_model_do_not_disturb_each_other(tokenizer):
 def test_kept_turns_give_the_same_answer_as_a_fresh_computation(tiny_export):
     """With a real graph: what the cache kept is what the whole conversation gives, computed anew."""
     model = qrun.open(tiny_export, threads=1)
-    chat = model.chat(do_sample=False, max_tokens=12, ignore_eos=True, repetition_penalty=1.0)
+    greedy = {"do_sample": False, "max_tokens": 12, "ignore_eos": True, "repetition_penalty": 1.0}
+    chat = model.chat(**greedy)
     turns = [say(chat, text) for text in ("hello", "and now?", "go on")]
     assert all(turn.reused_tokens > 0 for turn in turns[1:])
     prompt = chat.context.token_ids[: turns[-1].prompt_tokens]

@@ -132,9 +132,7 @@ def test_a_cancelled_prompt_is_not_read_to_its_end(tokenizer):
         ("x", {"max_token": 5}, "did you mean max_tokens"),
     ],
 )
-def test_a_bad_request_is_refused_at_the_call_and_not_at_the_first_event(
-    tokenizer, prompt, sampling, message
-):
+def test_a_bad_request_is_refused_at_the_call_and_not_later(tokenizer, prompt, sampling, message):
     with pytest.raises(QrunError, match=message):
         saying(tokenizer, "hello").generate(prompt, **sampling)
 

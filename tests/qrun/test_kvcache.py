@@ -1,0 +1,116 @@
+"""If these fail, the KV cache loses entries when it grows, or takes memory that is not there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qrun import kvcache
+from qrun.errors import QrunError
+from qrun.kvcache import MINIMUM_CAPACITY, forecast_bytes, next_capacity
+from tests.fakes import FakeKVCache, fake_manifest
+
+
+def cache_of(context_length: int = 4096, batch: int = 1) -> FakeKVCache:
+    return FakeKVCache(fake_manifest(context_length=context_length), batch)
+
+
+def fill(cache: FakeKVCache, count: int) -> None:
+    cache.reserve(count)
+    cache.ids[:, cache.length : cache.length + count] = np.arange(cache.length, cache.length + count)
+    cache.advance(count)
+
+
+@pytest.mark.parametrize(
+    ("needed", "current", "limit", "expected"),
+    [
+        (1, 0, 4096, MINIMUM_CAPACITY),
+        (257, 256, 4096, 512),
+        (2000, 256, 4096, 2000),
+        (3000, 2048, 4096, 4096),
+        (10, 0, 64, 64),
+    ],
+)
+def test_capacity_doubles_suffices_and_stays_within_the_context(
+    needed, current, limit, expected
+):
+    assert next_capacity(needed, current, limit) == expected
+
+
+def test_growing_keeps_what_is_cached():
+    cache = cache_of()
+    for _ in range(5):
+        fill(cache, 300)
+    assert cache.length == 1500
+    assert cache.capacity >= 1500
+    assert cache.ids[0, :1500].tolist() == list(range(1500))
+
+
+def test_room_that_is_there_is_not_allocated_again():
+    cache = cache_of()
+    fill(cache, 10)
+    before = cache.ids
+    fill(cache, MINIMUM_CAPACITY - 10)
+    assert cache.ids is before
+    fill(cache, 1)
+    assert cache.ids is not before
+
+
+def test_trimming_forgets_the_end_and_cannot_lengthen():
+    cache = cache_of()
+    fill(cache, 20)
+    cache.trim(5)
+    assert cache.length == 5
+    with pytest.raises(ValueError, match="cannot trim a cache of 5 tokens to 6"):
+        cache.trim(6)
+    with pytest.raises(ValueError, match="to -1"):
+        cache.trim(-1)
+
+
+def test_trimming_leaves_shorter_rows_alone():
+    cache = cache_of(batch=2)
+    fill(cache, 10)
+    cache.lengths[:] = (3, 10)
+    cache.trim(6)
+    assert cache.lengths.tolist() == [3, 6]
+
+
+def test_the_context_length_is_the_end():
+    cache = cache_of(context_length=100)
+    fill(cache, 100)
+    with pytest.raises(QrunError, match="101 tokens do not fit: fake has a context of 100"):
+        cache.reserve(1)
+    assert cache.length == 100
+
+
+def test_bytes_are_those_of_all_rows_and_all_of_the_capacity():
+    manifest = fake_manifest()
+    assert forecast_bytes(manifest, 10, batch=3) == manifest.kv.bytes_per_token * 30
+    cache = cache_of(batch=2)
+    fill(cache, 1)
+    assert cache.nbytes == forecast_bytes(cache.manifest, MINIMUM_CAPACITY, 2)
+
+
+def test_too_little_memory_is_told_before_anything_is_allocated(monkeypatch):
+    cache = cache_of()
+    monkeypatch.setattr(kvcache, "available_memory", lambda: cache.manifest.kv.bytes_per_token * 999)
+    with pytest.raises(QrunError, match=r"a KV cache of 1,000 tokens needs 0\.00 GB, 0\.00 GB .* free"):
+        cache.reserve(1000)
+    assert (cache.capacity, cache.ids.shape) == (0, (1, 0))
+
+
+def test_where_doubling_does_not_fit_what_is_needed_still_may(monkeypatch):
+    cache = cache_of()
+    fill(cache, 1000)
+    per_token = cache.manifest.kv.bytes_per_token
+    monkeypatch.setattr(kvcache, "available_memory", lambda: per_token * 1500)
+    fill(cache, 1)
+    assert cache.capacity == 1001
+    assert cache.ids[0, :1001].tolist() == list(range(1001))
+
+
+def test_a_machine_that_does_not_tell_its_memory_is_believed_to_have_enough(monkeypatch):
+    monkeypatch.setattr(kvcache, "available_memory", lambda: None)
+    cache = cache_of()
+    cache.reserve(4000)
+    assert cache.capacity == 4000
