@@ -60,8 +60,14 @@ class OrtSession:
         self, token_ids: NDArray[np.int64], cache: KVCache, logits: str = "last"
     ) -> NDArray[np.float32]:
         assert isinstance(cache, OrtKVCache), "the cache belongs to another session"
-        new = token_ids.shape[1]
+        batch, new = token_ids.shape
         self._check_tokens(token_ids)
+        if batch > 1 and new > 1 and cache.length > 0:
+            raise QrunError(
+                f"{batch} sequences cannot each take {new} more tokens in one step",
+                hint="give their prompts whole, and then one token at a time: "
+                "ONNX Runtime's GroupQueryAttention does nothing else for more than one sequence",
+            )
         cache.reserve(new)
         binding = cache.bind(new, logits)
         cache.token_ids(new)[...] = token_ids
