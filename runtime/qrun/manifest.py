@@ -18,6 +18,7 @@ from qrun.errors import QrunError
 MANIFEST_NAME = "qconvert.json"
 FORMAT_NAME = "qconvert-model"
 FORMAT_VERSION = 1
+KV_DTYPES = ("float32", "float16")
 
 T = TypeVar("T")
 
@@ -201,7 +202,7 @@ def read_manifest(path: str | Path) -> Manifest:
             )
         },
     )
-    kv = KVFacts(reader.get("kv_cache.dtype", str), reader.positive("kv_cache.bytes_per_token"))
+    kv = KVFacts(reader.one_of("kv_cache.dtype", KV_DTYPES), reader.positive("kv_cache.bytes_per_token"))
     entries = []
     for item in reader.get("files", list):
         entry = _Reader(file, item if isinstance(item, dict) else {})
@@ -216,7 +217,7 @@ def read_manifest(path: str | Path) -> Manifest:
         graph=_inside(file, reader.get("graph.file", str)),
         model=model,
         kv=kv,
-        eos_token_ids=tuple(int(token) for token in reader.get("tokens.eos", list)),
+        eos_token_ids=reader.token_ids("tokens.eos"),
         verification=reader.get("verification.status", str),
         files=tuple(entries),
         raw=raw,
@@ -240,6 +241,26 @@ class _Reader:
                 f'the manifest\'s "{key}" {found}', where=self.file, hint="export the model again"
             )
         return value
+
+    def one_of(self, key: str, known: tuple[str, ...]) -> str:
+        value = self.get(key, str)
+        if value not in known:
+            raise QrunError(
+                f'the manifest\'s "{key}" is {value!r}, not one of {", ".join(known)}',
+                where=self.file,
+                hint="update it: pip install -U qconvert; or export the model again",
+            )
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.get(key, list)
+        if not all(type(token) is int and token >= 0 for token in value):
+            raise QrunError(
+                f'the manifest\'s "{key}" is {value!r}, not a list of token ids',
+                where=self.file,
+                hint="export the model again",
+            )
+        return tuple(value)
 
     def positive(self, key: str) -> int:
         value = self.get(key, int)

@@ -68,10 +68,19 @@ class OrtSession:
                 hint="give their prompts whole, and then one token at a time: "
                 "ONNX Runtime's GroupQueryAttention does nothing else for more than one sequence",
             )
-        cache.reserve(new)
-        binding = cache.bind(new, logits)
-        cache.token_ids(new)[...] = token_ids
-        self._inference.run_with_iobinding(binding, self._run_options)
+        try:
+            cache.reserve(new)
+            binding = cache.bind(new, logits)
+            cache.token_ids(new)[...] = token_ids
+            self._inference.run_with_iobinding(binding, self._run_options)
+        except QrunError:
+            raise
+        except Exception as error:  # ONNX Runtime has no base class for its errors
+            raise QrunError(
+                f"ONNX Runtime {self._ort.__version__} cannot run the graph: {_reason(error)}",
+                where=self.manifest.graph_path,
+                hint="check the free memory; if there is enough, export the model again",
+            ) from error
         cache.collect()
         cache.advance(new)
         return cache.logits(new, logits)
@@ -100,9 +109,8 @@ class OrtSession:
                 if device != "cpu" else ["CPUExecutionProvider"],
             )  # fmt: skip
         except Exception as error:  # ONNX Runtime has no base class for its errors
-            first_line = re.sub(r"\[ONNXRuntimeError\] : \d+ : ", "", str(error)).splitlines()[0]
             raise QrunError(
-                f"ONNX Runtime {self._ort.__version__} cannot open the graph: {first_line}",
+                f"ONNX Runtime {self._ort.__version__} cannot open the graph: {_reason(error)}",
                 where=self.manifest.graph_path,
                 hint="check the folder with `qconvert verify`, or export the model again",
             ) from error
@@ -132,6 +140,12 @@ class OrtSession:
     def allocate(self, array: NDArray[Any]) -> Any:
         """An OrtValue on the session's device: on the CPU it shares the array's memory."""
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device_type)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what ONNX Runtime says, without its prefix."""
+    lines = re.sub(r"\[ONNXRuntimeError\] : \d+ : ", "", str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def nodes_on_cpu(inference: Any) -> list[str]:
