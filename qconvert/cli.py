@@ -13,7 +13,7 @@ from rich.console import Console
 
 from qconvert import __version__
 from qconvert.progress import Progress
-from qconvert.quantize import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, PRECISIONS
+from qconvert.quantize import BLOCK_SIZES, PRECISIONS
 from qrun.errors import QrunError
 
 _EXPORT_LIBRARIES = (
@@ -93,9 +93,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option(
     "--block-size",
     type=click.Choice([str(size) for size in BLOCK_SIZES]),
-    default=str(DEFAULT_BLOCK_SIZE),
-    show_default=True,
-    help="Weights that share a scale (int8, int4).",
+    help="Weights that share a scale.  [default: 64 for int8, 32 for int4]",
 )
 @click.option(
     "-o",
@@ -121,12 +119,13 @@ def inspect(folder: Path, as_json: bool) -> None:
 )
 @click.option("--revision", help="Branch, tag or commit of a model id.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def export(source: str, block_size: str, quiet: bool, **options: Any) -> None:
+def export(source: str, block_size: str | None, quiet: bool, **options: Any) -> None:
     """Convert SOURCE, a checkpoint folder or a model id, into a verified ONNX model folder."""
     from qconvert.export import ExportOptions
     from qconvert.export import export as run
 
-    exported = run(source, ExportOptions(block_size=int(block_size), **options), Progress(quiet=quiet))
+    chosen = ExportOptions(block_size=int(block_size) if block_size else None, **options)
+    exported = run(source, chosen, Progress(quiet=quiet))
     console = Console()
     if exported.report is not None:
         console.print(exported.report.summary)

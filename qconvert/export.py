@@ -19,7 +19,7 @@ from qconvert.forecast import export_bytes, kv_bytes_per_token, parameter_count
 from qconvert.hub import Hub
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
-from qconvert.quantize import DEFAULT_BLOCK_SIZE, Recipe, recipe_for
+from qconvert.quantize import Recipe, recipe_for
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
@@ -35,7 +35,7 @@ class ExportOptions:
     """What a user may choose; see ``qconvert export --help``."""
 
     precision: str = "int8"
-    block_size: int = DEFAULT_BLOCK_SIZE
+    block_size: int | None = None
     output: Path | None = None
     force: bool = False
     verify: bool = True

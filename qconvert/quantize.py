@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-DEFAULT_BLOCK_SIZE = 32
+# Four bits need the finer scales. Eight do not: with 64 the sample's mean KL is 0.006 (32: 0.004), and a
+# 0.5B model decodes 1.2 to 1.4 times as fast, since ONNX Runtime's 8-bit kernel prefers longer blocks.
+DEFAULT_BLOCK_SIZES = {"int8": 64, "int4": 32}
 # Rows are packed in pieces of about this many weights: float32 temporaries then stay in the cache.
 PIECE = 1 << 19
 
@@ -56,14 +58,18 @@ class Recipe:
         return asdict(self)
 
 
-def recipe_for(precision: str, hidden_size: int, block_size: int = DEFAULT_BLOCK_SIZE) -> Recipe:
+def recipe_for(precision: str, hidden_size: int, block_size: int | None = None) -> Recipe:
     """The recipe behind ``--precision`` and ``--block-size`` for a model of ``hidden_size``.
+
+    Without a block size, the precision's own in ``DEFAULT_BLOCK_SIZES``.
 
     Raises:
         QconvertError: an unknown precision or block size, or a model that cannot be cut into blocks.
     """
     if precision not in PRECISIONS:
         raise QconvertError(f"unknown precision {precision!r}", hint=f"use one of {', '.join(PRECISIONS)}")
+    if block_size is None:
+        block_size = DEFAULT_BLOCK_SIZES.get(precision, BLOCK_SIZES[0])
     if block_size not in BLOCK_SIZES:
         raise QconvertError(
             f"unknown block size {block_size}", hint=f"use one of {', '.join(map(str, BLOCK_SIZES))}"
