@@ -1,0 +1,174 @@
+"""A model folder's weights, read back as PyTorch would compute with them, some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.decoder import DecoderSpec, lower_decoder
+from qconvert.errors import QconvertError
+from qconvert.lowering.initializers import joined_name
+from qconvert.quantize import BlockFormat, PackedWeight, unpack
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where one tensor of the checkpoint lies in the graph: some rows of one to three arrays."""
+
+    first_row: int
+    shape: tuple[int, ...]
+    data: NDArray[Any]
+    scales: NDArray[Any] | None = None
+    zero_points: NDArray[Any] | None = None
+    fmt: BlockFormat | None = None
+
+
+class ExportedWeights:
+    """A ``reference.WeightSource``: the folder's weights under the checkpoint's names, dequantised.
+
+    Args:
+        graph: the ``model.onnx`` beside its data file.
+        model: the checkpoint, for names and shapes.
+
+    Raises:
+        QconvertError: a tensor of the checkpoint is not in the graph, or has another shape there.
+    """
+
+    def __init__(self, graph: Path, model: Qwen2ForCausalLM) -> None:
+        import onnx_ir
+
+        self._graph = onnx_ir.load(graph)
+        self._arrays = {name: value.const_value for name, value in self._graph.graph.initializers.items()}
+        self._path = graph
+        self._stored: dict[str, _Stored] = {}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for group in tensor_groups(DecoderSpec.from_config(model.config)):
+            self._place(group, shapes)
+        self.description = "float32 (with the export's own weights)"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Some rows of a checkpoint tensor, as the export stores them, in float32."""
+        import torch
+
+        stored = self._stored[name]
+        wanted: Any
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(stored.shape[0])
+            wanted = slice(stored.first_row + start, stored.first_row + stop)
+        else:
+            wanted = stored.first_row + rows.numpy()
+
+        def part(array: NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(np.array(array[wanted]))
+
+        if stored.fmt is None:
+            return part(stored.data).float()
+        assert stored.scales is not None
+        zeros = None if stored.zero_points is None else part(stored.zero_points)
+        return unpack(
+            PackedWeight(part(stored.data), part(stored.scales), zeros), stored.fmt, stored.shape[1]
+        )
+
+    def release(self, name: str) -> None:
+        """Nothing to do: rows are copies, and the mapped file's pages are the system's to drop."""
+
+    @property
+    def rounded(self) -> bool:
+        """Whether any weight is stored in less than float32."""
+        return any(stored.data.dtype != np.float32 for stored in self._stored.values())
+
+    def dtype_of(self, name: str) -> str:
+        """The element type in which a tensor is stored."""
+        return str(self._stored[name].data.dtype)
+
+    def format_of(self, name: str) -> BlockFormat | None:
+        """How a tensor is quantised, or None."""
+        return self._stored[name].fmt
+
+    def array(self, initializer: str) -> NDArray[Any]:
+        """An initializer of the graph as it is stored, mapped.
+
+        Raises:
+            QconvertError: there is none of that name.
+        """
+        tensor = self._arrays.get(initializer)
+        if tensor is None:
+            raise QconvertError(
+                f"the graph has no tensor {initializer}", where=self._path, hint="export the model again"
+            )
+        array: NDArray[Any] = tensor.numpy()
+        return array
+
+    def _place(self, group: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> None:
+        """Find a group of tensors that stand side by side in one initializer."""
+        joined = joined_name(group)
+        bits = next((bits for bits in (4, 8) if f"{joined}.q{bits}" in self._arrays), None)
+        parts: tuple[Any, ...]
+        if bits is None:
+            parts = (self.array(joined), None, None, None)
+        else:
+            data, scales = self.array(f"{joined}.q{bits}"), self.array(f"{joined}.scales")
+            has_zeros = f"{joined}.zero_points" in self._arrays
+            fmt = BlockFormat(bits, data.shape[2] * 8 // bits, symmetric=not has_zeros)
+            parts = (data, scales, self.array(f"{joined}.zero_points") if has_zeros else None, fmt)
+        rows = 0
+        for name in group:
+            self._stored[name] = _Stored(rows, shapes[name], *parts)
+            rows += shapes[name][0]
+        data, columns = parts[0], shapes[group[0]][1:]
+        if bits is None:
+            fits = data.shape[1:] == columns
+        else:
+            fits = data.shape[1] == -(-columns[0] // fmt.block_size)
+        if data.shape[0] != rows or not fits:
+            raise QconvertError(
+                f"{joined} has the shape {tuple(data.shape)} in the graph, the checkpoint's is "
+                f"{(rows, *columns)}",
+                where=self._path,
+                hint="give the checkpoint from which the folder was exported",
+            )
+
+
+def tensor_groups(spec: DecoderSpec) -> list[tuple[str, ...]]:
+    """Every tensor that the decoder uses, those that are multiplied side by side together."""
+    recorder = _Recorder()
+    lower_decoder(spec, recorder)
+    return list(dict.fromkeys(recorder.groups))
+
+
+class _Recorder:
+    """A lowering to nothing, which notes the tensors that the decoder asks for."""
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[str, ...]] = []
+
+    def embed(self, weight: str) -> None:
+        self.groups.append((weight,))
+
+    def add_and_norm(self, residual: None, delta: None, weight: str) -> tuple[None, None]:
+        self.groups.append((weight,))
+        return None, None
+
+    def linear(self, hidden: None, weights: Sequence[str], biases: Sequence[str] = ()) -> None:
+        self.groups += [tuple(weights), *([tuple(biases)] if biases else [])]
+
+    def attention(self, qkv: None, layer: int) -> None: ...
+
+    def gated_silu(self, gate: None, up: None) -> None: ...
+
+    def requested_positions(self, hidden: None) -> None: ...
+
+    def head(self, hidden: None, weight: str) -> None:
+        self.groups.append((weight,))

@@ -1,0 +1,148 @@
+"""How far an export may be from PyTorch: the one table of limits, each with its reason.
+
+``docs/verification.md`` prints the same table; a test compares the two. "checkpoint" is PyTorch with
+the checkpoint's weights, "own weights" PyTorch with the weights as the export stores them: the second
+comparison does not feel how coarse the weights are, so its limits stay sharp at 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Against = Literal["checkpoint", "own weights"]
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+# Where fewer positions are compared, one token decides over a share, a perplexity or a mean.
+ENOUGH_FOR_SHARES = 100
+ENOUGH_FOR_MEANS = 20
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One row of the table.
+
+    Attributes:
+        key: what is limited: a measure of ``compare.Measures``, "weight_steps" or "near_tie".
+        title: the same for people.
+        against: with what the export is compared.
+        values: by precision; a precision that is not named has no such limit.
+        reason: why these numbers.
+        positions: fewest positions from which the measure is judged.
+    """
+
+    key: str
+    title: str
+    against: Against
+    values: Mapping[str, float]
+    reason: str
+    positions: int = 1
+
+    @property
+    def minimum(self) -> bool:
+        """The measure must be at least the value, not at most."""
+        return self.key == "top1"
+
+    def breaks(self, value: float, precision: str) -> bool:
+        """Whether a measured value violates the limit; NaN always does."""
+        limit = self.values.get(precision)
+        if limit is None:
+            return False
+        return not (value >= limit if self.minimum else value <= limit)
+
+
+LIMITS = (
+    Limit(
+        "weight_steps",
+        "error of any weight, in rounding steps of its block",
+        "checkpoint",
+        {"fp32": 0.0, "fp16": 0.0, "int8": 0.501, "int4": 0.501},
+        "Rounding to nearest leaves half a step at most, and 0.001 is room for float32 arithmetic. "
+        "A weight that is not quantised is the checkpoint's, cast: nothing is left to chance.",
+    ),
+    Limit(
+        "max_difference",
+        "largest difference of any logit",
+        "checkpoint",
+        {"fp32": 1e-3},
+        "Two correct float32 programs differ by the order of their sums: 1.5e-4 at most on the sample. "
+        "Coarser types have no such bound that would mean something for one logit among 150,000.",
+    ),
+    Limit(
+        "mean_kl",
+        "mean KL divergence per token, nats",
+        "own weights",
+        {"fp16": 5e-4, "int8": 0.02, "int4": 0.02},
+        "What activations lose in float16 (1.5e-5 on the sample) or as int8 blocks inside MatMulNBits "
+        "(0.006). Wrong angles, heads or cache lengths cost 0.1 and more. "
+        "Judged from 20 positions on.",
+        ENOUGH_FOR_MEANS,
+    ),
+    Limit(
+        "max_kl",
+        "largest KL divergence of one token, nats",
+        "own weights",
+        {"fp16": 0.01, "int8": 0.3, "int4": 0.3},
+        "A mean hides one bad position, such as the one after a chunk's boundary. Six times and more what "
+        "the sample and random models show (4e-4 in fp16, 0.05 in int8 and int4).",
+    ),
+    Limit(
+        "mean_kl",
+        "mean KL divergence per token, nats",
+        "checkpoint",
+        {"fp16": 5e-4, "int8": 0.02, "int4": 1.0},
+        "How much the export costs in all. 0.02 is what an int8 export promises (0.004 on the sample's "
+        "prose, 0.008 on its Chinese); round-to-nearest int4 costs a 135M model 0.26 on prose and "
+        "0.5 on Chinese, larger models far less; past 1.0 little of the model is left. "
+        "Judged from 20 positions on.",
+        ENOUGH_FOR_MEANS,
+    ),
+    Limit(
+        "top1",
+        "share of tokens with the same first choice, at least",
+        "checkpoint",
+        {"fp16": 0.95, "int8": 0.8, "int4": 0.25},
+        "The sample has 0.99, 0.93 and 0.50 in its worst case, random models, where near ties abound, 0.97, "
+        "0.86 and 0.33. Judged from 100 positions on.",
+        ENOUGH_FOR_SHARES,
+    ),
+    Limit(
+        "perplexity_ratio",
+        "perplexity of the text over PyTorch's",
+        "checkpoint",
+        {"fp16": 1.01, "int8": 1.05, "int4": 2.0},
+        "A KL divergence does not tell better from worse. The sample has 1.00, 1.02 and 1.45 (code) in its "
+        "worst case. Judged from 100 positions on, and not on random tokens.",
+        ENOUGH_FOR_SHARES,
+    ),
+    Limit(
+        "near_tie",
+        "margin up to which another greedy token is a near tie, logits",
+        "own weights",
+        {"fp32": 2e-3, "fp16": 0.1, "int8": 1.0, "int4": 1.0},
+        "Two logits that may be off by 1e-3 each can change places when they are 2e-3 apart. The others: "
+        "0.01, 0.3 and 0.3 are the largest margins seen on the sample and on random models.",
+    ),
+)
+
+
+def limit_value(key: str, precision: str) -> float:
+    """The value of a limit that stands once in the table.
+
+    Raises:
+        KeyError: no such limit, or none for this precision.
+    """
+    (limit,) = (limit for limit in LIMITS if limit.key == key)
+    return limit.values[precision]
+
+
+def limits_table() -> str:
+    """The table in Markdown, as the documentation shows it."""
+    lines = [
+        f"| limit | compared with | {' | '.join(PRECISIONS)} | reason |",
+        f"|{'---|' * (len(PRECISIONS) + 3)}",
+    ]
+    for limit in LIMITS:
+        values = [f"{limit.values[name]:g}" if name in limit.values else "" for name in PRECISIONS]
+        lines.append(f"| {limit.title} | {limit.against} | {' | '.join(values)} | {limit.reason} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,159 @@
+"""PyTorch's answer: the logits of transformers' own Qwen2, computed in float32 with bounded memory.
+
+The checkpoint stays mapped in its own type. Each module gets its weights in float32 when it is
+about to run and gives them back right after, so that one module's weights are the most that is
+held in float32 at a time; the embedding is looked up row by row and the head is multiplied in
+pieces of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qconvert.weights import CheckpointWeights
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from transformers import Qwen2ForCausalLM
+
+EMBEDDING = "model.embed_tokens.weight"
+# Elements of the head that are in float32 at a time: 64 MiB.
+_HEAD_PIECE = 1 << 24
+
+
+class WeightSource(Protocol):
+    """Where a reference takes its weights from, by their names in the checkpoint."""
+
+    description: str
+
+    def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
+        """The given rows of a tensor in float32; ``slice(None)`` is all of it."""
+        ...
+
+    def release(self, name: str) -> None:
+        """``name`` is not needed for now: its file pages may leave memory."""
+        ...
+
+
+class CheckpointSource:
+    """The checkpoint's own weights, upcast where they are not float32 already."""
+
+    def __init__(self, model: Qwen2ForCausalLM) -> None:
+        self._weights = CheckpointWeights(model)
+        stored = str(model.dtype).removeprefix("torch.")
+        upcast = "" if stored == "float32" else f" (weights {stored}, upcast layer by layer)"
+        self.description = f"float32{upcast}"
+
+    def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
+        return self._weights[name][rows].float()
+
+    def release(self, name: str) -> None:
+        self._weights.release(name)
+
+
+class Reference:
+    """A loaded ``Qwen2ForCausalLM`` of any dtype that computes in float32.
+
+    Args:
+        model: in eval mode; its weights are untouched between calls.
+        source: other weights to compute with, in place of the checkpoint's.
+
+    Attributes:
+        model: the model.
+        dtype: what it computes in, for people: "float32 (weights bfloat16, upcast layer by layer)".
+    """
+
+    def __init__(self, model: Qwen2ForCausalLM, source: WeightSource | None = None) -> None:
+        import torch
+
+        self.model = model
+        self._source = source or CheckpointSource(model)
+        self.dtype = self._source.description
+        # A float32 checkpoint needs no swapping: transformers runs as it is.
+        self._swaps = source is not None or model.dtype != torch.float32
+
+    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The decoder's output before the head, float32 ``[tokens, hidden_size]`` for each sequence.
+
+        All sequences run as one batch, so that each weight is fetched once. They are padded on the
+        right, where causal attention does not look back from.
+        """
+        import torch
+
+        longest = max(len(tokens) for tokens in sequences)
+        batch = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences])
+        handles = self._install_hooks() if self._swaps else []
+        try:
+            with torch.no_grad():
+                hidden = self.model.model(input_ids=batch, use_cache=False).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [hidden[row, : len(tokens)] for row, tokens in enumerate(sequences)]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits float32 ``[tokens, vocab]`` of some rows of ``hidden_states``."""
+        import torch
+
+        name = EMBEDDING if self.model.config.tie_word_embeddings else "lm_head.weight"
+        with torch.no_grad():
+            if not self._swaps:
+                return torch.nn.functional.linear(hidden, self.model.lm_head.weight)
+            rows, columns = self.model.lm_head.weight.shape
+            logits = torch.empty(hidden.shape[0], rows)
+            step = max(1, _HEAD_PIECE // columns)
+            for start in range(0, rows, step):
+                piece = self._source.rows(name, slice(start, start + step))
+                logits[:, start : start + step] = torch.nn.functional.linear(hidden, piece)
+            self._source.release(name)
+            return logits
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits float32 ``[tokens, vocab]`` of one sequence.
+
+        With a vocabulary of 151,936, 512 tokens are 311 MB: for long sequences call ``head`` on
+        some rows of ``hidden_states`` at a time.
+        """
+        return self.head(self.hidden_states([token_ids])[0]).numpy()
+
+    def _install_hooks(self) -> list[Any]:
+        decoder = self.model.model
+        handles: list[Any] = []
+        for name, module in decoder.named_modules(prefix="model"):
+            if module is decoder.embed_tokens:
+                handles.append(module.register_forward_hook(self._look_up))
+            elif module._parameters:
+                fetch, give_back = self._swap(name, module)
+                handles.append(module.register_forward_pre_hook(fetch))
+                # Always: a module that raises has to give its weights back as well.
+                handles.append(module.register_forward_hook(give_back, always_call=True))
+        return handles
+
+    def _look_up(self, module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        """The embedding of the tokens that occur, in float32, in place of the module's own output."""
+        import torch
+
+        tokens, places = torch.unique(inputs[0], return_inverse=True)
+        return self._source.rows(EMBEDDING, tokens)[places]
+
+    def _swap(self, prefix: str, module: Any) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Hooks that give a module its own parameters in float32, and take them away again."""
+        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        stored: dict[str, torch.Tensor] = {}
+
+        def fetch(*_: Any) -> None:
+            for name in names:
+                parameter = module._parameters[name]
+                stored[name] = parameter.data
+                parameter.data = self._source.rows(f"{prefix}.{name}", slice(None))
+
+        def give_back(*_: Any) -> None:
+            for name in names:
+                if name in stored:
+                    module._parameters[name].data = stored.pop(name)
+                    self._source.release(f"{prefix}.{name}")
+
+        return fetch, give_back

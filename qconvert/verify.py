@@ -1,0 +1,184 @@
+"""The proof that comes with an export: a model folder, run as a user runs it, against PyTorch.
+
+Three questions, so that a fault cannot hide behind the noise of quantisation:
+
+1. Are the stored weights the checkpoint's, within their format's rounding? Every tensor is read back.
+2. Does the graph compute what PyTorch computes with those stored weights? On every path, KV cache included.
+3. How far is the whole from the checkpoint? Logits, KL, top-1 agreement, perplexity, a greedy answer.
+
+For fp32 the second and third are one question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from qconvert.cases import Case, CaseSet, make_cases
+from qconvert.compare import GreedyCheck, Rows, check_greedy, compare_rows, join, measure
+from qconvert.errors import QconvertError
+from qconvert.exported_weights import ExportedWeights
+from qconvert.limits import PRECISIONS, limit_value
+from qconvert.progress import Progress
+from qconvert.prompt_paths import PathReader
+from qconvert.reference import Reference
+from qconvert.report import GreedyResult, PathResult, Report, find_failures
+from qconvert.weight_check import check_weights
+from qrun.generate import Context, Token, generate
+from qrun.manifest import Manifest
+from qrun.sampling import SamplingParams
+from qrun.session import Session, open_session
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Report", "verify"]
+
+# Positions compared at a time: with a vocabulary of 151,936 one array of logits is 58 MB.
+PIECE = 96
+
+
+def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
+    """Compare a model folder with the checkpoint it was made from; nothing in the folder is changed.
+
+    Raises:
+        QconvertError: the reference is another model than the folder's.
+        QrunError: the folder cannot be opened.
+    """
+    started = perf_counter()
+    session = open_session(folder)
+    manifest = session.manifest
+    _check_fits(manifest, reference)
+    exported = ExportedWeights(manifest.graph_path, reference.model)
+    with progress.task(
+        "checking the weights", sum(p.numel() for p in reference.model.parameters())
+    ) as advance:
+        limit = limit_value("weight_steps", manifest.precision)
+        weights = check_weights(exported, reference.model, limit, advance)
+
+    cases = make_cases(folder, manifest.model.vocab_size, manifest.model.context_length)
+    with progress.task("answering greedily", cases.greedy_steps) as advance:
+        answer = _answer(session, cases, advance)
+    references = {"checkpoint": reference}
+    if exported.rounded:
+        references["own weights"] = Reference(reference.model, exported)
+    hidden = {}
+    for name, source in references.items():
+        with progress.task(f"PyTorch, {name}"):
+            hidden[name] = _hidden_states(source, cases, answer)
+
+    results: list[PathResult] = []
+    with progress.task("comparing logits", sum(len(case.token_ids) for case in cases.cases)) as advance:
+        for index, case in enumerate(cases.cases):
+            states = {name: (references[name], found[index]) for name, found in hidden.items()}
+            results += _run_case(session, case, states, advance)
+    greedy = GreedyResult(
+        tuple(cases.greedy_prompt),
+        tuple(answer),
+        {name: _judge_answer(references[name], found[-1], cases, answer) for name, found in hidden.items()},
+    )
+    return Report(
+        name=manifest.name,
+        precision=manifest.precision,
+        device=session.device,
+        reference=reference.dtype,
+        notes=cases.notes,
+        weights=weights,
+        paths=tuple(results),
+        greedy=greedy,
+        failed=find_failures(manifest.precision, weights, tuple(results), greedy),
+        seconds=perf_counter() - started,
+    )
+
+
+def _check_fits(manifest: Manifest, reference: Reference) -> None:
+    if manifest.precision not in PRECISIONS:
+        raise QconvertError(
+            f'there are no limits for the precision "{manifest.precision}"',
+            where=manifest.folder,
+            hint="update it: pip install -U qconvert",
+        )
+    config = reference.model.config
+    for key in (
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_size",
+        "vocab_size",
+    ):
+        exported, found = getattr(manifest.model, key), getattr(config, key)
+        if exported != found:
+            raise QconvertError(
+                f"the reference is another model: its {key} is {found:,}, the folder's is {exported:,}",
+                where=manifest.folder,
+                hint="give the checkpoint from which the folder was exported",
+            )
+
+
+def _answer(session: Session, cases: CaseSet, advance: Callable[..., None]) -> list[int]:
+    """What qrun itself generates, greedily and past any end token."""
+    params = SamplingParams(do_sample=False, max_tokens=cases.greedy_steps, ignore_eos=True)
+    answer = []
+    for event in generate(Context(session), cases.greedy_prompt, params):
+        if isinstance(event, Token):
+            answer.append(event.token_id)
+            advance(1)
+    return answer
+
+
+def _hidden_states(reference: Reference, cases: CaseSet, answer: list[int]) -> list[torch.Tensor]:
+    """Hidden states of every case, then of the greedy prompt with its answer.
+
+    Short sequences share one batch: each layer's weights are then fetched twice and not once per case.
+    """
+    sequences = [*(case.token_ids for case in cases.cases), (*cases.greedy_prompt, *answer[:-1])]
+    longest = max(range(len(sequences)), key=lambda index: len(sequences[index]))
+    rest = [sequence for index, sequence in enumerate(sequences) if index != longest]
+    states = reference.hidden_states(rest) if rest else []
+    states.insert(longest, reference.hidden_states([sequences[longest]])[0])
+    return states
+
+
+def _run_case(
+    session: Session,
+    case: Case,
+    states: dict[str, tuple[Reference, torch.Tensor]],
+    advance: Callable[..., None],
+) -> list[PathResult]:
+    """All paths of one case side by side, so that PyTorch's logits are computed once and held in pieces."""
+    import torch
+
+    readers = [PathReader(path, session, case.token_ids) for path in case.paths]
+    found: dict[tuple[int, str], list[Rows]] = {}
+    tokens = torch.tensor(case.token_ids)
+    for start in range(0, len(tokens), PIECE):
+        stop = min(start + PIECE, len(tokens))
+        true = {}
+        for name, (reference, hidden) in states.items():
+            logits = reference.head(hidden[start:stop])
+            true[name] = (logits, torch.log_softmax(logits, -1))
+        for index, reader in enumerate(readers):
+            taken = reader.take(start, stop)
+            if taken is None:
+                continue
+            first, ours = taken
+            for name, (logits, log) in true.items():
+                rows = compare_rows(
+                    first, logits[first - start :], ours, tokens[first + 1 : stop + 1], log[first - start :]
+                )
+                found.setdefault((index, name), []).append(rows)
+        advance(stop - start)
+    results = []
+    for index, reader in enumerate(readers):
+        rows_by_reference = {name: join(found[index, name]) for name in states}
+        measures = {name: measure(rows, text=case.text) for name, rows in rows_by_reference.items()}
+        results.append(PathResult(case.name, reader.path.name, len(tokens), measures, rows_by_reference))
+    return results
+
+
+def _judge_answer(
+    reference: Reference, hidden: torch.Tensor, cases: CaseSet, answer: list[int]
+) -> GreedyCheck:
+    return check_greedy(answer, reference.head(hidden[len(cases.greedy_prompt) - 1 :]))

@@ -1,0 +1,140 @@
+"""Every stored weight against the checkpoint, tensor by tensor, within the rounding of its format."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qconvert.decoder import rope_tables
+from qconvert.exported_weights import ExportedWeights
+from qconvert.quantize import PIECE, BlockFormat
+from qconvert.weights import CheckpointWeights
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+# float32 angles: inverse frequencies of two builds of PyTorch may differ in their last bit, which
+# grows with the position; on top of that the tables' own rounding.
+_ROPE_TOLERANCE = {"float32": 1e-6, "float16": 5e-4}
+_ROPE_TOLERANCE_PER_POSITION = 2.0**-21
+
+
+@dataclass(frozen=True)
+class WeightFault:
+    """A tensor whose stored values are not the checkpoint's: its name and what is wrong, with the place."""
+
+    tensor: str
+    what: str
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """Outcome of comparing every stored weight with the checkpoint.
+
+    ``worst_steps`` is the largest error of a quantised weight in rounding steps of its block (0.5 is
+    what rounding to nearest leaves at most), found in ``worst_tensor``; 0 where nothing is quantised.
+    """
+
+    tensors: int
+    values: int
+    worst_steps: float
+    worst_tensor: str | None
+    faults: tuple[WeightFault, ...]
+
+
+def check_weights(
+    exported: ExportedWeights, model: Qwen2ForCausalLM, limit_steps: float, advance: Any = None
+) -> WeightCheck:
+    """Compare every stored weight with the checkpoint, tensor by tensor.
+
+    A quantised weight may be off by ``limit_steps`` rounding steps of its block. The step comes from
+    the checkpoint's values, not from the stored scale, so that a wrong scale cannot excuse itself.
+    A weight that is not quantised must be the checkpoint's, cast.
+    """
+    checkpoint = CheckpointWeights(model)
+    worst, worst_tensor, values, faults = 0.0, None, 0, []
+    names = list(exported)
+    for name in names:
+        tensor, fault = checkpoint[name], None
+        rows = max(1, PIECE // max(1, tensor[0].numel()))
+        for start in range(0, tensor.shape[0], rows):
+            true, stored = tensor[start : start + rows], exported.rows(name, slice(start, start + rows))
+            if (fmt := exported.format_of(name)) is None:
+                fault = fault or _cast_fault(true, stored, exported.dtype_of(name), start)
+                continue
+            steps = error_in_steps(true.float(), stored, fmt)
+            largest = float(steps.max())  # NaN if there is one
+            if not largest <= worst and not math.isnan(worst):
+                worst, worst_tensor = largest, name
+            if not largest <= limit_steps:
+                fault = fault or _rounding_fault(steps, fmt, start, limit_steps)
+        if fault:
+            faults.append(WeightFault(name, fault))
+        values += tensor.numel()
+        checkpoint.release(name)
+        if advance is not None:
+            advance(tensor.numel())
+    faults += _rope_faults(exported, model)
+    return WeightCheck(len(names), values, worst, worst_tensor, tuple(faults))
+
+
+def error_in_steps(true: torch.Tensor, stored: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+    """Largest error in each block ``[rows, blocks]``, in steps of the format for the true values.
+
+    A symmetric step is max|w| / (2^(bits-1) - 1); an asymmetric one the range of the block, 0
+    included, / (2^bits - 1). NaN and Inf stay what they are.
+    """
+    import torch
+
+    rows, columns = true.shape
+    padding = -columns % fmt.block_size
+    error, true = (
+        torch.nn.functional.pad(values, (0, padding)).view(rows, -1, fmt.block_size)
+        for values in ((stored - true).abs(), true)
+    )
+    low, high = torch.aminmax(true, dim=-1)
+    if fmt.symmetric:
+        steps = torch.maximum(high, -low) / ((1 << (fmt.bits - 1)) - 1)
+    else:
+        steps = (high.clamp(min=0) - low.clamp(max=0)) / ((1 << fmt.bits) - 1)
+    # A block of zeros has no step, and must come back as zeros.
+    return error.amax(-1) / steps.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _rounding_fault(steps: torch.Tensor, fmt: BlockFormat, start: int, limit: float) -> str:
+    bad = ~(steps <= limit)
+    row, block = divmod(int(bad.flatten().nonzero()[0]), steps.shape[1])
+    more = f" ({int(bad.sum())} blocks of these rows)" if int(bad.sum()) > 1 else ""
+    return (
+        f"row {start + row}, columns from {block * fmt.block_size}: off by {float(steps[row, block]):.3g} "
+        f"rounding steps, {limit:g} at most are due to rounding{more}"
+    )
+
+
+def _cast_fault(true: torch.Tensor, stored: torch.Tensor, dtype: str, start: int) -> str | None:
+    import torch
+
+    due = true.to(getattr(torch, dtype)).float()
+    if torch.equal(due, stored):
+        return None
+    row = int((due != stored).reshape(due.shape[0], -1).any(-1).nonzero()[0])
+    return f"row {start + row}: not the checkpoint's values in {dtype}"
+
+
+def _rope_faults(exported: ExportedWeights, model: Qwen2ForCausalLM) -> list[WeightFault]:
+    faults = []
+    for name, due in zip(
+        ("cos_cache", "sin_cache"), rope_tables(model.config, len(exported.array("cos_cache")))
+    ):
+        table = exported.array(name)
+        error = np.abs(table.astype(np.float32) - due).max(axis=1)
+        tolerance = _ROPE_TOLERANCE[str(table.dtype)] + _ROPE_TOLERANCE_PER_POSITION * np.arange(len(table))
+        if len(bad := np.flatnonzero(~(error <= tolerance))):
+            faults.append(
+                WeightFault(name, f"position {bad[0]}: off by {error[bad[0]]:.3g} (RoPE base or scaling)")
+            )
+    return faults
