@@ -164,7 +164,8 @@ def _follow(events: Any, model: Model, *, quiet: bool, verbose: bool) -> Answer:
                 printed = event.text
     finally:
         progress.clear()
-        if not quiet and not printed.endswith("\n"):
+        # Also after Ctrl-C, where a half line would stand before the shell's prompt.
+        if printed and not printed.endswith("\n"):
             show("\n")
     assert isinstance(event, Answer), "the last event is the answer"
     return event
