@@ -39,8 +39,10 @@ class OrtSession:
         self._ort = onnxruntime
         self._device_type = device
         self._run_options = onnxruntime.RunOptions()
+        self._check_provider(device, onnxruntime.get_available_providers())
         self._inference = self._open(device)
-        self._check_device(device)
+        self._check_provider(device, self._inference.get_providers())
+        self._check_nodes(device)
         self.device = (
             f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else "CUDA device 0"
         )
@@ -115,13 +117,15 @@ class OrtSession:
                 hint="check the folder with `qconvert verify`, or export the model again",
             ) from error
 
-    def _check_device(self, device: str) -> None:
-        wanted = _PROVIDERS[device]
-        if wanted not in self._inference.get_providers():
+    @staticmethod
+    def _check_provider(device: str, providers: list[str]) -> None:
+        if _PROVIDERS[device] not in providers:
             raise QrunError(
-                f"{wanted} is not available: ONNX Runtime would have run on the CPU instead",
+                f"{_PROVIDERS[device]} is not available: ONNX Runtime would have run on the CPU instead",
                 hint="check the NVIDIA driver and CUDA libraries, or use --device cpu",
             )
+
+    def _check_nodes(self, device: str) -> None:
         if device != "cpu" and (strays := nodes_on_cpu(self._inference)):
             raise QrunError(
                 f"{len(strays)} nodes would run on the CPU, not on {device}: {', '.join(strays[:5])}",
