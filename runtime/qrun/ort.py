@@ -38,7 +38,6 @@ class OrtSession:
         self.threads = threads
         self._ort = onnxruntime
         self._device_type = device
-        self._run_options = onnxruntime.RunOptions()
         self._check_provider(device, onnxruntime.get_available_providers())
         self._inference = self._open(device)
         self._check_provider(device, self._inference.get_providers())
@@ -74,7 +73,7 @@ class OrtSession:
             cache.reserve(new)
             binding = cache.bind(new, logits)
             cache.token_ids(new)[...] = token_ids
-            self._inference.run_with_iobinding(binding, self._run_options)
+            self._inference.run_with_iobinding(binding)
         except QrunError:
             raise
         except Exception as error:  # ONNX Runtime has no base class for its errors
