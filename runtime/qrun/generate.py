@@ -14,7 +14,7 @@ from qrun.errors import QrunError
 from qrun.sampling import Sampler, SamplingParams
 from qrun.session import LogitsFor, Session
 
-# Longer pieces are no faster and need far more memory for activations (docs/performance.md).
+# Longer pieces are no faster, and the memory for activations grows with them.
 PREFILL_CHUNK = 256
 
 FinishReason = Literal["eos", "length", "context", "stop", "cancelled"]
