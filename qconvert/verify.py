@@ -11,12 +11,14 @@ For fp32 the second and third are one question.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from qconvert.cases import Case, CaseSet, make_cases
+from qconvert.checkpoint import load_model, open_checkpoint, resolve_source
 from qconvert.compare import GreedyCheck, Rows, check_greedy, compare_rows, join, measure
 from qconvert.errors import QconvertError
 from qconvert.exported_weights import ExportedWeights
@@ -24,17 +26,17 @@ from qconvert.limits import PRECISIONS, limit_value
 from qconvert.progress import Progress
 from qconvert.prompt_paths import PathReader
 from qconvert.reference import Reference
-from qconvert.report import GreedyResult, PathResult, Report, find_failures
+from qconvert.report import REPORT_JSON, REPORT_MARKDOWN, GreedyResult, PathResult, Report, find_failures
 from qconvert.weight_check import check_weights
 from qrun.generate import Context, Token, generate
-from qrun.manifest import Manifest
+from qrun.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
 from qrun.sampling import SamplingParams
 from qrun.session import Session, open_session
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Report", "verify"]
+__all__ = ["Report", "verify", "verify_folder"]
 
 # Positions compared at a time: with a vocabulary of 151,936 one array of logits is 58 MB.
 PIECE = 96
@@ -91,6 +93,47 @@ def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
         failed=find_failures(manifest.precision, weights, tuple(results), greedy),
         seconds=perf_counter() - started,
     )
+
+
+def verify_folder(folder: Path, checkpoint: str, progress: Progress, *, record: bool = False) -> Report:
+    """The same proof for a finished folder, whose files are hashed against the manifest first.
+
+    Args:
+        folder: the model folder, or a .onnx file inside it.
+        checkpoint: a checkpoint's folder or a model id.
+        record: write the report and its verdict into the folder; otherwise it is only read.
+
+    Raises:
+        QrunError: a file that is not the manifest's, a bad checkpoint, or one of another model.
+    """
+    manifest = read_manifest(folder)
+    with progress.task("hashing the files", sum(file.size for file in manifest.files)) as advance:
+        manifest.check_files(hashes=True, progress=advance)
+    source = open_checkpoint(resolve_source(checkpoint))
+    with progress.task("loading the checkpoint"):
+        model = load_model(source)
+    report = verify(manifest.folder, Reference(model), progress)
+    if record:
+        _record(manifest, report)
+    return report
+
+
+def _record(manifest: Manifest, report: Report) -> None:
+    """Replace the folder's report, then its manifest, by one rename each."""
+    report.write(manifest.folder)
+    reports = (REPORT_JSON, REPORT_MARKDOWN)
+    entries = [
+        {"path": file.path, "size": file.size, "sha256": file.sha256}
+        for file in manifest.files
+        if file.path not in reports
+    ]
+    for name in reports:
+        path = manifest.folder / name
+        entries.append({"path": name, "size": path.stat().st_size, "sha256": sha256_of(path)})
+    facts = {**manifest.raw, "verification": report.verdict(), "files": entries}
+    written = manifest.folder / f".{MANIFEST_NAME}.new"
+    written.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    written.replace(manifest.folder / MANIFEST_NAME)
 
 
 def _check_fits(manifest: Manifest, reference: Reference) -> None:
