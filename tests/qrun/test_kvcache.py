@@ -31,9 +31,7 @@ def fill(cache: FakeKVCache, count: int) -> None:
         (10, 0, 64, 64),
     ],
 )
-def test_capacity_doubles_suffices_and_stays_within_the_context(
-    needed, current, limit, expected
-):
+def test_capacity_doubles_suffices_and_stays_within_the_context(needed, current, limit, expected):
     assert next_capacity(needed, current, limit) == expected
 
 
