@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 
 from qrun.errors import QrunError
 from qrun.kvcache import KVCache
-from qrun.manifest import KVFacts, Manifest, ModelFacts
+from qrun.manifest import MANIFEST_NAME, Manifest, read_manifest
 from qrun.model import Model
 from qrun.session import LogitsFor
 from qrun.text import ChatTemplate, Tokenizer
 from tests.tiny import CHAT_TEMPLATE, write_tiny_tokenizer
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 320
 IM_START, IM_END, AB = 257, 258, 259
 # A next token by the tokens so far.
@@ -27,19 +29,32 @@ Rule = Callable[[list[int]], int]
 def fake_manifest(
     *, context_length: int = 256, eos: Sequence[int] = (IM_END,), verification: str = "passed"
 ) -> Manifest:
-    return Manifest(
-        folder=Path("fake-model"),
-        name="fake",
-        target="onnxruntime",
-        precision="fp32",
-        graph="model.onnx",
-        model=ModelFacts("Qwen2ForCausalLM", 2, 4, 2, 16, 64, VOCAB_SIZE, context_length),
-        kv=KVFacts("float32", 512),
-        eos_token_ids=tuple(eos),
-        verification=verification,
-        files=(),
-        raw={},
-    )
+    """A manifest as ``read_manifest`` gives it; its folder holds nothing else and is gone."""
+    facts = {
+        "format": "qconvert-model",
+        "format_version": 1,
+        "name": "fake",
+        "target": "onnxruntime",
+        "precision": "fp32",
+        "model": {
+            "architecture": "Qwen2ForCausalLM",
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_size": 16,
+            "hidden_size": 64,
+            "vocab_size": VOCAB_SIZE,
+            "context_length": context_length,
+        },
+        "graph": {"file": "model.onnx"},
+        "kv_cache": {"dtype": "float32", "bytes_per_token": 512},
+        "tokens": {"eos": list(eos)},
+        "verification": {"status": verification},
+        "files": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / MANIFEST_NAME).write_text(json.dumps(facts))
+        return read_manifest(folder)
 
 
 class FakeKVCache(KVCache):

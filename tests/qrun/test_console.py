@@ -1,0 +1,213 @@
+"""If these fail, a person in a terminal cannot stop an answer, leave the chat, or trust what is shown."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from qrun.generate import PREFILL_CHUNK, Prefilled
+from qrun.terminal import PrefillLine, printable, show, size
+from tests.fakes import REPOSITORY
+
+CHATTING = Path(__file__).parent / "chatting.py"
+
+
+@pytest.fixture
+def state(tmp_path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def terminal(state, tmp_path):
+    """Starts a chat with a fake model in a terminal of 80 columns."""
+    running: list[pexpect.spawn] = []
+
+    def start(*answers: str) -> pexpect.spawn:
+        variables = {
+            "XDG_STATE_HOME": str(state),
+            "TERM": "xterm",
+            "PYTHONPATH": str(REPOSITORY),
+            "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody here answers where the cursor is
+        }
+        process = pexpect.spawn(
+            sys.executable,
+            [str(CHATTING), str(tmp_path), *answers],
+            env={**os.environ, **variables},
+            dimensions=(24, 80),
+            encoding="utf-8",
+            timeout=15,
+        )
+        running.append(process)
+        process.expect_exact("Ctrl-D leaves.")
+        wait_for_prompt(process)
+        return process
+
+    yield start
+    for process in running:
+        process.close(force=True)
+
+
+def wait_for_prompt(process: pexpect.spawn) -> None:
+    """Until the line editor has set the terminal up (bracketed paste on) and shows its cursor."""
+    process.expect(r"\x1b\[\?2004h.*?>.*?\x1b\[\?25h")
+
+
+def leave(process: pexpect.spawn) -> None:
+    wait_for_prompt(process)
+    process.sendeof()
+    process.expect(pexpect.EOF)
+    process.close()
+    assert (process.exitstatus, process.signalstatus) == (0, None)
+
+
+def test_a_question_is_answered_and_ctrl_d_leaves(terminal):
+    process = terminal("Paris.")
+    process.send("France?\r")
+    process.expect_exact("Paris.\r\n")
+    leave(process)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal):
+    process = terminal("endless", "Rome.")
+    process.send("France?\r")
+    process.expect_exact("la la la")
+    process.sendintr()
+    process.expect_exact("(stopped)")
+    wait_for_prompt(process)
+    process.send("Italy?\r")
+    process.expect_exact("Rome.\r\n")
+    leave(process)
+
+
+def test_ctrl_c_at_an_empty_prompt_says_how_to_leave(terminal):
+    process = terminal()
+    process.sendintr()
+    process.expect_exact("Ctrl-D or /exit leaves.")
+    leave(process)
+
+
+def test_ctrl_c_drops_a_line_that_was_begun(terminal):
+    process = terminal("Rome.")
+    process.send("Fran")
+    process.expect_exact("Fran")
+    process.sendintr()
+    wait_for_prompt(process)
+    process.send("Italy?\r")
+    process.expect_exact("Rome.\r\n")
+    leave(process)
+    assert "leaves" not in (process.before or "")
+
+
+def test_the_history_outlives_the_chat_and_is_private(terminal, state):
+    process = terminal("Paris.")
+    process.send("France?\r")
+    process.expect_exact("Paris.\r\n")
+    leave(process)
+    history = state / "qrun" / "history"
+    assert "+France?" in history.read_text()
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    again = terminal("Paris.")
+    again.send("\x1b[A")  # the up arrow
+    again.expect_exact("France?")
+    again.send("\r")
+    again.expect_exact("Paris.\r\n")
+    leave(again)
+
+
+def test_a_history_that_cannot_be_written_costs_nothing_but_itself(terminal, state):
+    state.write_text("a file where the folder should be")
+    process = terminal("Paris.")
+    process.send("France?\r")
+    process.expect_exact("Paris.\r\n")
+    leave(process)
+
+
+def test_reset_and_stats_in_a_terminal(terminal):
+    process = terminal("Paris.", "Rome.")
+    process.send("France?\r")
+    process.expect_exact("Paris.\r\n")
+    wait_for_prompt(process)
+    process.send("/stats\r")
+    process.expect_exact("conversation  1 answer, 6 tokens")
+    wait_for_prompt(process)
+    process.send("/reset\r")
+    process.expect_exact("The conversation is forgotten.")
+    wait_for_prompt(process)
+    process.send("France?\r")
+    process.expect_exact("Paris.\r\n")
+    wait_for_prompt(process)
+    process.send("/exit\r")
+    process.expect(pexpect.EOF)
+    process.close()
+    assert process.exitstatus == 0
+
+
+def test_a_model_cannot_send_commands_to_the_terminal(terminal):
+    process = terminal("a\x1b]0;title\x07b\x9b31mc\x08d")
+    process.send("go\r")
+    process.expect_exact("a]0;titleb31mcd\r\n")
+    leave(process)
+
+
+def test_a_second_line_is_begun_with_alt_enter(terminal):
+    process = terminal("ok")
+    process.send("one\x1b\rtwo\r")
+    process.expect_exact("ok\r\n")
+    leave(process)
+    history = (Path(process.env["XDG_STATE_HOME"]) / "qrun" / "history").read_text()
+    assert "+one\n+two" in history
+
+
+# What reaches a terminal
+
+
+def test_control_characters_are_dropped_and_the_rest_is_kept():
+    text = "tab\tline\n你好 é 🙂‍ \xa0"
+    assert printable(text) == text
+    everything = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
+    assert printable(everything) == "\t\n"
+
+
+def test_a_pipe_gets_the_text_as_it_is(capsys):
+    show("a\x1b[31mb\r")
+    assert capsys.readouterr().out == "a\x1b[31mb\r"
+
+
+def test_a_long_prompt_shows_its_progress_in_a_terminal_alone(capsys, monkeypatch):
+    total = 10 * PREFILL_CHUNK
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        line = PrefillLine()
+        for done in (0, PREFILL_CHUNK, total):
+            line.update(Prefilled(done, total))
+        shown = capsys.readouterr().err
+        assert ("reading the prompt: 256 of 2,560 tokens" in shown) == is_terminal
+        assert shown.endswith("\r\x1b[K") == is_terminal, "the line is still there beside the answer"
+
+
+def test_a_short_rest_of_a_long_prompt_shows_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    line = PrefillLine()
+    for done in (9000, 9100):
+        line.update(Prefilled(done, 9100))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (46_080, "46 kB"),
+        (377_487_360, "377.5 MB"),
+        (3.1e9, "3.10 GB"),
+    ],
+)
+def test_sizes_are_short(count, shown):
+    assert size(count) == shown
