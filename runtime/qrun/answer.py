@@ -100,7 +100,9 @@ class Answering:
         started = prefilled = perf_counter()
         reused: int | None = None
         for event in self._tokens:
-            if isinstance(event, Prefilled):
+            if self._cancelled:  # while this step was computed: its token is not wanted any more
+                self.finish_reason = "cancelled"
+            elif isinstance(event, Prefilled):
                 reused = event.done if reused is None else reused
                 prefilled = perf_counter()
                 yield event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from qrun.answer import Answer, Piece
@@ -13,7 +13,7 @@ from qrun.chat import Chat
 from qrun.errors import QrunError
 from qrun.generate import Prefilled
 from qrun.kvcache import forecast_bytes
-from qrun.lines import LineReader, line_reader
+from qrun.lines import LineReader, keys_unseen, line_reader
 from qrun.terminal import PrefillLine, complain, note, show, size
 
 HELP = """\
@@ -79,7 +79,10 @@ class ChatConsole:
         """
         progress = PrefillLine()
         printed = ""
-        with _interrupts(self.chat.cancel) if sys.stdin.isatty() else nullcontext():
+        with ExitStack() as terminal:
+            if sys.stdin.isatty():
+                terminal.enter_context(_interrupts(self.chat.cancel))
+                terminal.enter_context(keys_unseen())
             try:
                 for event in self.chat.send(line):
                     if isinstance(event, Prefilled):
@@ -102,6 +105,8 @@ class ChatConsole:
             note("(cut off at --max-tokens)")
         elif answer.finish_reason == "context":
             note(f"(the context of {self.chat.context.cache.limit:,} tokens is full: /reset starts over)")
+        if sys.stdin.isatty():
+            note()
 
     def _reset(self, _: str) -> None:
         self.chat.reset()
@@ -129,7 +134,7 @@ class ChatConsole:
         )
         note(f"{manifest.name}: {', '.join(facts)}")
         if manifest.verification != "passed":
-            note(f"This model is {verdict(manifest.verification)}.")
+            note(verdict(manifest.verification))
         if sys.stdin.isatty():
             note("/help lists the commands, Ctrl-D leaves.")
 
@@ -137,8 +142,8 @@ class ChatConsole:
 def verdict(status: str) -> str:
     """What a manifest's verification status means, for people."""
     if status == "not verified":
-        return "not verified: nobody has compared it with its checkpoint (`qconvert verify` does)"
-    return f"not verified: its verification {status}"
+        return "not verified: never compared with its checkpoint (`qconvert verify` does that)"
+    return f"not verified: its verification says {status!r}"
 
 
 def statistics(chat: Chat) -> list[str]:

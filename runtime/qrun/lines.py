@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -99,3 +101,21 @@ def decode_input(data: bytes) -> str:
         raise QrunError(
             f"the input is not UTF-8: {error}", hint="convert it, for instance with iconv"
         ) from error
+
+
+@contextmanager
+def keys_unseen() -> Iterator[None]:
+    """What is typed while an answer is printed (``^C`` too) does not appear amid it; it is not lost."""
+    try:
+        import termios
+    except ImportError:  # not on Windows
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] = before[3] & ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

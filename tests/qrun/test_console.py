@@ -78,6 +78,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal):
     process.expect_exact("la la la")
     process.sendintr()
     process.expect_exact("(stopped)")
+    assert "^C" not in process.before, "the key stands amid the answer"
     wait_for_prompt(process)
     process.send("Italy?\r")
     process.expect_exact("Rome.\r\n")

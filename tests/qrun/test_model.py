@@ -109,6 +109,23 @@ def test_an_answer_can_be_cancelled_at_any_event(tokenizer):
     assert (seen[-1].finish_reason, seen[-1].text) == ("cancelled", "he")
 
 
+def test_a_token_that_was_computed_while_the_answer_was_cancelled_is_not_shown(tokenizer):
+    """A Ctrl-C mostly strikes amid a step, and a word after it looks as if it had not been heard."""
+    script = tokenizer.encode("hello")
+
+    def rule(seen: list[int]) -> int:
+        if len(seen) == len(">hel"):
+            answering.cancel()
+        return script[len(seen) - 1]
+
+    model = fake_model(tokenizer, rule)
+    params, _ = model.resolve({})
+    answering = model.answering(tokenizer.encode(">"), params)
+    *events, answer = answering.events()
+    assert pieces(events) == list("hel")
+    assert (answer.finish_reason, answer.text, answer.completion_tokens) == ("cancelled", "hel", 3)
+
+
 def test_a_cancelled_prompt_is_not_read_to_its_end(tokenizer):
     model = fake_model(tokenizer, repeating(tokenizer, "x"), manifest=fake_manifest(context_length=4096))
     params, _ = model.resolve({})
