@@ -160,8 +160,8 @@ def _follow(events: Any, model: Model, *, quiet: bool, verbose: bool) -> Answer:
                     note(f"{tokens}: {size(forecast_bytes(model.manifest, event.total))} of KV cache")
             elif isinstance(event, Piece) and not quiet:
                 progress.clear()
+                printed = event.text  # first: Ctrl-C may strike within the next line
                 show(event.text)
-                printed = event.text
     finally:
         progress.clear()
         # Also after Ctrl-C, where a half line would stand before the shell's prompt.

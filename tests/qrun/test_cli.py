@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qrun import cli, options, wheels
-from tests.fakes import fake_manifest, fake_model, repeating, scripted
+from tests.fakes import REPOSITORY, fake_manifest, fake_model, repeating, scripted
 
 GREEDY = ("--greedy", "--max-tokens", "5")
 
@@ -377,6 +378,37 @@ def test_a_reader_that_leaves_early_hears_nothing_more(tiny_export):
     process.stdout.close()
     assert process.stderr.read() == b""
     process.wait()
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from qrun import cli, options
+from tests.fakes import REPOSITORY, fake_manifest, fake_model, repeating, tiny_tokenizer
+
+tokenizer = tiny_tokenizer(Path(sys.argv.pop(1)))
+model = fake_model(
+    tokenizer, repeating(tokenizer, "la "), manifest=fake_manifest(context_length=10**7)
+)
+options.Model.open = lambda *_, **__: model
+cli.main()
+"""
+
+
+def test_ctrl_c_outside_a_chat_ends_with_130_and_no_traceback(tmp_path):
+    given = ("generate", "--engine", "x", "--prompt", "hi", "--raw", "--max-tokens", str(10**6))
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, str(tmp_path), *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (130, b"")
+    assert out.endswith(b"\n"), "the shell's prompt would stand behind half a line"
 
 
 def test_an_old_locale_costs_a_character_and_not_the_answer(broken):
