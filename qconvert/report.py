@@ -21,6 +21,8 @@ REPORT_MARKDOWN = "verification.md"
 REPORT_VERSION = 1
 # After so many failures of one kind the text only counts the rest.
 _SHOWN_FAILURES = 8
+# Measures of single positions, and the column of ``compare.Rows`` that holds them.
+_LOCATED = {"max_difference": "max_difference", "max_kl": "kl"}
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,14 @@ class PathResult:
 
 @dataclass(frozen=True)
 class GreedyResult:
-    """The greedy answer of qrun, token ids, judged by the checkpoint and by the export's own weights."""
+    """The greedy answer of qrun, token ids, judged by the checkpoint and by the export's own weights.
+
+    ``error`` says why it ended early; None if it did not.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    error: str | None
     checks: Mapping[str, GreedyCheck]
 
 
@@ -137,6 +143,7 @@ class Report:
                 "greedy": {
                     "prompt": list(self.greedy.prompt),
                     "answer": list(self.greedy.answer),
+                    "error": self.greedy.error,
                     "judged_by": {
                         name: {**asdict(check), "outcome": check.outcome(near_tie)}
                         for name, check in self.greedy.checks.items()
@@ -168,15 +175,18 @@ def find_failures(
     failed = [Failure(fault.tensor, fault.what) for fault in weights.faults]
     whole_is_right: dict[str, bool] = {}
     for path in paths:
-        found = _path_failures(precision, path)
-        whole_is_right.setdefault(path.case, not found)
-        hint = "; the same prompt at once is right: look at the KV cache and its lengths"
-        with_hint = hint if found and whole_is_right[path.case] else ""
-        failed += [Failure(failure.where, failure.what + with_hint) for failure in found[:1]]
-        failed += found[1:]
+        what = _path_failure(precision, path)
+        whole_is_right.setdefault(path.case, what is None)  # the first path of a case takes it whole
+        if what is not None:
+            hint = "; the same prompt at once is right: look at the KV cache and its lengths"
+            failed.append(
+                Failure(f"{path.case}, {path.path}", what + (hint if whole_is_right[path.case] else ""))
+            )
     near_tie = limit_value("near_tie", precision)
     judge = "own weights" if "own weights" in greedy.checks else "checkpoint"
     check = greedy.checks[judge]
+    if greedy.error is not None:
+        failed.append(Failure("greedy answer", f"after {check.steps} tokens: {greedy.error}"))
     if check.outcome(near_tie) == "different":
         assert check.worst is not None
         failed.append(
@@ -190,39 +200,41 @@ def find_failures(
     return tuple(failed)
 
 
-def _path_failures(precision: str, path: PathResult) -> list[Failure]:
-    where = f"{path.case}, {path.path}"
+def _path_failure(precision: str, path: PathResult) -> str | None:
+    """What is beyond its limit on one path, that first which tells where in the prompt it begins."""
     bad = path.rows["checkpoint"].non_finite_at
     if bad is not None:
-        return [Failure(where, f"NaN or Inf in the logits of position {bad}")]
-    found = []
+        return f"NaN or Inf in the logits of position {bad}"
+    broken = []
     for limit in LIMITS:
         measures = path.measures.get(limit.against)
         value = getattr(measures, limit.key, None)
         if measures is None or value is None or measures.positions < limit.positions:
             continue
         if limit.breaks(value, precision):
-            found.append(Failure(where, _explain(limit, value, precision, path)))
-    return found
+            broken.append((limit, value))
+    broken.sort(key=lambda item: item[0].key not in _LOCATED)
+    texts: list[str] = []
+    for limit, value in broken:
+        side = "at least" if limit.minimum else "at most"
+        allowed = f"{side} {limit.values[precision]:g} against {limit.against}"
+        text = f"{limit.title.split(',')[0]} {value:.3g} ({allowed})"
+        texts.append(text + (_where_it_begins(limit, precision, path) if not texts else ""))
+    return ", also ".join(texts) if texts else None
 
 
-def _explain(limit: Limit, value: float, precision: str, path: PathResult) -> str:
-    """The broken limit, and where in the prompt it begins."""
-    allowed = limit.values[precision]
-    side = "at least" if limit.minimum else "at most"
-    text = f"{limit.title} is {value:.4g}, {side} {allowed:g} is allowed (against {limit.against})"
-    if limit.key not in ("max_difference", "max_kl"):
-        return text
-    row = {"max_difference": "max_difference", "max_kl": "kl"}[limit.key]
-    first = path.rows[limit.against].first_above(row, allowed)
-    start = int(path.rows[limit.against].position[0])
-    if first is None:
-        return text
-    if first == start == 0:
-        return f"{text}, from position 0 on: not only attention is wrong"
-    return f"{text}, first at position {first}" + (
-        ", not before: look at attention, RoPE and windows" if start == 0 else ""
-    )
+def _where_it_begins(limit: Limit, precision: str, path: PathResult) -> str:
+    """From which position on a limit is broken, and what that tells."""
+    if limit.key not in _LOCATED:
+        return ""
+    rows = path.rows[limit.against]
+    first = rows.first_above(_LOCATED[limit.key], limit.values[precision])
+    if rows.position[0] != 0:
+        return f" from position {first} on"
+    if first == 0:
+        return " from position 0 on (so not attention alone)"
+    # The first token attends to itself only, at whatever angle.
+    return f" from position {first} on, not before (look at attention, RoPE and windows)"
 
 
 def _plain_object(value: Mapping[str, Any]) -> dict[str, Any]:

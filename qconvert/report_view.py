@@ -75,6 +75,8 @@ def _weights_line(report: Report) -> str:
 def greedy_line(report: Report) -> str:
     """One sentence on the greedy answer."""
     check = report.greedy.checks["checkpoint"]
+    if report.greedy.error is not None:
+        return f"greedy: ended after {check.steps} tokens, {report.greedy.error}"
     if check.first is None:
         return f"greedy: {check.steps} tokens, identical with PyTorch"
     text = (

@@ -28,6 +28,7 @@ from qconvert.prompt_paths import PathReader
 from qconvert.reference import Reference
 from qconvert.report import REPORT_JSON, REPORT_MARKDOWN, GreedyResult, PathResult, Report, find_failures
 from qconvert.weight_check import check_weights
+from qrun.errors import QrunError
 from qrun.generate import Context, Token, generate
 from qrun.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
 from qrun.sampling import SamplingParams
@@ -62,7 +63,7 @@ def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
 
     cases = make_cases(folder, manifest.model.vocab_size, manifest.model.context_length)
     with progress.task("answering greedily", cases.greedy_steps) as advance:
-        answer = _answer(session, cases, advance)
+        answer, error = _answer(session, cases, advance)
     references = {"checkpoint": reference}
     if exported.rounded:
         references["own weights"] = Reference(reference.model, exported)
@@ -79,6 +80,7 @@ def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
     greedy = GreedyResult(
         tuple(cases.greedy_prompt),
         tuple(answer),
+        error,
         {name: _judge_answer(references[name], found[-1], cases, answer) for name, found in hidden.items()},
     )
     return Report(
@@ -160,15 +162,18 @@ def _check_fits(manifest: Manifest, reference: Reference) -> None:
             )
 
 
-def _answer(session: Session, cases: CaseSet, advance: Callable[..., None]) -> list[int]:
-    """What qrun itself generates, greedily and past any end token."""
+def _answer(session: Session, cases: CaseSet, advance: Callable[..., None]) -> tuple[list[int], str | None]:
+    """What qrun itself generates, greedily and past any end token; and why it stopped early, if it did."""
     params = SamplingParams(do_sample=False, max_tokens=cases.greedy_steps, ignore_eos=True)
-    answer = []
-    for event in generate(Context(session), cases.greedy_prompt, params):
-        if isinstance(event, Token):
-            answer.append(event.token_id)
-            advance(1)
-    return answer
+    answer: list[int] = []
+    try:
+        for event in generate(Context(session), cases.greedy_prompt, params):
+            if isinstance(event, Token):
+                answer.append(event.token_id)
+                advance(1)
+    except QrunError as error:  # logits from which no token can be chosen
+        return answer, error.what
+    return answer, None
 
 
 def _hidden_states(reference: Reference, cases: CaseSet, answer: list[int]) -> list[torch.Tensor]:
@@ -224,4 +229,5 @@ def _run_case(
 def _judge_answer(
     reference: Reference, hidden: torch.Tensor, cases: CaseSet, answer: list[int]
 ) -> GreedyCheck:
-    return check_greedy(answer, reference.head(hidden[len(cases.greedy_prompt) - 1 :]))
+    first = len(cases.greedy_prompt) - 1
+    return check_greedy(answer, reference.head(hidden[first : first + len(answer)]))
