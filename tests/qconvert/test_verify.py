@@ -6,27 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from qconvert.cases import GREEDY_STEPS, LONG_TOKENS, make_cases
+from qconvert.cases import GREEDY_STEPS, LONG_TOKENS
 from qconvert.checkpoint import load_model, open_checkpoint
 from qconvert.cli import main
-from qconvert.compare import check_greedy, compare_rows, measure
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
 from qconvert.limits import ENOUGH_FOR_SHARES, LIMITS, limits_table
 from qconvert.progress import Progress
-from qconvert.prompt_paths import CHUNKED, CHUNKED_GROWING, LAST, STEPPED, STEPS, TRIMMED_BACK, PathReader
-from qconvert.quantize import PRECISIONS, BlockFormat, pack, unpack
+from qconvert.prompt_paths import STEPS
+from qconvert.quantize import PRECISIONS
 from qconvert.reference import Reference
 from qconvert.verify import Report, verify
-from qconvert.weight_check import error_in_steps
 from qrun.manifest import read_manifest
-from qrun.session import open_session
 from tests.qconvert.mutants import Exporter, overwrite
 from tests.tiny import make_tiny_checkpoint
 
@@ -88,143 +84,6 @@ def test_the_sample_keeps_what_is_promised(sample_checkpoint: Path, tmp_path: Pa
     assert read_manifest(made.folder).verification == "passed"
 
 
-# Paths through a session.
-
-
-class CountingSession:
-    """Logits that tell their position: one-hot rows at the position's index, as the cache has it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._session = open_session(folder)
-        self.manifest = self._session.manifest
-
-    def new_cache(self, **options: Any) -> Any:
-        return self._session.new_cache(**options)
-
-    def forward(self, token_ids: Any, cache: Any, logits: str = "last") -> Any:
-        start = cache.length
-        self._session.forward(token_ids, cache, "none")
-        rows = np.eye(512, dtype=np.float32)[start : cache.length]
-        return {"all": rows, "last": rows[-1:], "none": rows[:0]}[logits][None]
-
-
-@pytest.mark.parametrize(
-    ("path", "first"), [(CHUNKED, 0), (CHUNKED_GROWING, 0), (STEPPED, 135), (TRIMMED_BACK, 176), (LAST, 199)]
-)
-def test_a_reader_gives_each_position_its_own_row(exporter: Exporter, path: Any, first: int) -> None:
-    session = CountingSession(exporter.export("fp32"))
-    reader = PathReader(path, session, list(range(200)))  # type: ignore[arg-type]
-    seen = []
-    for start in range(0, 200, 48):
-        taken = reader.take(start, min(start + 48, 200))
-        if taken is not None:
-            begin, rows = taken
-            assert rows.argmax(-1).tolist() == list(range(begin, begin + len(rows)))
-            seen += rows.argmax(-1).tolist()
-    assert seen == list(range(first, 200))
-
-
-# Measures.
-
-
-def test_measures_of_known_distributions() -> None:
-    reference = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.25, 0.75]]))
-    ours = torch.log(torch.tensor([[0.5, 0.5], [0.1, 0.9], [0.5, 0.5]])) + 1.0
-    rows = compare_rows(10, reference, ours, torch.tensor([0, 1]))
-    found = measure(rows, text=True)
-    assert found.positions == 3
-    kl = [0, 0.9 * np.log(9) - 0.1 * np.log(9), 0.25 * np.log(0.5) + 0.75 * np.log(1.5)]
-    assert rows.kl == pytest.approx(kl, abs=1e-6)
-    assert (found.max_kl, found.max_kl_at) == (pytest.approx(kl[1]), 11)
-    assert (found.max_difference, found.max_difference_at) == (pytest.approx(1 + np.log(9)), 11)
-    assert rows.agrees.tolist()[:2] == [1, 0]
-    assert found.reference_perplexity == pytest.approx((0.5 * 0.1) ** -0.5)
-    assert found.export_perplexity == pytest.approx((0.5 * 0.9) ** -0.5)
-    assert measure(rows, text=False).perplexity_ratio is None
-
-
-def test_a_row_that_is_not_finite_is_above_every_limit() -> None:
-    reference = torch.zeros(3, 4)
-    for bad in (float("nan"), float("inf"), float("-inf")):
-        ours = reference.clone()
-        ours[1, 2] = bad
-        rows = compare_rows(0, reference, ours, torch.tensor([0, 0, 0]))
-        assert rows.non_finite_at == 1
-        assert rows.first_above("max_difference", 1e9) == 1
-
-
-@pytest.mark.parametrize(
-    ("gap", "outcome"), [(-1.0, "identical"), (0.0019, "near tie"), (0.0021, "different"), (3.0, "different")]
-)
-def test_a_near_tie_is_told_from_an_error(gap: float, outcome: str) -> None:
-    # At step 2 token 5 was taken; PyTorch's logit of token 7 is larger by the gap.
-    logits = torch.zeros(4, 10)
-    logits[torch.arange(4), torch.tensor([1, 2, 5, 3])] = 8.0
-    logits[2, 7] = 8.0 + gap
-    check = check_greedy([1, 2, 5, 3], logits)
-    assert check.outcome(2e-3) == outcome
-    assert check.agreed == (4 if outcome == "identical" else 3)
-    if outcome != "identical":
-        assert check.first is not None
-        assert (check.first.step, check.first.expected, check.first.taken) == (2, 7, 5)
-        assert check.first.margin == pytest.approx(gap, abs=1e-5)
-
-
-def test_one_wide_margin_is_not_hidden_by_a_near_tie_before_it() -> None:
-    logits = torch.zeros(2, 3)
-    logits[0, 1], logits[1, 2] = 1e-3, 5.0
-    check = check_greedy([0, 0], logits)
-    assert check.first is not None
-    assert check.first.step == 0
-    assert check.outcome(2e-3) == "different"
-
-
-@pytest.mark.parametrize(
-    "fmt", [BlockFormat(4, 32, False), BlockFormat(4, 16, True), BlockFormat(8, 64, True)]
-)
-def test_rounding_to_nearest_leaves_half_a_step(fmt: BlockFormat) -> None:
-    weight = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
-    weight[3] = 0
-    weight[4] = weight[4].abs() + 1
-    stored = unpack(pack(weight, fmt), fmt, 200)
-    steps = error_in_steps(weight, stored, fmt)
-    assert 0.45 < float(steps.max()) <= 0.501
-    assert float(steps[3].max()) == 0
-    stored[7, 33] += 1.1 * (weight[7].max() - weight[7].min()) / ((1 << fmt.bits) - 1)
-    assert float(error_in_steps(weight, stored, fmt)[7].max()) > 0.501
-
-
-# Cases.
-
-
-def test_cases_of_a_folder_with_a_tokenizer(checkpoints: dict[str, Path]) -> None:
-    found = make_cases(checkpoints["tied"], 320, 4096)
-    lengths = {case.name: len(case.token_ids) for case in found.cases}
-    assert lengths == {"short": 32, "long": LONG_TOKENS, "chinese": 128, "code": 160}
-    assert LONG_TOKENS >= 512
-    assert found.notes == ()
-    assert all(case.text for case in found.cases)
-
-
-def test_random_tokens_where_there_is_no_tokenizer_or_not_this_model_s(
-    checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    for folder, vocab_size in ((tmp_path, 320), (checkpoints["tied"], 100)):
-        found = make_cases(folder, vocab_size, 4096)
-        assert found == make_cases(folder, vocab_size, 4096)  # seeded
-        assert "random tokens" in found.notes[0]
-        assert not any(case.text for case in found.cases)
-        assert max(max(case.token_ids) for case in found.cases) < vocab_size
-
-
-def test_what_does_not_fit_the_context_is_said(checkpoints: dict[str, Path]) -> None:
-    found = make_cases(checkpoints["tied"], 320, 100)
-    assert {len(case.token_ids) for case in found.cases} == {32, 100}
-    assert "long: cut to the context of 100 tokens" in found.notes
-    assert len(found.greedy_prompt) + found.greedy_steps == 100
-    assert any(note.startswith("greedy: 68 steps") for note in found.notes)
-
-
 def test_a_folder_without_tokenizer_is_verified_on_random_tokens(tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "model", tokenizer=False, max_position_embeddings=48)
     made = export(str(checkpoint), ExportOptions("int8", output=tmp_path / "out"), QUIET)
@@ -276,15 +135,14 @@ def test_every_precision_has_every_sharp_limit_and_each_limit_its_reason() -> No
     assert LONG_TOKENS > ENOUGH_FOR_SHARES
 
 
-def test_a_failed_export_publishes_nothing_and_says_where(exporter: Exporter, tmp_path: Path) -> None:
+def test_failures_name_the_tensor_first(exporter: Exporter) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+
     def transpose(tensors: dict[str, torch.Tensor]) -> None:
-        name = "model.layers.0.self_attn.q_proj.weight"
         tensors[name].copy_(tensors[name].T.clone())
 
-    folder = exporter.export_of_changed_weights("int8", transpose)
-    report = exporter.verify(folder)
-    text = report.failures()
-    assert text.splitlines()[0].startswith("model.layers.0.self_attn.q_proj.weight: row 0")
+    report = exporter.verify(exporter.export_of_changed_weights("int8", transpose))
+    assert report.failures().splitlines()[0].startswith(f"{name}: row 0")
     assert report.verdict()["status"] == "failed"
 
 
