@@ -1,6 +1,7 @@
 """Decode speed of qrun's public loop beside a bare loop over ONNX Runtime with bound buffers.
 
-Both run the same int4 folder of a Qwen2.5 shape (random weights) greedily, in one process and in turn, and
+Both run greedily on one int4 folder of a Qwen2.5 shape (random weights), over one ONNX Runtime session and
+token by token in turn: A B A B for every single step, so that a slow spell of the machine hits both. They
 must choose the same tokens. The bare loop is the least that can be written: keys and values bound once and in
 place, one binding for token and logits, a new attention mask at each step, numpy's argmax. The target is a
 ratio of at least 0.97 on the 0.5B shape (below it, Python's own microseconds weigh more than the model).
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -20,8 +22,9 @@ import numpy as np
 
 from benchmarks.report import conditions, conditions_text, publish, spread, summary, table
 from benchmarks.shapes import SHAPES
-from qrun.generate import Context, Finished, Token, generate
+from qrun.generate import Context, Token, generate
 from qrun.manifest import read_manifest
+from qrun.ort import OrtSession
 from qrun.sampling import SamplingParams
 from qrun.session import open_session, usable_cores
 
@@ -29,78 +32,55 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET = 0.97
 
 
-class Answer(NamedTuple):
-    token_ids: list[int]
+class Step(NamedTuple):
+    """One decoded token and the seconds from the token before it."""
+
+    token_id: int
     seconds: float
 
-    @property
-    def tokens_per_second(self) -> float:
-        """As in ``Finished``: N tokens chosen, N - 1 of them fed; the prompt's pass is not counted."""
-        return (len(self.token_ids) - 1) / self.seconds
+
+def qrun_loop(session: OrtSession, prompt: list[int], tokens: int) -> Iterator[int]:
+    """The loop that users run."""
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    for event in generate(Context(session), prompt, params):
+        if isinstance(event, Token):
+            yield event.token_id
 
 
-class QrunLoop:
-    """The loop that users run, opened as they open it."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        self._session = open_session(folder, threads=threads)
-
-    def answer(self, prompt: list[int], tokens: int) -> Answer:
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        token_ids: list[int] = []
-        seconds = 0.0
-        for event in generate(Context(self._session), prompt, params):
-            if isinstance(event, Token):
-                token_ids.append(event.token_id)
-            elif isinstance(event, Finished):
-                seconds = event.decode_seconds
-        return Answer(token_ids, seconds)
-
-
-class BareLoop:
+def bare_loop(session: OrtSession, prompt: list[int], tokens: int) -> Iterator[int]:
     """ONNX Runtime and nothing else: no checks, no growth, buffers of exactly the length that is needed."""
+    import onnxruntime
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        import onnxruntime
+    facts, value = session.manifest.model, onnxruntime.OrtValue.ortvalue_from_numpy
+    inference = session._inference
+    run, binding = inference.run_with_iobinding, inference.io_binding()
+    capacity = len(prompt) + tokens
+    shape = (1, facts.num_key_value_heads, capacity, facts.head_size)
+    for name in session.kv_names:
+        buffer = value(np.zeros(shape, dtype=session.kv_dtype))
+        binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+        binding.bind_ortvalue_output(f"present.{name}", buffer)
+    ones = np.ones((1, capacity), dtype=np.int64)
+    logits = np.empty((1, 1, facts.vocab_size), dtype=np.float32)
+    binding.bind_ortvalue_output("logits", value(logits))
+    binding.bind_ortvalue_input("logits_start", value(np.array([-1], dtype=np.int64)))
+    binding.bind_ortvalue_input("input_ids", value(np.array([prompt], dtype=np.int64)))
+    binding.bind_ortvalue_input("attention_mask", value(ones[:, : len(prompt)]))
+    run(binding)
 
-        self._ort = onnxruntime
-        manifest = read_manifest(folder)
-        self._facts, self._kv_dtype = manifest.model, np.dtype(manifest.kv.dtype)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(manifest.graph_path), options, providers=["CPUExecutionProvider"]
-        )
-
-    def answer(self, prompt: list[int], tokens: int) -> Answer:
-        facts, value = self._facts, self._ort.OrtValue.ortvalue_from_numpy
-        run, binding = self._session.run_with_iobinding, self._session.io_binding()
-        capacity = len(prompt) + tokens
-        shape = (1, facts.num_key_value_heads, capacity, facts.head_size)
-        for layer in range(facts.num_hidden_layers):
-            for part in ("key", "value"):
-                buffer = value(np.zeros(shape, dtype=self._kv_dtype))
-                binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", buffer)
-                binding.bind_ortvalue_output(f"present.{layer}.{part}", buffer)
-        ones = np.ones((1, capacity), dtype=np.int64)
-        logits = np.empty((1, 1, facts.vocab_size), dtype=np.float32)
-        binding.bind_ortvalue_output("logits", value(logits))
-        binding.bind_ortvalue_input("logits_start", value(np.array([-1], dtype=np.int64)))
-        binding.bind_ortvalue_input("input_ids", value(np.array([prompt], dtype=np.int64)))
-        binding.bind_ortvalue_input("attention_mask", value(ones[:, : len(prompt)]))
+    token = np.empty((1, 1), dtype=np.int64)
+    binding.bind_ortvalue_input("input_ids", value(token))
+    token_id = int(logits.argmax())
+    yield token_id
+    for length in range(len(prompt) + 1, len(prompt) + tokens):
+        token[0, 0] = token_id
+        binding.bind_ortvalue_input("attention_mask", value(ones[:, :length]))
         run(binding)
+        token_id = int(logits.argmax())
+        yield token_id
 
-        started = perf_counter()
-        token = np.empty((1, 1), dtype=np.int64)
-        binding.bind_ortvalue_input("input_ids", value(token))
-        token_ids = [int(logits.argmax())]
-        for length in range(len(prompt) + 1, len(prompt) + tokens):
-            token[0, 0] = token_ids[-1]
-            binding.bind_ortvalue_input("attention_mask", value(ones[:, :length]))
-            run(binding)
-            token_ids.append(int(logits.argmax()))
-        return Answer(token_ids, perf_counter() - started)
+
+LOOPS = {"qrun": qrun_loop, "bare loop": bare_loop}
 
 
 def prepare(shape: str, work: Path) -> Path:
@@ -115,28 +95,34 @@ def prepare(shape: str, work: Path) -> Path:
     return folder
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, list[Answer]]:
-    """Answers of both loops, in the order ABBA ABBA ..., after one round to warm up."""
-    loops: dict[str, QrunLoop | BareLoop] = {
-        "qrun": QrunLoop(folder, arguments.threads),
-        "bare loop": BareLoop(folder, arguments.threads),
-    }
-    vocab_size = read_manifest(folder).model.vocab_size
+def decode_in_turn(session: OrtSession, prompt: list[int], tokens: int) -> dict[str, list[Step]]:
+    """Both loops over one prompt, a step of one after a step of the other; the prompt's pass left out."""
+    running = {name: loop(session, prompt, tokens) for name, loop in LOOPS.items()}
+    steps: dict[str, list[Step]] = {name: [] for name in LOOPS}
+    for number in range(tokens):
+        for name in list(LOOPS)[:: 1 if number % 2 else -1]:
+            started = perf_counter()
+            token_id = next(running[name])
+            steps[name].append(Step(token_id, perf_counter() - started))
+    chosen = {name: [step.token_id for step in found] for name, found in steps.items()}
+    if chosen["qrun"] != chosen["bare loop"]:
+        raise SystemExit("the loops chose different tokens: they do not do the same work")
+    return {name: found[1:] for name, found in steps.items()}
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Tokens per second of each round (from its median step), after one round to warm up."""
+    session = open_session(folder, threads=arguments.threads)
+    assert isinstance(session, OrtSession)
+    vocab_size = session.manifest.model.vocab_size
     prompt = np.random.default_rng(1).integers(0, vocab_size, arguments.prompt).tolist()
-    answers: dict[str, list[Answer]] = {name: [] for name in loops}
+    speeds: dict[str, list[float]] = {name: [] for name in LOOPS}
     for repeat in range(arguments.repeats + 1):
-        order = list(loops)[:: 1 if repeat % 2 else -1]
-        for name in order:
-            answer = loops[name].answer(prompt, arguments.tokens)
-            if repeat > 0:
-                answers[name].append(answer)
-    first = answers["qrun"][0].token_ids
-    for name, found in answers.items():
-        if any(answer.token_ids != first for answer in found):
-            raise SystemExit(
-                f"{name} chose other tokens than qrun did at first: the loops do not do the same work"
-            )
-    return answers
+        steps = decode_in_turn(session, prompt, arguments.tokens)
+        if repeat > 0:
+            for name, found in steps.items():
+                speeds[name].append(1 / median(step.seconds for step in found))
+    return speeds
 
 
 def parse() -> argparse.Namespace:
@@ -173,15 +159,13 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     folder = arguments.folder or prepare(arguments.shape, work)
     facts = conditions({"both": sys.executable})
-    answers = measure(folder, arguments)
-
-    speeds = {name: [answer.tokens_per_second for answer in found] for name, found in answers.items()}
-    # Each round's two runs stand next to each other: their ratio is free of the machine's slow spells.
+    speeds = measure(folder, arguments)
     ratios = [ours / bare for ours, bare in zip(speeds["qrun"], speeds["bare loop"])]
     manifest = read_manifest(folder)
     what = (
         f"{manifest.name}, {manifest.precision}, {arguments.threads} threads, prompt of {arguments.prompt}, "
-        f"{arguments.tokens} tokens decoded greedily; median (range) of {arguments.repeats}, in turn."
+        f"{arguments.tokens} tokens decoded greedily, step by step in turn; "
+        f"median step of a round, median (range) of {arguments.repeats} rounds."
     )
     rows = [[name, spread(found)] for name, found in speeds.items()]
     rows.append(["qrun / bare loop", spread(ratios, 3)])
