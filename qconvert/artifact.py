@@ -98,7 +98,7 @@ def new_model_folder(
                 yield ModelFolder(output, path)
             published = True
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     except OSError as error:
         what = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -183,6 +183,15 @@ def _exchange(path: Path, target: Path) -> None:
     target.rename(aside)
     path.rename(target)
     aside.rename(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder. Ctrl-C in the middle of it ends the program once the rest is gone as well."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _sync(folder: Path) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 
 from qconvert import prompt_paths as ways
-from qconvert.prompt_paths import PromptPath
+from qconvert.prompt_paths import PromptPath, with_static_cache
 
 GREEDY_STEPS = 128
 # Above 512, so that an in-place cache has to grow twice on the way.
 LONG_TOKENS = 576
+# Longest static cache that is filled to its end: PyTorch reads as many tokens for it.
+FULL_TOKENS = 4096
 _SEED = 20240607
 
 
@@ -59,10 +62,11 @@ _PLANS = (
 )
 
 
-def make_cases(folder: Path, vocab_size: int, context_length: int) -> CaseSet:
+def make_cases(folder: Path, vocab_size: int, context_length: int, *, static_cache: bool = False) -> CaseSet:
     """The cases in the tokens of ``tokenizer.json`` in ``folder``; seeded random tokens where there is none.
 
-    Cases are cut to the context. What was cut or replaced stands in ``notes``.
+    Cases are cut to the context. What was cut or replaced stands in ``notes``. A static cache is also
+    filled to its last slot.
     """
     encoded, text, notes = _encode(folder, vocab_size)
     cases = []
@@ -73,7 +77,13 @@ def make_cases(folder: Path, vocab_size: int, context_length: int) -> CaseSet:
         if len(fitting) < 2:
             notes.append(f"{plan.name}: left out, it has {len(fitting)} tokens")
             continue
-        cases.append(Case(plan.name, fitting, plan.paths, text))
+        ways_here = tuple(map(with_static_cache, plan.paths)) if static_cache else plan.paths
+        cases.append(Case(plan.name, fitting, ways_here, text))
+    if static_cache and context_length <= FULL_TOKENS:
+        repeated = tuple(islice(cycle(encoded[1]), context_length))
+        cases.append(Case("full", repeated, (ways.FILLED,), text=False))
+    elif static_cache:
+        notes.append(f"full: left out, the cache holds {context_length:,} tokens, above {FULL_TOKENS:,}")
     prompt = encoded[0][: max(1, min(32, context_length // 2))]
     steps = min(GREEDY_STEPS, context_length - len(prompt))
     if steps < GREEDY_STEPS:

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from qconvert import __version__
 from qconvert.progress import Progress
-from qconvert.quantize import BLOCK_SIZES, PRECISIONS
+from qconvert.quantize import BLOCK_SIZES
+from qconvert.targets import TARGETS
 from qrun.errors import QrunError
 
 _EXPORT_LIBRARIES = (
@@ -84,11 +85,19 @@ def inspect(folder: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("source")
 @click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    default="int8",
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    default="onnxruntime",
     show_default=True,
-    help="Of the weights. fp16 is meant for GPUs.",
+    help="Which runtime the graph is for.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(sorted({name for target in TARGETS.values() for name in target.precisions})),
+    help="Of the weights.  [default: int8 for onnxruntime, bf16 for tensorrt]",
+)
+@click.option(
+    "--max-length", type=click.IntRange(min=1), help="Tokens that TensorRT's KV cache holds.  [default: 4096]"
 )
 @click.option(
     "--block-size",
@@ -99,7 +108,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="The model folder; by default ./NAME-onnx-PRECISION.",
+    help="The model folder; by default ./NAME-onnx-PRECISION or ./NAME-tensorrt-PRECISION.",
 )
 @click.option("--force", is_flag=True, help="Replace a model folder that is there already.")
 @click.option(

@@ -24,12 +24,16 @@ _COPIED = (
 )
 
 
-def write_companions(checkpoint: Checkpoint, spec: DecoderSpec, folder: Path) -> None:
-    """Copy the checkpoint's own small files as they are, and add ``genai_config.json``."""
+def write_companions(
+    checkpoint: Checkpoint, spec: DecoderSpec, folder: Path, *, for_genai: bool = True
+) -> None:
+    """Copy the checkpoint's own small files as they are, and add ``genai_config.json`` where it helps."""
     for name in _COPIED:
         source = checkpoint.folder / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
+    if not for_genai:
+        return
     text = json.dumps(genai_config(checkpoint, spec), indent=2)
     (folder / "genai_config.json").write_text(text + "\n", encoding="utf-8")
 

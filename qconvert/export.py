@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 from qconvert.artifact import ModelFolder, new_model_folder
 from qconvert.checkpoint import Checkpoint, hash_files, load_model, open_checkpoint, resolve_source
 from qconvert.companions import end_token_ids, write_companions
-from qconvert.decoder import DecoderSpec, lower_decoder, rope_tables
+from qconvert.decoder import DecoderSpec, rope_tables
 from qconvert.errors import QconvertError
-from qconvert.forecast import export_bytes, kv_bytes_per_token, parameter_count
+from qconvert.forecast import export_bytes, parameter_count
 from qconvert.hub import Hub
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
-from qconvert.quantize import Recipe, recipe_for
+from qconvert.quantize import Recipe
+from qconvert.targets import GRAPH_NAME, Target, target_named
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
 
     from qconvert.verify import Report
 
-GRAPH_NAME = "model.onnx"
 _LIBRARIES = ("qconvert", "torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 
 
@@ -34,7 +34,9 @@ _LIBRARIES = ("qconvert", "torch", "transformers", "onnx-ir", "onnxruntime", "on
 class ExportOptions:
     """What a user may choose; see ``qconvert export --help``."""
 
-    precision: str = "int8"
+    precision: str | None = None  # the target's default
+    target: str = "onnxruntime"
+    max_length: int | None = None
     block_size: int | None = None
     output: Path | None = None
     force: bool = False
@@ -59,9 +61,10 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
         QconvertError: a bad checkpoint or option, no space, or an export that failed its verification.
     """
     checkpoint = open_checkpoint(resolve_source(source, hub=options.hub, revision=options.revision))
-    spec = DecoderSpec.from_config(checkpoint.config)
-    recipe = recipe_for(options.precision, spec.hidden_size, options.block_size)
-    output = options.output or Path(f"{checkpoint.name}-onnx-{options.precision}")
+    target = target_named(options.target)
+    spec = target.fit(DecoderSpec.from_config(checkpoint.config), options.max_length)
+    recipe = target.recipe(options.precision or target.precisions[0], options.block_size, spec)
+    output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{recipe.precision}")
     needed = int(export_bytes(spec, recipe) * 1.01) + (64 << 20)  # graph, tokenizer and reports
 
     with new_model_folder(output, force=options.force, needed_bytes=needed) as folder:
@@ -70,9 +73,9 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
             with progress.task("loading the checkpoint"):
                 model = load_model(checkpoint)
             with progress.task("writing the graph", parameter_count(spec)) as advance:
-                write_graph(model, spec, recipe, folder.path, advance)
-            write_companions(checkpoint, spec, folder.path)
-            facts = describe(checkpoint, spec, recipe, hashes.result())
+                write_graph(model, spec, recipe, target, folder.path, advance=advance)
+            write_companions(checkpoint, spec, folder.path, for_genai=target.read_by_genai)
+            facts = describe(checkpoint, spec, recipe, target, hashes.result())
         with progress.task("hashing the files"):
             folder.write_manifest(facts)
         report = None
@@ -83,21 +86,25 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
 
 
 def write_graph(
-    model: Qwen2ForCausalLM, spec: DecoderSpec, recipe: Recipe, folder: Path, advance: Any = None
+    model: Qwen2ForCausalLM,
+    spec: DecoderSpec,
+    recipe: Recipe,
+    target: Target,
+    folder: Path,
+    *,
+    advance: Any = None,
 ) -> None:
-    """Lower the decoder and write ``model.onnx`` and ``model.onnx.data``."""
+    """Lower the decoder and write the target's graphs and ``model.onnx.data``."""
     import onnx_ir
 
     from qconvert.lowering.initializers import Initializers
-    from qconvert.lowering.onnxruntime import OnnxRuntimeLowering
     from qconvert.weights import CheckpointWeights, DataFile
 
     with DataFile(folder / f"{GRAPH_NAME}.data") as data, piece_workers() as workers:
         initializers = Initializers(CheckpointWeights(model, advance), data, workers)
-        rope = rope_tables(model.config, spec.context_length)
-        lowering = OnnxRuntimeLowering(spec, recipe, initializers, rope)
-        lower_decoder(spec, lowering)
-    onnx_ir.save(lowering.model("qwen2"), folder / GRAPH_NAME)
+        graphs = target.lower(spec, recipe, initializers, rope_tables(model.config, spec.context_length))
+    for name, graph in graphs.items():
+        onnx_ir.save(graph, folder / name)
 
 
 def prove(
@@ -133,12 +140,16 @@ def prove(
 
 
 def describe(
-    checkpoint: Checkpoint, spec: DecoderSpec, recipe: Recipe, source_hashes: Mapping[str, str]
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    recipe: Recipe,
+    target: Target,
+    source_hashes: Mapping[str, str],
 ) -> dict[str, Any]:
     """The manifest's facts (docs/model-folder.md), files and header apart."""
     return {
         "name": checkpoint.name,
-        "target": "onnxruntime",
+        "target": target.name,
         "precision": recipe.precision,
         "recipe": recipe.to_json(),
         "created_by": {"python": platform.python_version(), **_versions()},
@@ -165,16 +176,7 @@ def describe(
             "rope": dict(checkpoint.config.rope_parameters),
             "sliding_windows": list(spec.sliding_windows) if any(spec.sliding_windows) else None,
         },
-        "graph": {
-            "file": GRAPH_NAME,
-            "inputs": ["input_ids", "attention_mask", "past_key_values.{layer}.{key|value}", "logits_start"],
-            "outputs": ["logits", "present.{layer}.{key|value}"],
-        },
-        "kv_cache": {
-            "dtype": recipe.activations,
-            "layout": ["batch", "kv_heads", "length", "head_size"],
-            "bytes_per_token": kv_bytes_per_token(spec, recipe.activations),
-        },
+        **target.facts(spec, recipe),
         "tokens": {"eos": end_token_ids(checkpoint)},
         "verification": {"status": "not verified"},
     }

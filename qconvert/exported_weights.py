@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qconvert.decoder import DecoderSpec, lower_decoder
 from qconvert.errors import QconvertError
+from qconvert.int4_columns import Int4Columns
 from qconvert.lowering.initializers import joined_name
 from qconvert.quantize import BlockFormat, PackedWeight, unpack
 
@@ -30,6 +31,7 @@ class _Stored:
     scales: NDArray[Any] | None = None
     zero_points: NDArray[Any] | None = None
     fmt: BlockFormat | None = None
+    columns: Int4Columns | None = None
 
 
 class ExportedWeights:
@@ -60,7 +62,6 @@ class ExportedWeights:
 
     def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
         """Some rows of a checkpoint tensor, as the export stores them, in float32."""
-        import torch
 
         stored = self._stored[name]
         wanted: Any
@@ -71,8 +72,10 @@ class ExportedWeights:
             wanted = stored.first_row + rows.numpy()
 
         def part(array: NDArray[Any]) -> torch.Tensor:
-            return torch.from_numpy(np.array(array[wanted]))
+            return _as_tensor(np.array(array[wanted]))
 
+        if stored.columns is not None:
+            return stored.columns.rows(wanted)
         if stored.fmt is None:
             return part(stored.data).float()
         assert stored.scales is not None
@@ -113,32 +116,46 @@ class ExportedWeights:
 
     def _place(self, group: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> None:
         """Find a group of tensors that stand side by side in one initializer."""
-        joined = joined_name(group)
-        bits = next((bits for bits in (4, 8) if f"{joined}.q{bits}" in self._arrays), None)
-        parts: tuple[Any, ...]
-        if bits is None:
-            parts = (self.array(joined), None, None, None)
-        else:
-            data, scales = self.array(f"{joined}.q{bits}"), self.array(f"{joined}.scales")
-            has_zeros = f"{joined}.zero_points" in self._arrays
-            fmt = BlockFormat(bits, data.shape[2] * 8 // bits, symmetric=not has_zeros)
-            parts = (data, scales, self.array(f"{joined}.zero_points") if has_zeros else None, fmt)
-        rows = 0
+        joined, rows = joined_name(group), 0
+        parts, found = self._find(joined, shapes[group[0]][1:])
         for name in group:
             self._stored[name] = _Stored(rows, shapes[name], *parts)
             rows += shapes[name][0]
-        data, columns = parts[0], shapes[group[0]][1:]
-        if bits is None:
-            fits = data.shape[1:] == columns
-        else:
-            fits = data.shape[1] == -(-columns[0] // fmt.block_size)
-        if data.shape[0] != rows or not fits:
+        due = (rows, *shapes[group[0]][1:])
+        if found != due:
             raise QconvertError(
-                f"{joined} has the shape {tuple(data.shape)} in the graph, the checkpoint's is "
-                f"{(rows, *columns)}",
+                f"{joined} has the shape {found} in the graph, the checkpoint's is {due}",
                 where=self._path,
                 hint="give the checkpoint from which the folder was exported",
             )
+
+    def _find(self, joined: str, columns: tuple[int, ...]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        """What of ``_Stored`` follows its shape, and the shape in which the graph has it."""
+        if f"{joined}.int4" in self._arrays:
+            turned = Int4Columns(
+                self._arrays[f"{joined}.int4"], _as_tensor(np.array(self.array(f"{joined}.int4_scales")))
+            )
+            return (turned.data, None, None, BlockFormat(4, turned.block_size, True), turned), turned.shape
+        bits = next((bits for bits in (4, 8) if f"{joined}.q{bits}" in self._arrays), None)
+        if bits is None:
+            data = self.array(joined)
+            return (data, None, None, None), data.shape
+        data, scales = self.array(f"{joined}.q{bits}"), self.array(f"{joined}.scales")
+        has_zeros = f"{joined}.zero_points" in self._arrays
+        zero_points = self.array(f"{joined}.zero_points") if has_zeros else None
+        fmt = BlockFormat(bits, data.shape[2] * 8 // bits, symmetric=not has_zeros)
+        # The last block may be filled up with zeros.
+        fits = data.shape[1] == -(-columns[0] // fmt.block_size)
+        width = columns[0] if fits else data.shape[1] * fmt.block_size
+        return (data, scales, zero_points, fmt), (data.shape[0], width)
+
+
+def _as_tensor(array: NDArray[Any]) -> torch.Tensor:
+    import torch
+
+    if array.dtype.name == "bfloat16":  # not NumPy's own: PyTorch knows it by its bits only
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def tensor_groups(spec: DecoderSpec) -> list[tuple[str, ...]]:

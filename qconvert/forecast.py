@@ -5,7 +5,7 @@ from __future__ import annotations
 from qconvert.decoder import DecoderSpec
 from qconvert.quantize import BlockFormat, Recipe
 
-_ITEM_SIZE = {"float32": 4, "float16": 2}
+_ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def parameter_count(spec: DecoderSpec) -> int:

@@ -7,7 +7,7 @@ token, with a cache that is written in place or one that grows, cut back and con
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,8 @@ STEPS = 64
 # Tokens that are fed, cut off again and replaced.
 TRIMMED = 8
 CONTINUED = 24
+# Tokens fed at once while a whole cache is filled: attention's scores take pieces x cache x heads.
+FILLING = 256
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,16 @@ def _trimmed(session: Session, token_ids: Sequence[int], in_place: bool) -> Logi
     yield session.forward(_tokens(token_ids[kept:]), cache, "all")[0]
 
 
+def _filled(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
+    cache, prefilled = session.new_cache(in_place=in_place), _prefilled(len(token_ids))
+    for start in range(0, prefilled, FILLING):
+        piece = token_ids[start : min(start + FILLING, prefilled)]
+        logits = session.forward(_tokens(piece), cache, "last")
+    yield logits[0]
+    for token in token_ids[prefilled:]:
+        yield session.forward(_tokens([token]), cache, "last")[0]
+
+
 def _kept(count: int) -> int:
     return max(1, count - CONTINUED)
 
@@ -102,6 +114,15 @@ STEPPED_GROWING = PromptPath(
 )
 TRIMMED_BACK = PromptPath("cut back and continued", True, _trimmed, _kept)
 TRIMMED_BACK_GROWING = PromptPath("cut back and continued, growing cache", False, _trimmed, _kept)
+
+
+FILLED = PromptPath("to the last slot", True, _filled, lambda count: _prefilled(count) - 1)
+_GROWING = ", growing cache"
+
+
+def with_static_cache(path: PromptPath) -> PromptPath:
+    """The same way with the only kind of cache that a graph of fixed length has."""
+    return replace(path, name=path.name.removesuffix(_GROWING), in_place=True)
 
 
 class PathReader:

@@ -61,7 +61,8 @@ def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
         limit = limit_value("weight_steps", manifest.precision)
         weights = check_weights(exported, reference.model, limit, advance)
 
-    cases = make_cases(folder, manifest.model.vocab_size, manifest.model.context_length)
+    facts, static = manifest.model, manifest.target == "tensorrt"
+    cases = make_cases(folder, facts.vocab_size, facts.context_length, static_cache=static)
     with progress.task("answering greedily", cases.greedy_steps) as advance:
         answer, error = _answer(session, cases, advance)
     references = {"checkpoint": reference}

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 # ONNX Runtime maps external data; page-aligned tensors are mapped and not copied.
 ALIGNMENT = 4096
@@ -81,18 +82,29 @@ class DataFile:
     def __exit__(self, *exc: object) -> None:
         self._file.close()
 
-    def add(self, name: str, tensors: Iterable[torch.Tensor], shape: Iterable[int]) -> ir.Value:
+    def add(
+        self,
+        name: str,
+        tensors: Iterable[torch.Tensor],
+        shape: Iterable[int],
+        dtype: ir.DataType | None = None,
+    ) -> ir.Value:
         """Append a tensor given in pieces along its first axis.
+
+        Args:
+            name: the initializer's.
+            tensors: the pieces.
+            shape: of the whole.
+            dtype: what the bytes mean, where PyTorch has no such type (int4, two to a byte).
 
         Raises:
             OSError: no space left, or whatever else the disk says.
         """
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        dtype: ir.DataType | None = None
         for piece in tensors:
             dtype = dtype or _ir_dtype(piece)
-            piece.contiguous().numpy().tofile(self._file)
+            _as_numpy(piece.contiguous()).tofile(self._file)
         assert dtype is not None, f"{name} has no pieces"
         return self.view(name, dtype, tuple(shape), offset, self._file.tell() - offset)
 
@@ -112,5 +124,14 @@ def _ir_dtype(tensor: torch.Tensor) -> ir.DataType:
     return {
         torch.float32: ir.DataType.FLOAT,
         torch.float16: ir.DataType.FLOAT16,
+        torch.bfloat16: ir.DataType.BFLOAT16,
         torch.uint8: ir.DataType.UINT8,
     }[tensor.dtype]
+
+
+def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    import torch
+
+    # NumPy has no bfloat16: its bits are written as they are.
+    array: NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array

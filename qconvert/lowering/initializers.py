@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
+from qconvert.int4_columns import pack_int4_columns
 from qconvert.quantize import BlockFormat, NonFiniteWeightError, PackedWeight, pack, row_ranges
 from qconvert.weights import CheckpointWeights, DataFile
 
@@ -43,6 +45,15 @@ class Initializers:
     def values(self) -> list[ir.Value]:
         return list(self._by_name.values())
 
+    def for_another_graph(self) -> Initializers:
+        """The same tensors as values of a second graph: a value belongs to one, the data to both."""
+        twin = Initializers(self._weights, self._data, self._workers)
+        for name, value in self._by_name.items():
+            twin._by_name[name] = ir.Value(
+                name=name, shape=value.shape, type=value.type, const_value=value.const_value
+            )
+        return twin
+
     def constant(self, name: str, value: NDArray[np.generic]) -> ir.Value:
         """A small tensor, stored in the graph itself; the same name gives the same value."""
         if name not in self._by_name:
@@ -53,8 +64,10 @@ class Initializers:
         return self._by_name[name]
 
     def table(self, name: str, tensor: torch.Tensor) -> ir.Value:
-        """A large tensor that does not come from the checkpoint."""
-        return self._keep(self._data.add(name, [tensor], tensor.shape))
+        """A large tensor that does not come from the checkpoint; the same name gives the same value."""
+        if name not in self._by_name:
+            self._keep(self._data.add(name, [tensor], tensor.shape))
+        return self._by_name[name]
 
     def dense(self, names: Sequence[str], dtype: torch.dtype) -> ir.Value:
         """Checkpoint tensors in ``dtype``; the same names again give the same initializer.
@@ -90,6 +103,27 @@ class Initializers:
             self._weights[names[0]].shape[1],
         )
 
+    def int4_columns(
+        self, names: Sequence[str], block_size: int, scale_dtype: torch.dtype
+    ) -> tuple[ir.Value, ir.Value]:
+        """Checkpoint matrices as int4 ``[in, out]`` and their scales (see ``int4_columns``).
+
+        Raises:
+            QconvertError: a value is NaN or Inf.
+        """
+        joined = joined_name(names)
+        data, scales = f"{joined}.int4", f"{joined}.int4_scales"
+        if data not in self._by_name:
+            parts = []
+            for name in names:
+                with self._used(name) as weight:
+                    parts.append(pack_int4_columns(weight, block_size, scale_dtype, self._workers))
+            packed, steps = (torch.cat([part[index] for part in parts], dim=1) for index in (0, 1))
+            shape = (packed.shape[0], packed.shape[1] * 2)
+            self._keep(self._data.add(data, [packed], shape, ir.DataType.INT4))
+            self._keep(self._data.add(scales, [steps], steps.shape))
+        return self._by_name[data], self._by_name[scales]
+
     def flat_view(self, packed: PackedValues) -> ir.Value:
         """The bytes of an 8-bit packed matrix as ``[rows, columns]``: a tied embedding is stored once."""
         tensor = packed.data.const_value
@@ -107,8 +141,13 @@ class Initializers:
         )
 
     def _pack(self, name: str, fmt: BlockFormat) -> PackedWeight:
+        with self._used(name) as weight:
+            return pack(weight, fmt, self._workers)
+
+    @contextmanager
+    def _used(self, name: str) -> Iterator[torch.Tensor]:
         try:
-            return pack(self._weights[name], fmt, self._workers)
+            yield self._weights[name]
         except NonFiniteWeightError as error:
             raise _not_finite(name) from error
         finally:

@@ -18,7 +18,7 @@ from qrun.errors import QrunError
 MANIFEST_NAME = "qconvert.json"
 FORMAT_NAME = "qconvert-model"
 FORMAT_VERSION = 1
-KV_DTYPES = ("float32", "float16")
+KV_DTYPES = ("float32", "float16", "bfloat16")
 
 T = TypeVar("T")
 

@@ -45,7 +45,8 @@ class OrtSession:
         self.device = (
             f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else "CUDA device 0"
         )
-        self.kv_dtype = np.dtype(manifest.kv.dtype)
+        # NumPy has no bfloat16: its bits travel as integers.
+        self.kv_dtype = np.dtype({"bfloat16": "uint16"}.get(manifest.kv.dtype, manifest.kv.dtype))
         facts = manifest.model
         self.kv_names = [
             f"{layer}.{part}" for layer in range(facts.num_hidden_layers) for part in ("key", "value")

@@ -98,7 +98,7 @@ def open_session(
         raise QrunError(f"threads is {threads}: it must be at least 1")
     manifest = read_manifest(path)
     manifest.check_files(hashes=check_hashes)
-    if manifest.target != "onnxruntime":
+    if manifest.target not in ("onnxruntime", "tensorrt"):
         raise QrunError(
             f'the folder holds a model for "{manifest.target}", which this qrun cannot run',
             where=manifest.folder,
@@ -106,7 +106,25 @@ def open_session(
         )
     if device not in ("cpu", "cuda"):
         raise QrunError(f'unknown device "{device}"', hint="use cpu or cuda")
+    threads = threads or usable_cores()
+    if manifest.target == "tensorrt":
+        return _open_standard_graph(manifest, device, threads)
     check_external_data(manifest)
     from qrun.ort import OrtSession
 
-    return OrtSession(manifest, device=device, threads=threads or usable_cores())
+    return OrtSession(manifest, device=device, threads=threads)
+
+
+def _open_standard_graph(manifest: Manifest, device: Device, threads: int) -> Session:
+    """A folder for TensorRT without TensorRT: its graph in standard operators, on the CPU."""
+    from qrun.ort_static import StaticOrtSession, with_standard_graph
+
+    if device != "cpu":
+        raise QrunError(
+            "the ONNX graph of a folder for TensorRT runs on the CPU only",
+            where=manifest.folder,
+            hint="build it first with `qconvert build FOLDER`, or use --device cpu",
+        )
+    standard = with_standard_graph(manifest)
+    check_external_data(standard)
+    return StaticOrtSession(standard, threads=threads)

@@ -111,8 +111,8 @@ def test_a_newer_format_asks_for_an_update(broken):
 
 
 def test_a_model_for_another_runtime(broken):
-    edit(broken, target="tensorrt")
-    assert 'a model for "tensorrt", which this qrun cannot run' in refusal(broken)
+    edit(broken, target="openvino")
+    assert 'a model for "openvino", which this qrun cannot run' in refusal(broken)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+"""What an export is made for: which precisions there are, which graphs are written, and what qrun is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qconvert.decoder import DecoderSpec, lower_decoder
+from qconvert.errors import QconvertError
+from qconvert.forecast import kv_bytes_per_token
+from qconvert.int4_columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
+from qconvert.quantize import PRECISIONS, BlockFormat, Recipe, recipe_for
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qconvert.lowering.initializers import Initializers
+
+GRAPH_NAME = "model.onnx"
+STANDARD_GRAPH_NAME = "model.standard.onnx"
+# Long enough for a conversation, and 32 MB a layer less than the 32,768 that Qwen2.5 could hold.
+DEFAULT_STATIC_LENGTH = 4096
+_LAYOUT = ["batch", "kv_heads", "length", "head_size"]
+
+
+class Target(Protocol):
+    """One runtime and its kind of graph.
+
+    Attributes:
+        name: as in the manifest.
+        folder_name: what stands between the model's name and the precision in a folder's default name.
+        precisions: those that it offers, the default first.
+        read_by_genai: whether onnxruntime-genai can open the folder.
+    """
+
+    name: str
+    folder_name: str
+    precisions: tuple[str, ...]
+    read_by_genai: bool
+
+    def recipe(self, precision: str, block_size: int | None, spec: DecoderSpec) -> Recipe:
+        """What becomes of the weights.
+
+        Raises:
+            QconvertError: a precision or block size that the target or the model does not allow.
+        """
+        ...
+
+    def fit(self, spec: DecoderSpec, max_length: int | None) -> DecoderSpec:
+        """The decoder as this target will run it: ``context_length`` becomes what its cache can hold.
+
+        Raises:
+            QconvertError: a length that the target or the model does not allow.
+        """
+        ...
+
+    def lower(
+        self, spec: DecoderSpec, recipe: Recipe, initializers: Initializers, rope: Any
+    ) -> dict[str, ir.Model]:
+        """The graphs by their file names, all over the same initializers."""
+        ...
+
+    def facts(self, spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:
+        """The manifest's ``graph`` and ``kv_cache``."""
+        ...
+
+
+class OnnxRuntimeTarget:
+    """One graph whose KV cache grows, for ONNX Runtime and whoever reads optimum's names."""
+
+    name = "onnxruntime"
+    folder_name = "onnx"
+    precisions: tuple[str, ...] = ("int8", *(precision for precision in PRECISIONS if precision != "int8"))
+    read_by_genai = True
+
+    def recipe(self, precision: str, block_size: int | None, spec: DecoderSpec) -> Recipe:
+        return recipe_for(precision, spec.hidden_size, block_size)
+
+    def fit(self, spec: DecoderSpec, max_length: int | None) -> DecoderSpec:
+        if max_length is not None:
+            raise QconvertError(
+                f"--max-length {max_length:,} is for --target tensorrt: ONNX Runtime's cache grows as needed",
+                hint="leave --max-length out, or give --target tensorrt",
+            )
+        return spec
+
+    def lower(
+        self, spec: DecoderSpec, recipe: Recipe, initializers: Initializers, rope: Any
+    ) -> dict[str, ir.Model]:
+        from qconvert.lowering.onnxruntime import OnnxRuntimeLowering
+
+        lowering = OnnxRuntimeLowering(spec, recipe, initializers, rope)
+        lower_decoder(spec, lowering)
+        return {GRAPH_NAME: lowering.model("qwen2")}
+
+    def facts(self, spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:
+        return {
+            "graph": {
+                "file": GRAPH_NAME,
+                "inputs": [
+                    "input_ids",
+                    "attention_mask",
+                    "past_key_values.{layer}.{key|value}",
+                    "logits_start",
+                ],
+                "outputs": ["logits", "present.{layer}.{key|value}"],
+            },
+            "kv_cache": _kv_facts(spec, recipe),
+        }
+
+
+class TensorRTTarget:
+    """Two graphs over one data file, with a static KV cache: one for the builder, one for the proof.
+
+    The builder's has TensorRT's own attention. The other differs in that alone, and ONNX Runtime's
+    CPU provider can run it. float32 has the second only: TensorRT has no float32 attention kernel.
+    """
+
+    name = "tensorrt"
+    folder_name = "tensorrt"
+    precisions: tuple[str, ...] = ("bf16", "fp16", "int4", "fp32")
+    read_by_genai = False
+
+    def recipe(self, precision: str, block_size: int | None, spec: DecoderSpec) -> Recipe:
+        activations = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int4": "bfloat16"}
+        if precision not in activations:
+            raise QconvertError(
+                f"--precision {precision} is not for --target tensorrt",
+                hint=f"use one of {', '.join(self.precisions)}",
+            )
+        linear = BlockFormat(4, self._block_size(block_size, spec), True) if precision == "int4" else None
+        return Recipe(precision, activations[precision], linear, None, accuracy_level=0)
+
+    def fit(self, spec: DecoderSpec, max_length: int | None) -> DecoderSpec:
+        length = min(DEFAULT_STATIC_LENGTH, spec.context_length) if max_length is None else max_length
+        if not 2 <= length <= spec.context_length:
+            raise QconvertError(
+                f"--max-length {length:,} is not within 2 and the model's context of "
+                f"{spec.context_length:,} tokens",
+                hint=f"use at most --max-length {spec.context_length}",
+            )
+        return replace(spec, context_length=length)
+
+    def lower(
+        self, spec: DecoderSpec, recipe: Recipe, initializers: Initializers, rope: Any
+    ) -> dict[str, ir.Model]:
+        from qconvert.lowering.float32_kernels import compute_in_float32
+        from qconvert.lowering.tensorrt import Spelling, TensorRTLowering
+
+        spellings: dict[str, Spelling] = {STANDARD_GRAPH_NAME: "standard"}
+        if recipe.activations != "float32":
+            spellings[GRAPH_NAME] = "trt"
+        graphs = {}
+        for file, spelling in spellings.items():
+            lowering = TensorRTLowering(spec, recipe, initializers, rope, spelling)
+            lower_decoder(spec, lowering)
+            graphs[file] = lowering.model("qwen2")
+            initializers = initializers.for_another_graph()
+        compute_in_float32(graphs[STANDARD_GRAPH_NAME])
+        return graphs
+
+    def facts(self, spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:
+        float32 = recipe.activations == "float32"
+        return {
+            "graph": {
+                "file": STANDARD_GRAPH_NAME if float32 else GRAPH_NAME,
+                "standard_file": STANDARD_GRAPH_NAME,
+                "inputs": [
+                    "input_ids",
+                    "position_ids",
+                    "logits_positions",
+                    "past_key_values.{layer}.{key|value}",
+                ],
+                "outputs": ["logits", "present.{layer}.{key|value}"],
+            },
+            "kv_cache": {**_kv_facts(spec, recipe), "length": spec.context_length},
+        }
+
+    def _block_size(self, wanted: int | None, spec: DecoderSpec) -> int:
+        """The block size, which must divide every matrix along its input."""
+        widths = {
+            "hidden_size": spec.hidden_size,
+            "intermediate_size": spec.intermediate_size,
+            "num_attention_heads x head_dim": spec.query_size,
+        }
+        fitting = [size for size in COLUMN_BLOCK_SIZES if not any(width % size for width in widths.values())]
+        if wanted is None:
+            wanted = 32 if 32 in fitting else next(iter(fitting), 16)
+        if wanted in fitting and not spec.intermediate_size % 2:
+            return wanted
+        bad = {key: width for key, width in widths.items() if width % wanted}
+        names = " and ".join(f"{key} {width:,}" for key, width in bad.items())
+        raise QconvertError(
+            f"blocks of {wanted} weights do not fit: TensorRT takes whole blocks of "
+            f"{', '.join(map(str, COLUMN_BLOCK_SIZES))}" + (f", and {names} is no multiple" if names else ""),
+            where="config.json" if names else None,
+            hint=f"use --block-size {fitting[-1]}" if fitting else "use --precision bf16",
+        )
+
+
+TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntimeTarget(), TensorRTTarget())}
+
+
+def target_named(name: str) -> Target:
+    """The target behind ``--target``.
+
+    Raises:
+        QconvertError: an unknown name.
+    """
+    if name not in TARGETS:
+        raise QconvertError(f"unknown target {name!r}", hint=f"use one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _kv_facts(spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "dtype": recipe.activations,
+        "layout": _LAYOUT,
+        "bytes_per_token": kv_bytes_per_token(spec, recipe.activations),
+    }
