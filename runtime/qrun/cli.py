@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import click
+from rich.console import Console
 
 from qrun import __version__
 from qrun.answer import Answer, Event, Piece
+from qrun.bench import Measured, conditions, measure, workloads
+from qrun.bench_view import as_csv_text, as_lines, as_table
 from qrun.chat import Chat
 from qrun.console import ChatConsole
 from qrun.errors import QrunError
@@ -20,9 +24,17 @@ from qrun.kvcache import forecast_bytes
 from qrun.lines import decode_input
 from qrun.manifest import read_manifest
 from qrun.model import Model
-from qrun.options import model_options, open_model, sampling_options, take_sampling, tell_sampling
+from qrun.options import (
+    TOKEN_COUNTS,
+    model_options,
+    open_engine,
+    open_model,
+    sampling_options,
+    take_sampling,
+    tell_sampling,
+)
 from qrun.sampling_params import DEFAULT
-from qrun.terminal import PrefillLine, complain, note, printable, show, size
+from qrun.terminal import PrefillLine, complain, note, printable, show, size, working
 
 # A model that does not find an end would go on to the end of its context, for minutes.
 DEFAULT_MAX_TOKENS = 512
@@ -126,6 +138,86 @@ def info(path: Path, check_hashes: bool, as_json: bool) -> None:
         return
     for line in lines(facts):
         click.echo(printable(line))
+
+
+@main.command()
+@model_options
+@click.option(
+    "-p",
+    "--prompt-tokens",
+    "prompts",
+    type=TOKEN_COUNTS,
+    default="512",
+    show_default=True,
+    help="Lengths of the prompt.",
+)
+@click.option(
+    "-n",
+    "--generated-tokens",
+    "generated",
+    type=TOKEN_COUNTS,
+    default="64",
+    show_default=True,
+    help="Tokens to generate after it.",
+)
+@click.option(
+    "-d",
+    "--depth",
+    "depths",
+    type=TOKEN_COUNTS,
+    default="0",
+    show_default=True,
+    help="Tokens in the KV cache before the prompt.",
+)
+@click.option(
+    "-r",
+    "--repetitions",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Counted rounds, after one to warm up.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values and nothing else.")
+def bench(
+    *,
+    prompts: tuple[int, ...],
+    generated: tuple[int, ...],
+    depths: tuple[int, ...],
+    repetitions: int,
+    as_json: bool,
+    as_csv: bool,
+    **options: Any,
+) -> None:
+    """Measure how fast the model reads prompts and generates tokens here.
+
+    Lengths may be lists, such as 128,512,2048: every combination is measured. Figures are medians, with
+    their range in brackets. Close other programs first.
+    """
+    if as_json and as_csv:
+        raise click.UsageError("Give either --json or --csv.")
+    started = perf_counter()
+    session = open_engine(**options)
+    load_seconds = perf_counter() - started
+    measured: list[Measured] = []
+    for workload in workloads(prompts, generated, depths):
+        what = (
+            f"prompt {workload.prompt_tokens:,}, new {workload.generated_tokens:,}, depth {workload.depth:,}"
+        )
+        with working(f"measuring: {what}"):
+            *_, result = measure(session, workload, repetitions=repetitions)
+        measured.append(result)
+    facts = conditions(session, load_seconds)
+    common = {name: facts[name] for name in ("load_seconds", "peak_rss_bytes")}
+    rows = [{**result.to_json(), **common} for result in measured]
+    if as_json:
+        click.echo(json.dumps({**facts, "results": rows}, indent=2, ensure_ascii=False))
+    elif as_csv:
+        click.echo(as_csv_text(rows), nl=False)
+    else:
+        Console().print(as_table(measured))
+        for line in as_lines(facts):
+            click.echo(printable(line))
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

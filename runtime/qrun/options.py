@@ -14,6 +14,7 @@ from qrun.kvcache import available_memory, forecast_bytes
 from qrun.manifest import read_manifest
 from qrun.model import Model
 from qrun.sampling_params import SamplingParams, resolve, unsupported_settings
+from qrun.session import Session, open_session
 from qrun.terminal import note, size, warn, working
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -65,6 +66,25 @@ _SAMPLING_NAMES = (
 )
 
 
+class _TokenCounts(click.ParamType[tuple[int, ...]]):
+    """Numbers of tokens, separated by commas."""
+
+    name = "N[,N...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers, such as 128,512", param, ctx)
+
+
+TOKEN_COUNTS = _TokenCounts()
+
+
 def model_options(command: Command) -> Command:
     """--engine and how to open it."""
     return _decorated(command, _MODEL_OPTIONS)
@@ -106,6 +126,23 @@ def _with_option_names(message: str, request: Mapping[str, Any]) -> str:
         option = "--greedy" if name == "do_sample" else f"--{name.replace('_', '-')}"
         message = message.replace("do_sample=False" if name == "do_sample" else name, option)
     return message
+
+
+def open_engine(
+    *, engine: Path, device: str, threads: int | None, check_hashes: bool, verbose: bool
+) -> Session:
+    """Open the session alone, for work that needs no text.
+
+    Raises:
+        QrunError: see ``open_session``.
+    """
+    if check_hashes:
+        check(read_manifest(engine), hashes=True)
+    with working(f"opening {engine}"):
+        session = open_session(engine, device="cuda" if device == "cuda" else "cpu", threads=threads)
+    if verbose:
+        note(f"device: {session.device}")
+    return session
 
 
 def open_model(*, engine: Path, device: str, threads: int | None, check_hashes: bool, verbose: bool) -> Model:

@@ -1,0 +1,118 @@
+"""`qrun bench`: what is counted, and what it prints. No test looks at how fast anything is."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from qconvert.export import ExportOptions, export
+from qconvert.progress import Progress
+from qrun.bench import Measured, Round, Workload, measure, workloads
+from qrun.cli import main
+from qrun.errors import QrunError
+from qrun.session import open_session
+from tests.tiny import make_tiny_checkpoint
+
+KEYS = {
+    "prompt_tokens",
+    "generated_tokens",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "load_seconds",
+    "peak_rss_bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bench")
+    checkpoint = make_tiny_checkpoint(root / "tiny")
+    options = ExportOptions(precision="int8", output=root / "model", verify=False)
+    return export(str(checkpoint), options, Progress(quiet=True)).folder
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+
+
+def test_rates_are_new_tokens_over_their_own_seconds() -> None:
+    measured = Measured(
+        Workload(100, 11, 50), (Round(2.0, 5.0, 2.1), Round(4.0, 1.0, 4.1), Round(1.0, 2.0, 1.1))
+    )
+    row = measured.to_json()
+    assert row["prefill_tokens_per_second"] == 50  # the depth is not read again
+    assert row["prefill_range"] == [25, 100]
+    assert row["decode_tokens_per_second"] == 5  # ten steps follow the first token
+    assert row["seconds_per_output_token"] == 0.2
+    assert row["time_to_first_token"] == 2.1
+
+
+def test_a_single_token_has_no_decode_rate() -> None:
+    row = Measured(Workload(8, 1), (Round(1.0, 0.1, 1.0),)).to_json()
+    assert row["decode_tokens_per_second"] is None
+
+
+def test_every_round_does_the_same_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(folder)
+    fed: list[tuple[int, int]] = []
+    real = session.forward
+
+    def watched(token_ids, cache, logits="last"):
+        fed.append((cache.length, token_ids.shape[1]))
+        return real(token_ids, cache, logits)
+
+    monkeypatch.setattr(session, "forward", watched)
+    *_, measured = measure(session, Workload(20, 4, depth=10), repetitions=2, chunk=16)
+    one_round = [(10, 16), (26, 4), (30, 1), (31, 1), (32, 1)]
+    assert fed == [(0, 10)] + 3 * one_round  # a warm-up and two rounds
+    assert len(measured.rounds) == 2
+
+
+def test_lists_give_every_combination() -> None:
+    assert workloads([1, 2], [3], [0, 5]) == [
+        Workload(1, 3, 0), Workload(2, 3, 0), Workload(1, 3, 5), Workload(2, 3, 5)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("workload", [Workload(0, 4), Workload(4, 0), Workload(4, 4, -1), Workload(200, 60)])
+def test_what_cannot_be_measured_is_refused(folder: Path, workload: Workload) -> None:
+    with pytest.raises(QrunError, match=r"is 0|is -1|exceed the context of 256"):
+        list(measure(open_session(folder), workload, repetitions=1))
+
+
+def test_json_is_one_object_with_conditions(folder: Path) -> None:
+    result = run("--engine", folder, "-p", "8,16", "-n", 4, "-r", 2, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [row["prompt_tokens"] for row in found["results"]] == [8, 16]
+    assert all(row.keys() >= KEYS for row in found["results"])
+    assert found["machine"]["cpu"]
+    assert found["model"]["precision"] == "int8"
+    assert len(found["model"]["sha256"]) == 64
+    assert {"python", "onnxruntime", "numpy"} <= found["versions"].keys()
+
+
+def test_csv_has_a_line_for_each_workload(folder: Path) -> None:
+    result = run("--engine", folder, "-p", 8, "-n", "4,6", "-r", 1, "--csv")
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert [row["generated_tokens"] for row in rows] == ["4", "6"]
+    assert rows[0].keys() >= KEYS
+
+
+def test_the_table_fits_80_columns(folder: Path) -> None:
+    result = run("--engine", folder, "-p", "8,100", "-n", 4, "-r", 2)
+    assert result.exit_code == 0, result.output
+    assert "prompt tokens/s" in result.output
+    assert max(map(len, result.stdout.splitlines()[:4])) <= 80
+
+
+def test_bad_options(folder: Path) -> None:
+    assert run("--engine", folder, "-p", "many").exit_code == 2
+    assert run("--engine", folder, "--json", "--csv").exit_code == 2
+    assert run("--engine", folder, "-p", 500).exit_code == 1
