@@ -28,9 +28,10 @@ SIDECAR_VERSION = 1
 # Longer pieces of a prompt are hardly faster, and their activations take memory of the GPU.
 DEFAULT_PROMPT_LENGTH = 1024
 TYPICAL_PROMPT_LENGTH = 256
-# The library alone takes 0.25 GB; the sample took 5.2 times its weights beyond that, int4 7 times.
-_MEMORY_BASE = 300 << 20
-_MEMORY_PER_WEIGHT_BYTE = 6
+# Measured with rtx 1.7.1: 0.4 GB for a tiny model; beyond that the sample took 4.6 times the bytes of its
+# bf16 weights and 6.1 times those of its int4 weights. Below four times no build has a chance.
+_MEMORY_BASE = 400 << 20
+_MEMORY_PER_WEIGHT_BYTE = 4
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,13 @@ def _settings(manifest: Manifest, backend: Backend, options: BuildOptions) -> Bu
             f"--prompt-length {most:,} is not within 1 and the cache's {length:,} tokens",
             hint="leave --prompt-length out: longer prompts are read in pieces",
         )
+    older = [capability for capability in backend.compute_capabilities if float(capability) < 8.0]
+    if older and manifest.kv.dtype == "bfloat16":
+        raise QconvertError(
+            f"GPUs of compute capability {older[0]} have no bfloat16, in which this folder computes",
+            where=manifest.folder,
+            hint="export it with --precision fp16",
+        )
     if options.timing_cache is not None and backend.compute_capabilities:
         raise QconvertError(
             "a timing cache holds what a GPU was measured to do, and this build asks none",
@@ -186,7 +194,7 @@ def _check_memory(manifest: Manifest) -> None:
     needed, free = _MEMORY_BASE + _MEMORY_PER_WEIGHT_BYTE * weights, available_memory()
     if free is not None and needed > free:
         raise QconvertError(
-            f"a build of {weights / 1e9:.2f} GB of weights takes up to {needed / 1e9:.1f} GB of memory, "
+            f"a build of {weights / 1e9:.2f} GB of weights takes over {needed / 1e9:.1f} GB of memory, "
             f"{free / 1e9:.1f} GB are free",
             where=manifest.folder,
             hint="free some memory, or export with --precision int4",

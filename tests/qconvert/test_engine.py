@@ -121,6 +121,7 @@ def test_a_refused_graph_is_told_with_its_node_and_leaves_nothing(folder: Path, 
     [
         (["--prompt-length", "129"], "--prompt-length 129 is not within 1 and the cache's 128"),
         (["--timing-cache", "timings"], "a timing cache holds what a GPU was measured to do"),
+        (["--compute-capability", "7.5"], "compute capability 7.5 have no bfloat16"),
         (["--strip-weights"], "cannot be built ahead of time"),
         (["--version-compatible"], "rtx cannot make version-compatible plans"),
         (["--hardware-compatible"], "rtx has no hardware-compatible plans"),
