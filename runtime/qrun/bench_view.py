@@ -17,7 +17,7 @@ def as_table(measured: Sequence[Measured]) -> RenderableType:
     """A row for each workload: median tokens per second and their range, within 80 columns."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("depth", "prompt", "new"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     for column in ("prompt tokens/s", "new tokens/s", "first token"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in measured:
@@ -73,4 +73,5 @@ def as_lines(facts: Mapping[str, Any]) -> list[str]:
 def _rate(middle: float | None, found: Sequence[float] | None) -> str:
     if middle is None or found is None:
         return "-"
-    return f"{middle:,.1f} ({found[0]:,.1f} to {found[1]:,.1f})"
+    digits = 0 if middle >= 100 else 1
+    return f"{middle:,.{digits}f} ({found[0]:,.{digits}f} to {found[1]:,.{digits}f})"

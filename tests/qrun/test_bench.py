@@ -110,6 +110,7 @@ def test_the_table_fits_80_columns(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "prompt tokens/s" in result.output
     assert max(map(len, result.stdout.splitlines()[:4])) <= 80
+    assert result.stdout.split()[:3] == ["depth", "prompt", "new"]  # headings were once cut to "dep…"
 
 
 def test_bad_options(folder: Path) -> None:
