@@ -100,6 +100,13 @@ class ExportedWeights:
         """How a tensor is quantised, or None."""
         return self._stored[name].fmt
 
+    def scale_rounding(self, name: str) -> float:
+        """The largest relative error of a quantised tensor's scales by rounding to their own type."""
+        import torch
+
+        turned = self._stored[name].columns
+        return 0.0 if turned is None else torch.finfo(turned.scales.dtype).eps / 2
+
     def array(self, initializer: str) -> NDArray[Any]:
         """An initializer of the graph as it is stored, mapped.
 

@@ -74,7 +74,7 @@ class Int4Columns:
         )
         self.shape = (outputs, inputs)
         self.block_size = inputs // scales.shape[0]
-        self._scales = scales
+        self.scales = scales
 
     def rows(self, wanted: slice) -> torch.Tensor:
         """Some rows of the checkpoint's matrix, as float32 ``[rows, K]``."""
@@ -82,7 +82,7 @@ class Int4Columns:
 
         pair = slice(wanted.start // 2, -(-wanted.stop // 2))
         data = torch.from_numpy(np.array(self.data[:, pair]))
-        found = unpack_int4_columns(data, self._scales[:, 2 * pair.start : 2 * pair.stop])
+        found = unpack_int4_columns(data, self.scales[:, 2 * pair.start : 2 * pair.stop])
         return found[wanted.start - 2 * pair.start :][: wanted.stop - wanted.start]
 
 

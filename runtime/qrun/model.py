@@ -18,19 +18,17 @@ chat = model.chat(system="Answer in one word.")
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.answer import Answering, Event
-from qrun.errors import QrunError
 from qrun.generate import Context, check_prompt
 from qrun.manifest import Manifest, find_model_folder
 from qrun.sampling_params import SamplingParams, resolve
 from qrun.session import Device, Session, open_session
 from qrun.text import ChatTemplate, Tokenizer
-from qrun.tokenizer import read_tokenizer_config
+from qrun.tokenizer import read_json_object, read_tokenizer_config
 
 if TYPE_CHECKING:
     from qrun.chat import Chat
@@ -82,7 +80,12 @@ class Model:
         folder = find_model_folder(path)
         session = open_session(folder, device=device, threads=threads, check_hashes=check_hashes)
         template = ChatTemplate.from_folder(folder) if _has_template(folder) else None
-        return cls(session, Tokenizer.from_folder(folder), template, _read_generation_config(folder))
+        return cls(
+            session,
+            Tokenizer.from_folder(folder),
+            template,
+            read_json_object(folder / "generation_config.json"),
+        )
 
     @property
     def manifest(self) -> Manifest:
@@ -150,20 +153,3 @@ def _has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     return read_tokenizer_config(folder).get("chat_template") is not None
-
-
-def _read_generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QrunError(
-            f"{path.name} is not JSON: {error}", where=path, hint="copy it from the checkpoint"
-        ) from error
-    if not isinstance(config, dict):
-        raise QrunError(
-            f"{path.name} must hold a JSON object", where=path, hint="copy it from the checkpoint"
-        )
-    return config

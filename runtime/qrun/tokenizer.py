@@ -117,7 +117,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     Raises:
         QrunError: the file is not a JSON object.
     """
-    return _read_object(folder / "tokenizer_config.json")
+    return read_json_object(folder / "tokenizer_config.json")
 
 
 def read_special_tokens(folder: Path) -> dict[str, str]:
@@ -128,7 +128,7 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
     """
     config = read_tokenizer_config(folder)
     if "added_tokens_decoder" not in config:  # else the older file of names is not looked at
-        config |= _read_object(folder / "special_tokens_map.json")
+        config |= read_json_object(folder / "special_tokens_map.json")
     texts = {name: _text_of(config.get(name)) for name in SPECIAL_TOKEN_NAMES}
     return {name: text for name, text in texts.items() if text is not None}
 
@@ -139,12 +139,17 @@ def _text_of(token: object) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """One of the folder's small JSON files, empty if there is none.
+
+    Raises:
+        QrunError: it cannot be read, or is not a JSON object.
+    """
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (OSError, ValueError) as error:  # unreadable, not JSON, or not UTF-8
         raise QrunError(
             f"{path.name} is not JSON: {error}", where=path, hint="copy it from the checkpoint"
         ) from error
