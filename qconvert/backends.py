@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qconvert.errors import QconvertError
+from qrun.gpu import why_no_gpu
+from qrun.plan import TITLES
+from qrun.plan_checks import HOW_TO_INSTALL, MODULES
 
 BackendName = Literal["tensorrt", "rtx"]
-_MODULES: dict[str, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-_HOW_TO_INSTALL = {
-    "tensorrt": "pip install 'qconvert[tensorrt]' (its libraries come from NVIDIA's own package index)",
-    "rtx": "pip install 'qconvert[rtx]'",
-}
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Backend:
 
     @property
     def title(self) -> str:
-        return f"{'TensorRT' if self.name == 'tensorrt' else 'TensorRT-RTX'} {self.version}"
+        return f"{TITLES[self.name]} {self.version}"
 
 
 def choose_backend(name: BackendName | None, compute_capabilities: Sequence[str]) -> Backend:
@@ -71,26 +68,14 @@ def choose_backend(name: BackendName | None, compute_capabilities: Sequence[str]
     )
 
 
-def why_no_gpu() -> str | None:
-    """Why this machine has no NVIDIA GPU to build for, or None if it has one."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "this machine has no NVIDIA driver (libcuda.so.1)"
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        return "the NVIDIA driver finds no GPU"
-    return None
-
-
 def _usable(name: BackendName, compute_capabilities: tuple[str, ...]) -> Any:
     """The imported module, if it can build for the wanted compute capabilities."""
     try:
-        module = importlib.import_module(_MODULES[name])
+        module = importlib.import_module(MODULES[name])
     except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == _MODULES[name]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == MODULES[name]
         state = "is not installed" if missing else f"cannot be loaded: {error}"
-        raise QconvertError(f"{_MODULES[name]} {state}", hint=_HOW_TO_INSTALL[name]) from error
+        raise QconvertError(f"{MODULES[name]} {state}", hint=HOW_TO_INSTALL[name]) from error
     gpu = why_no_gpu()
     if name == "tensorrt":
         if compute_capabilities:
@@ -112,7 +97,7 @@ def _usable(name: BackendName, compute_capabilities: tuple[str, ...]) -> Any:
     for capability in compute_capabilities:
         if capability not in known:
             raise QconvertError(
-                f"{_MODULES[name]} {module.__version__} cannot build for compute capability {capability}",
+                f"{MODULES[name]} {module.__version__} cannot build for compute capability {capability}",
                 hint=f"use one of {', '.join(known)}",
             )
     return module

@@ -14,17 +14,16 @@ from time import perf_counter
 from typing import Any, BinaryIO
 
 from qconvert.backends import Backend, BackendName, choose_backend
-from qconvert.engine_build import BuilderSettings, Built, Profile, build_plan
+from qconvert.engine_build import BuilderSettings, Built, build_plan
 from qconvert.errors import QconvertError
 from qconvert.graph_traps import check_graph
 from qconvert.progress import Progress
+from qrun.gpu import first_gpu
 from qrun.kvcache import available_memory
 from qrun.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
+from qrun.plan import PLAN_NAME, SIDECAR_FORMAT, SIDECAR_VERSION, Profile, sidecar_of
 
-PLAN_NAME = "model.plan"
-SIDECAR_NAME = "model.plan.json"
-SIDECAR_FORMAT = "qconvert-plan"
-SIDECAR_VERSION = 1
+SIDECAR_NAME = sidecar_of(Path(PLAN_NAME)).name
 # Longer pieces of a prompt are hardly faster, and their activations take memory of the GPU.
 DEFAULT_PROMPT_LENGTH = 1024
 TYPICAL_PROMPT_LENGTH = 256
@@ -105,7 +104,7 @@ def describe(
         "format_version": SIDECAR_VERSION,
         "backend": backend.name,
         "library_version": backend.version,
-        "compute_capabilities": list(backend.compute_capabilities) or ["of the machine that built it"],
+        "compute_capabilities": list(backend.compute_capabilities or _here()),
         "version_compatible": options.version_compatible,
         "hardware_compatible": options.hardware_compatible,
         "stripped": options.strip_weights,
@@ -123,6 +122,13 @@ def describe(
         "plan": {"file": PLAN_NAME, "size": built.size, "sha256": built.sha256},
         "onnx": {name: hashes[name] for name in (manifest.graph, f"{manifest.graph}.data")},
     }
+
+
+def _here() -> tuple[str, ...]:
+    """The compute capability of the GPU that a plan was just built on."""
+    gpu = first_gpu()
+    assert gpu is not None, "a build for this machine's GPU needs one"
+    return (gpu.compute_capability,)
 
 
 def _check_buildable(manifest: Manifest) -> None:

@@ -12,18 +12,9 @@ from typing import Any, BinaryIO
 
 from qconvert.backends import Backend, known_compute_capabilities
 from qconvert.errors import QconvertError
+from qrun.plan import Profile
 
 _TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Lengths of ``input_ids`` for which a plan is tuned: least, typical and most tokens at once."""
-
-    name: str
-    least: int
-    typical: int
-    most: int
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,19 @@ Everything that qrun needs to know about a model before it opens the graph stand
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 from qrun.errors import QrunError
+from qrun.json_file import JsonReader
 
 MANIFEST_NAME = "qconvert.json"
 FORMAT_NAME = "qconvert-model"
 FORMAT_VERSION = 1
+PLAN_SUFFIX = ".plan"
 KV_DTYPES = ("float32", "float16", "bfloat16")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,14 @@ def sha256_of(path: Path, progress: Callable[[str, int], None] | None = None) ->
     return digest.hexdigest()
 
 
+def names_plan(path: str | Path) -> bool:
+    """Whether a path means a TensorRT plan (or its sidecar) and not a model folder."""
+    path = Path(path).expanduser()
+    return path.name.endswith((PLAN_SUFFIX, f"{PLAN_SUFFIX}.json")) and not path.is_dir()
+
+
 def find_model_folder(path: str | Path) -> Path:
-    """The model folder that ``path`` means: the folder itself or a .onnx file inside it.
+    """The model folder that ``path`` means: the folder itself, or a .onnx file or plan inside it.
 
     Raises:
         QrunError: if there is nothing there, or nothing that qconvert made.
@@ -138,11 +143,17 @@ def find_model_folder(path: str | Path) -> Path:
             hint="give the folder that `qconvert export` wrote, such as ./Qwen2.5-1.5B-Instruct-onnx-int8",
         )
     folder = path if path.is_dir() else path.parent
-    if path.is_file() and path.suffix != ".onnx":
+    if path.is_file() and path.suffix != ".onnx" and not names_plan(path):
         raise QrunError(
-            f"{path.name} is neither a model folder nor a .onnx file",
+            f"{path.name} is neither a model folder nor a .onnx file nor a .plan",
             where=path,
-            hint=f"give the folder with {MANIFEST_NAME}, or the model.onnx inside it",
+            hint=f"give the folder with {MANIFEST_NAME}, or the model.onnx or model.plan inside it",
+        )
+    if names_plan(path) and not (folder / MANIFEST_NAME).is_file():
+        raise QrunError(
+            f"{path.name} lies outside its model folder: there is no {MANIFEST_NAME} beside it",
+            where=path,
+            hint="move it back: manifest, tokenizer and chat template stand in the folder it was built in",
         )
     if not (folder / MANIFEST_NAME).is_file():
         checkpoint = (folder / "config.json").is_file() and not list(folder.glob("*.onnx"))
@@ -167,26 +178,13 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     folder = find_model_folder(path)
     file = folder / MANIFEST_NAME
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise QrunError(
-            f"the manifest cannot be read: {error}", where=file, hint="export the model again"
-        ) from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT_NAME:
-        raise QrunError(
-            f'the manifest is not ours: "format" is not "{FORMAT_NAME}"',
-            where=file,
-            hint="give a folder that `qconvert export` wrote",
-        )
-    reader = _Reader(file, raw)
-    version = reader.get("format_version", int)
-    if version > FORMAT_VERSION:
-        raise QrunError(
-            f"the folder has format version {version}; this qrun reads up to {FORMAT_VERSION}",
-            where=file,
-            hint="update it: pip install -U qconvert",
-        )
+    reader = JsonReader.open(
+        file,
+        title="the manifest",
+        remake="export the model again",
+        file_format=FORMAT_NAME,
+        version=FORMAT_VERSION,
+    )
     model = ModelFacts(
         architecture=reader.get("model.architecture", str),
         **{
@@ -203,82 +201,29 @@ def read_manifest(path: str | Path) -> Manifest:
         },
     )
     kv = KVFacts(reader.one_of("kv_cache.dtype", KV_DTYPES), reader.positive("kv_cache.bytes_per_token"))
-    entries = []
-    for item in reader.get("files", list):
-        entry = _Reader(file, item if isinstance(item, dict) else {})
-        entries.append(
-            FileEntry(_inside(file, entry.get("path", str)), entry.get("size", int), entry.get("sha256", str))
+    entries = [
+        FileEntry(
+            entry.path("path", folder="the model folder"), entry.get("size", int), entry.get("sha256", str)
         )
+        for entry in reader.objects("files")
+    ]
     return Manifest(
         folder=folder,
         name=reader.get("name", str),
         target=reader.get("target", str),
         precision=reader.get("precision", str),
-        graph=_inside(file, reader.get("graph.file", str)),
+        graph=reader.path("graph.file", folder="the model folder"),
         model=model,
         kv=kv,
-        eos_token_ids=reader.token_ids("tokens.eos"),
+        eos_token_ids=_token_ids(reader, "tokens.eos"),
         verification=reader.get("verification.status", str),
         files=tuple(entries),
-        raw=raw,
+        raw=reader.raw,
     )
 
 
-class _Reader:
-    """Reads dotted keys out of a JSON object and says which one is missing or mistyped."""
-
-    def __init__(self, file: Path, raw: Mapping[str, Any]) -> None:
-        self.file = file
-        self.raw = raw
-
-    def get(self, key: str, kind: type[T]) -> T:
-        value: Any = self.raw
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            found = "is missing" if value is None else f"is {value!r}, not of type {kind.__name__}"
-            raise QrunError(
-                f'the manifest\'s "{key}" {found}', where=self.file, hint="export the model again"
-            )
-        return value
-
-    def one_of(self, key: str, known: tuple[str, ...]) -> str:
-        value = self.get(key, str)
-        if value not in known:
-            raise QrunError(
-                f'the manifest\'s "{key}" is {value!r}, not one of {", ".join(known)}',
-                where=self.file,
-                hint="update it: pip install -U qconvert; or export the model again",
-            )
-        return value
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.get(key, list)
-        if not all(type(token) is int and token >= 0 for token in value):
-            raise QrunError(
-                f'the manifest\'s "{key}" is {value!r}, not a list of token ids',
-                where=self.file,
-                hint="export the model again",
-            )
-        return tuple(value)
-
-    def positive(self, key: str) -> int:
-        value = self.get(key, int)
-        if value <= 0:
-            raise QrunError(
-                f'the manifest\'s "{key}" is {value}, not a positive number',
-                where=self.file,
-                hint="export the model again",
-            )
-        return value
-
-
-def _inside(file: Path, name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-        raise QrunError(
-            f"the manifest names a path outside the model folder: {name!r}",
-            where=file,
-            hint="do not use this folder: it was not written by qconvert",
-        )
-    return name
+def _token_ids(reader: JsonReader, key: str) -> tuple[int, ...]:
+    value = reader.get(key, list)
+    if not all(type(token) is int and token >= 0 for token in value):
+        raise reader.refusal(f'"{key}" is {value!r}, not a list of token ids')
+    return tuple(value)
