@@ -22,7 +22,7 @@ from qrun.generate import Prefilled
 from qrun.info import check, describe, lines
 from qrun.kvcache import forecast_bytes
 from qrun.lines import decode_input
-from qrun.manifest import read_manifest
+from qrun.manifest import names_plan, read_manifest
 from qrun.model import Model
 from qrun.options import (
     TOKEN_COUNTS,
@@ -33,6 +33,8 @@ from qrun.options import (
     take_sampling,
     tell_sampling,
 )
+from qrun.plan import read_plan
+from qrun.plan_info import check_plan, describe_plan, plan_lines
 from qrun.sampling_params import DEFAULT
 from qrun.terminal import PrefillLine, complain, note, printable, show, size, working
 
@@ -129,14 +131,23 @@ def generate(
 @click.option("--check-hashes", is_flag=True, help="Compare every file with its SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def info(path: Path, check_hashes: bool, as_json: bool) -> None:
-    """Tell what the model folder PATH is, whether it is whole and verified, and what it will cost."""
-    manifest = read_manifest(path)
-    check(manifest, hashes=check_hashes)
-    facts = describe(manifest, hashes_checked=check_hashes)
+    """Tell what PATH is, a model folder or a .plan: whether it is whole, what it costs, if it runs here.
+
+    Exit code 0 also where this machine cannot run it; 1 where it is broken.
+    """
+    if names_plan(path):
+        plan, manifest = read_plan(path), read_manifest(path)
+        if check_hashes:
+            check_plan(plan)
+        facts, view = describe_plan(plan, manifest, hashes_checked=check_hashes), plan_lines
+    else:
+        manifest = read_manifest(path)
+        check(manifest, hashes=check_hashes)
+        facts, view = describe(manifest, hashes_checked=check_hashes), lines
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    for line in lines(facts):
+    for line in view(facts):
         click.echo(printable(line))
 
 

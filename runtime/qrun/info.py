@@ -1,4 +1,4 @@
-"""What a model folder is and what it will cost, from its manifest alone: no session is opened."""
+"""What a model folder is, what it will cost, and whether it runs here: no session is opened."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qrun.errors import QrunError
 from qrun.kvcache import forecast_bytes
 from qrun.manifest import Manifest
-from qrun.terminal import hashing, size
+from qrun.plan import PLAN_NAME, read_plan
+from qrun.plan_info import describe_plan, here, here_rows, plan_lines
+from qrun.terminal import hashing, rows, size
+from qrun.wheels import check_onnxruntime_wheels
+
+_HOW = {
+    "onnxruntime": " with ONNX Runtime",
+    "tensorrt": ": its standard graph with ONNX Runtime, slowly, for comparison",
+}
 
 
 def check(manifest: Manifest, *, hashes: bool) -> None:
@@ -19,7 +28,7 @@ def check(manifest: Manifest, *, hashes: bool) -> None:
     """
     if not hashes:
         return manifest.check_files()
-    with hashing(manifest) as progress:
+    with hashing(sum(entry.size for entry in manifest.files)) as progress:
         return manifest.check_files(hashes=True, progress=progress)
 
 
@@ -53,6 +62,8 @@ def describe(manifest: Manifest, *, hashes_checked: bool = False) -> dict[str, A
         "files": [
             {"path": entry.path, "size": entry.size, "sha256": entry.sha256} for entry in manifest.files
         ],
+        "here": here(_why_not_here()),
+        "engine": _describe_engine(manifest, hashes_checked),
     }
 
 
@@ -61,9 +72,9 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
     kv = info["kv_cache"]
     parameters = f", {info['parameters'] / 1e6:,.1f} M parameters" if info["parameters"] else ""
     per_key_value = info["num_attention_heads"] // info["num_key_value_heads"]
-    rows = {
+    facts = {
         "model": f"{info['name']} ({info['architecture']}{parameters})",
-        "folder": str(Path(info["folder"])),
+        "folder": Path(info["folder"]),
         "runs on": f"{info['target']}, precision {info['precision']}",
         "layers": f"{info['num_hidden_layers']} of hidden size {info['hidden_size']:,}",
         "heads": f"{info['num_attention_heads']} query heads, {info['num_key_value_heads']} key/value heads "
@@ -75,11 +86,28 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
         "verdict": info["verification"]["status"],
         "files": f"{len(info['files'])}, {size(info['total_bytes'])}, all there, "
         + ("hashes checked" if info["hashes_checked"] else "sizes checked"),
+        **here_rows(info["here"], how=_HOW.get(info["target"], "")),
     }
-    for name, value in rows.items():
-        yield f"{name:<12}{value}"
+    yield from rows(facts)
     for entry in sorted(info["files"], key=lambda entry: -entry["size"]):
         yield f"  {size(entry['size']):>9}  {entry['path']}"
+    if info["engine"] is not None:
+        yield ""
+        yield from plan_lines(info["engine"])
+
+
+def _why_not_here() -> QrunError | None:
+    try:
+        check_onnxruntime_wheels()
+    except QrunError as error:
+        return error
+    return None
+
+
+def _describe_engine(manifest: Manifest, hashes_checked: bool) -> dict[str, Any] | None:
+    if "engine" not in manifest.raw:
+        return None
+    return describe_plan(read_plan(manifest.folder / PLAN_NAME), manifest, hashes_checked=hashes_checked)
 
 
 def _list(token_ids: list[int]) -> str:

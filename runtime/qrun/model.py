@@ -65,10 +65,10 @@ class Model:
         threads: int | None = None,
         check_hashes: bool = False,
     ) -> Model:
-        """Open a model folder, or the .onnx inside one.
+        """Open a model folder, or the .onnx or .plan inside one.
 
         Args:
-            path: what ``qconvert export`` wrote.
+            path: what ``qconvert export`` or ``qconvert build`` wrote.
             device: "cpu" or "cuda"; there is no silent fall-back from one to the other.
             threads: threads within an operator; by default the cores that the process may use.
             check_hashes: hash every file against the manifest first (sizes are always checked).
@@ -78,7 +78,7 @@ class Model:
                 cannot run it.
         """
         folder = find_model_folder(path)
-        session = open_session(folder, device=device, threads=threads, check_hashes=check_hashes)
+        session = open_session(path, device=device, threads=threads, check_hashes=check_hashes)
         template = ChatTemplate.from_folder(folder) if _has_template(folder) else None
         return cls(
             session,

@@ -24,7 +24,7 @@ _MODEL_OPTIONS = (
         "--engine",
         required=True,
         type=click.Path(path_type=Path),
-        help="The model folder that `qconvert export` wrote, or the .onnx inside it.",
+        help="The model folder that `qconvert export` wrote, or the .onnx or .plan inside it.",
     ),
     click.option(
         "--device",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
 from qrun.errors import QrunError
 from qrun.generate import PREFILL_CHUNK, Prefilled
-from qrun.manifest import Manifest
 
+WIDTH = 80
 # A model's text could otherwise move the cursor, change the window's title or fill the clipboard. Kept
 # are newline and tab; gone are the other control characters of both ranges, ESC among them.
 _CONTROLS = dict.fromkeys([*(set(range(0x20)) - {0x09, 0x0A}), *range(0x7F, 0xA0)])
@@ -91,8 +93,8 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def hashing(manifest: Manifest) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar over the bytes of a folder's files, in a terminal."""
+def hashing(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar over ``total`` bytes that are hashed, in a terminal."""
     if not sys.stderr.isatty():
         yield lambda _name, _bytes: None
         return
@@ -101,5 +103,21 @@ def hashing(manifest: Manifest) -> Iterator[Callable[[str, int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=28), DownloadColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("checking the hashes", total=sum(entry.size for entry in manifest.files))
+        task = bar.add_task("checking the hashes", total=total)
         yield lambda _name, done: bar.advance(task, done)
+
+
+def rows(facts: Mapping[str, str | Path]) -> Iterator[str]:
+    """Names and values in two columns, wrapped at 80; a path stays on one line."""
+    for name, value in facts.items():
+        if isinstance(value, Path):
+            yield f"{name:<12}{value}"
+            continue
+        yield textwrap.fill(
+            value,
+            WIDTH,
+            initial_indent=f"{name:<12}",
+            subsequent_indent=" " * 12,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
