@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -16,6 +16,10 @@ from qconvert.progress import Progress
 from qconvert.quantize import BLOCK_SIZES
 from qconvert.targets import TARGETS
 from qrun.errors import QrunError
+
+if TYPE_CHECKING:
+    from qconvert.backends import BackendName
+    from qconvert.engine import Plan
 
 _EXPORT_LIBRARIES = (
     "accelerate",
@@ -82,14 +86,39 @@ def inspect(folder: Path, as_json: bool) -> None:
         sys.exit(1)
 
 
+# What an engine needs to be told; `qconvert build` has more for those who know TensorRT.
+_BUILD_OPTIONS = (
+    click.option(
+        "--backend",
+        type=click.Choice(["tensorrt", "rtx"]),
+        help="By default whichever is installed and can build here.",
+    ),
+    click.option(
+        "--compute-capability",
+        "compute_capabilities",
+        multiple=True,
+        help="Build with rtx for this kind of GPU, such as 8.9; may be given several times. Needs no GPU.",
+    ),
+    click.option(
+        "--prompt-length",
+        type=int,
+        help="Most tokens of a prompt that are read at once.  [default: 1024, or the cache's length]",
+    ),
+)
+
+
+def _build_options(command: Any) -> Any:
+    for option in reversed(_BUILD_OPTIONS):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("source")
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
-    default="onnxruntime",
-    show_default=True,
-    help="Which runtime the graph is for.",
+    help="Which runtime the graph is for.  [default: onnxruntime, with --engine tensorrt]",
 )
 @click.option(
     "--precision",
@@ -127,20 +156,50 @@ def inspect(folder: Path, as_json: bool) -> None:
     help="Where a model id is downloaded from.",
 )
 @click.option("--revision", help="Branch, tag or commit of a model id.")
+@click.option(
+    "--engine",
+    is_flag=True,
+    help="Export for TensorRT, and build the plan at once, as `qconvert build` does.",
+)
+@_build_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def export(source: str, block_size: str | None, quiet: bool, **options: Any) -> None:
+def export(
+    source: str,
+    *,
+    target: str | None,
+    block_size: str | None,
+    engine: bool,
+    backend: BackendName | None,
+    compute_capabilities: tuple[str, ...],
+    prompt_length: int | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Convert SOURCE, a checkpoint folder or a model id, into a verified ONNX model folder."""
+    from qconvert.engine import BuildOptions
     from qconvert.export import ExportOptions
     from qconvert.export import export as run
+    from qconvert.export_engine import build_exported, prepare
 
-    chosen = ExportOptions(block_size=int(block_size) if block_size else None, **options)
-    exported = run(source, chosen, Progress(quiet=quiet))
+    build = BuildOptions(backend, compute_capabilities, prompt_length)
+    if not engine and build != BuildOptions():
+        raise click.UsageError("--backend, --compute-capability and --prompt-length are for --engine.")
+    chosen = ExportOptions(
+        block_size=int(block_size) if block_size else None, target=target or "onnxruntime", **options
+    )
+    if engine:
+        chosen = prepare(target, chosen, build)
+    progress = Progress(quiet=quiet)
+    exported = run(source, chosen, progress)
     console = Console()
     if exported.report is not None:
         console.print(exported.report.summary)
     else:
         Console(stderr=True).print("[yellow]not verified[/]: nobody has compared this export with PyTorch.")
-    click.echo(exported.folder)
+    if engine:
+        _show_plan(build_exported(exported.folder, build, progress))
+    else:
+        click.echo(exported.folder)
 
 
 @main.command()
@@ -164,22 +223,7 @@ def verify(folder: Path, reference: str, as_json: bool, write: bool, quiet: bool
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--backend",
-    type=click.Choice(["tensorrt", "rtx"]),
-    help="By default whichever is installed and can build here.",
-)
-@click.option(
-    "--compute-capability",
-    "compute_capabilities",
-    multiple=True,
-    help="Build with rtx for this kind of GPU, such as 8.9; may be given several times. Needs no GPU.",
-)
-@click.option(
-    "--prompt-length",
-    type=int,
-    help="Most tokens of a prompt that are read at once.  [default: 1024, or the cache's length]",
-)
+@_build_options
 @click.option("--opt-level", type=click.IntRange(0, 5), help="How long TensorRT looks for a faster plan.")
 @click.option(
     "--workspace", "workspace_mib", type=click.IntRange(min=1), help="Limit of scratch memory, MiB."
@@ -194,7 +238,10 @@ def build(folder: Path, quiet: bool, **options: Any) -> None:
     from qconvert.engine import BuildOptions
     from qconvert.engine import build as run
 
-    plan = run(folder, BuildOptions(**options), Progress(quiet=quiet))
+    _show_plan(run(folder, BuildOptions(**options), Progress(quiet=quiet)))
+
+
+def _show_plan(plan: Plan) -> None:
     console, built = Console(stderr=True, highlight=False, soft_wrap=True), plan.facts["built"]
     console.print(f"{plan.backend.title}: {plan.backend.reason}")
     console.print(

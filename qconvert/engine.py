@@ -68,7 +68,9 @@ def build(folder: Path, options: BuildOptions, progress: Progress) -> Plan:
     manifest = read_manifest(folder)
     _check_buildable(manifest)
     backend = choose_backend(options.backend, options.compute_capabilities)
-    settings = _settings(manifest, backend, options)
+    length, kv_dtype = manifest.model.context_length, manifest.kv.dtype
+    check_options(backend, options, cache_length=length, kv_dtype=kv_dtype, where=manifest.folder)
+    settings = _settings(manifest, options)
     with progress.task("hashing the files", sum(entry.size for entry in manifest.files)) as advance:
         manifest.check_files(hashes=True, progress=advance)
     check_graph(manifest.graph_path)
@@ -146,19 +148,25 @@ def _check_buildable(manifest: Manifest) -> None:
         )
 
 
-def _settings(manifest: Manifest, backend: Backend, options: BuildOptions) -> BuilderSettings:
-    length = manifest.model.context_length
-    most = min(DEFAULT_PROMPT_LENGTH, length) if options.prompt_length is None else options.prompt_length
-    if not 1 <= most <= length:
+def check_options(
+    backend: Backend, options: BuildOptions, *, cache_length: int, kv_dtype: str, where: Path | None = None
+) -> None:
+    """Refuse options that do not fit the backend, or a model with a cache of this length and type.
+
+    Raises:
+        QconvertError: names the option and what to do.
+    """
+    most = options.prompt_length
+    if most is not None and not 1 <= most <= cache_length:
         raise QconvertError(
-            f"--prompt-length {most:,} is not within 1 and the cache's {length:,} tokens",
+            f"--prompt-length {most:,} is not within 1 and the cache's {cache_length:,} tokens",
             hint="leave --prompt-length out: longer prompts are read in pieces",
         )
     older = [capability for capability in backend.compute_capabilities if float(capability) < 8.0]
-    if older and manifest.kv.dtype == "bfloat16":
+    if older and kv_dtype == "bfloat16":
         raise QconvertError(
             f"GPUs of compute capability {older[0]} have no bfloat16, in which this folder computes",
-            where=manifest.folder,
+            where=where,
             hint="export it with --precision fp16",
         )
     if options.timing_cache is not None and backend.compute_capabilities:
@@ -181,6 +189,11 @@ def _settings(manifest: Manifest, backend: Backend, options: BuildOptions) -> Bu
             "rtx has no hardware-compatible plans: it builds for several compute capabilities at once",
             hint="name each of them: --compute-capability 8.9 --compute-capability 12.0",
         )
+
+
+def _settings(manifest: Manifest, options: BuildOptions) -> BuilderSettings:
+    length = manifest.model.context_length
+    most = min(DEFAULT_PROMPT_LENGTH, length) if options.prompt_length is None else options.prompt_length
     return BuilderSettings(
         profiles=(
             Profile("decode", 1, 1, 1),
