@@ -83,11 +83,7 @@ class KVCache(ABC):
         needed = self.length + new_tokens
         if needed <= self.capacity:
             return
-        if needed > self.limit:
-            raise QrunError(
-                f"{needed:,} tokens do not fit: {self.manifest.name} has a context of {self.limit:,}",
-                hint="shorten the prompt, or start over with /reset in a chat",
-            )
+        self.check_limit(needed)
         capacity = next_capacity(needed, self.capacity, self.limit)
         available = available_memory()
         if available is not None and forecast_bytes(self.manifest, capacity, self.batch) > available:
@@ -101,6 +97,18 @@ class KVCache(ABC):
             )
         self._reallocate(capacity)
         self.capacity = capacity
+
+    def check_limit(self, needed: int) -> None:
+        """Refuse ``needed`` tokens in a row.
+
+        Raises:
+            QrunError: past the context length.
+        """
+        if needed > self.limit:
+            raise QrunError(
+                f"{needed:,} tokens do not fit: {self.manifest.name} has a context of {self.limit:,}",
+                hint="shorten the prompt, or start over with /reset in a chat",
+            )
 
     def advance(self, new_tokens: int) -> None:
         """Count ``new_tokens`` that a forward pass has just written into every row."""

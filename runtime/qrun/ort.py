@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qrun.errors import QrunError
 from qrun.kvcache import KVCache
 from qrun.manifest import Manifest
+from qrun.token_ids import check_token_ids
 from qrun.wheels import check_onnxruntime_wheels
 
 _POSITIONS = {"last": -1, "all": 0, "none": np.iinfo(np.int64).max}
@@ -63,7 +64,7 @@ class OrtSession:
     ) -> NDArray[np.float32]:
         assert isinstance(cache, OrtKVCache), "the cache belongs to another session"
         batch, new = token_ids.shape
-        self._check_tokens(token_ids)
+        check_token_ids(token_ids, self.manifest.model.vocab_size)
         if batch > 1 and new > 1 and cache.length > 0:
             raise QrunError(
                 f"{batch} sequences cannot each take {new} more tokens in one step",
@@ -86,15 +87,6 @@ class OrtSession:
         cache.collect()
         cache.advance(new)
         return cache.logits(new, logits)
-
-    def _check_tokens(self, token_ids: NDArray[np.int64]) -> None:
-        hint = "encode the text with the tokenizer of the same model folder"
-        if token_ids.size == 0:
-            raise QrunError("no token ids were given", hint=hint)
-        vocab_size = self.manifest.model.vocab_size
-        for token_id in (int(token_ids.min()), int(token_ids.max())):
-            if not 0 <= token_id < vocab_size:
-                raise QrunError(f"token id {token_id} is outside the vocabulary of {vocab_size:,}", hint=hint)
 
     def _open(self, device: str) -> Any:
         options = self._ort.SessionOptions()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qrun.errors import QrunError
 from qrun.external_data import check_external_data
 from qrun.kvcache import KVCache
-from qrun.manifest import Manifest, read_manifest
+from qrun.manifest import Manifest, names_plan, read_manifest
 
 LogitsFor = Literal["last", "all", "none"]
 Device = Literal["cpu", "cuda"]
@@ -82,11 +82,12 @@ def usable_cores() -> int:
 def open_session(
     path: str | Path, *, device: Device = "cpu", threads: int | None = None, check_hashes: bool = False
 ) -> Session:
-    """Open a model folder, or a .onnx file inside one.
+    """Open a model folder, or a .onnx file or a .plan inside one.
 
     Args:
-        path: the folder that ``qconvert export`` wrote.
-        device: "cpu" or "cuda". There is no silent fall-back from one to the other.
+        path: the folder that ``qconvert export`` wrote, or the plan that ``qconvert build`` put there.
+        device: "cpu" or "cuda". There is no silent fall-back from one to the other. A plan runs on the GPU
+            that it was built for, whatever stands here.
         threads: threads within an operator; by default the cores that the process may use.
         check_hashes: hash every file against the manifest first (sizes are always checked).
 
@@ -96,6 +97,8 @@ def open_session(
     """
     if threads is not None and threads < 1:
         raise QrunError(f"threads is {threads}: it must be at least 1")
+    if names_plan(path):
+        return _open_plan(path, check_hashes)
     manifest = read_manifest(path)
     manifest.check_files(hashes=check_hashes)
     if manifest.target not in ("onnxruntime", "tensorrt"):
@@ -113,6 +116,18 @@ def open_session(
     from qrun.ort import OrtSession
 
     return OrtSession(manifest, device=device, threads=threads)
+
+
+def _open_plan(path: str | Path, check_hashes: bool) -> Session:
+    from qrun.plan import read_plan
+    from qrun.trt import TrtSession
+
+    facts = read_plan(path)
+    manifest = read_manifest(facts.folder)
+    # A plan holds graph and weights: it runs without the ONNX files, and opening it hashes its own bytes.
+    if check_hashes:
+        manifest.check_files(hashes=True)
+    return TrtSession(manifest, facts)
 
 
 def _open_standard_graph(manifest: Manifest, device: Device, threads: int) -> Session:
