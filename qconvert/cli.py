@@ -134,6 +134,13 @@ def _build_options(command: Any) -> Any:
     help="Weights that share a scale.  [default: 64 for int8, 32 for int4]",
 )
 @click.option(
+    "--prefill",
+    type=click.Choice(["same", "int8"]),
+    default="same",
+    show_default=True,
+    help="What reads prompts: the graph that decodes, or another with int8 products (fast, larger).",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -168,6 +175,7 @@ def export(
     *,
     target: str | None,
     block_size: str | None,
+    prefill: str,
     engine: bool,
     backend: BackendName | None,
     compute_capabilities: tuple[str, ...],
@@ -185,7 +193,10 @@ def export(
     if not engine and build != BuildOptions():
         raise click.UsageError("--backend, --compute-capability and --prompt-length are for --engine.")
     chosen = ExportOptions(
-        block_size=int(block_size) if block_size else None, target=target or "onnxruntime", **options
+        target=target or "onnxruntime",
+        block_size=int(block_size) if block_size else None,
+        prefill=prefill == "int8",
+        **options,
     )
     if engine:
         chosen = prepare(target, chosen, build)

@@ -126,24 +126,50 @@ class Lowering(Protocol[V]):
 def lower_decoder(spec: DecoderSpec, lowering: Lowering[V]) -> None:
     """Describe the whole decoder to a lowering."""
     residual, delta = lowering.embed("model.embed_tokens.weight"), None
+    last = spec.num_hidden_layers - 1
     for layer in range(spec.num_hidden_layers):
-        name = f"model.layers.{layer}"
-        residual, hidden = lowering.add_and_norm(residual, delta, f"{name}.input_layernorm.weight")
-        delta = _attention(lowering, hidden, layer, f"{name}.self_attn")
-        if layer == spec.num_hidden_layers - 1:
+        residual, delta = _attention_block(lowering, residual, delta, layer)
+        if layer == last:
             # Nothing after the last attention looks at other positions: drop those nobody asked for.
             residual, delta = lowering.requested_positions(residual), lowering.requested_positions(delta)
-        residual, hidden = lowering.add_and_norm(residual, delta, f"{name}.post_attention_layernorm.weight")
-        delta = _mlp(lowering, hidden, f"{name}.mlp")
+        residual, delta = _mlp_block(lowering, residual, delta, layer)
     _, hidden = lowering.add_and_norm(residual, delta, "model.norm.weight")
     lowering.head(hidden, "model.embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight")
 
 
-def _attention(lowering: Lowering[V], hidden: V, layer: int, name: str) -> V:
-    projections = [f"{name}.{part}_proj" for part in "qkv"]
-    qkv = lowering.linear(hidden, [f"{p}.weight" for p in projections], [f"{p}.bias" for p in projections])
-    context = lowering.attention(qkv, layer)
-    return lowering.linear(context, [f"{name}.o_proj.weight"])
+def lower_prompt(spec: DecoderSpec, lowering: Lowering[V]) -> None:
+    """Describe what a prompt needs whose last token goes through another graph: all keys and values.
+
+    That is the decoder up to the last layer's attention; its result, the last MLP and the head are
+    looked at for the last token only.
+    """
+    residual, delta = lowering.embed("model.embed_tokens.weight"), None
+    last = spec.num_hidden_layers - 1
+    for layer in range(last):
+        residual, delta = _attention_block(lowering, residual, delta, layer)
+        residual, delta = _mlp_block(lowering, residual, delta, layer)
+    _, hidden = lowering.add_and_norm(residual, delta, _norm(last, "input"))
+    lowering.attention(_qkv(lowering, hidden, last), last)
+
+
+def _attention_block(lowering: Lowering[V], residual: V, delta: V | None, layer: int) -> tuple[V, V]:
+    residual, hidden = lowering.add_and_norm(residual, delta, _norm(layer, "input"))
+    context = lowering.attention(_qkv(lowering, hidden, layer), layer)
+    return residual, lowering.linear(context, [f"model.layers.{layer}.self_attn.o_proj.weight"])
+
+
+def _mlp_block(lowering: Lowering[V], residual: V, delta: V, layer: int) -> tuple[V, V]:
+    residual, hidden = lowering.add_and_norm(residual, delta, _norm(layer, "post_attention"))
+    return residual, _mlp(lowering, hidden, f"model.layers.{layer}.mlp")
+
+
+def _norm(layer: int, place: str) -> str:
+    return f"model.layers.{layer}.{place}_layernorm.weight"
+
+
+def _qkv(lowering: Lowering[V], hidden: V, layer: int) -> V:
+    projections = [f"model.layers.{layer}.self_attn.{part}_proj" for part in "qkv"]
+    return lowering.linear(hidden, [f"{p}.weight" for p in projections], [f"{p}.bias" for p in projections])
 
 
 def _mlp(lowering: Lowering[V], hidden: V, name: str) -> V:

@@ -20,7 +20,7 @@ from qconvert.hub import Hub
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 from qconvert.quantize import Recipe
-from qconvert.targets import GRAPH_NAME, Target, target_named
+from qconvert.targets import GRAPH_NAME, Target, target_named, with_prefill_graph
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
@@ -38,6 +38,7 @@ class ExportOptions:
     target: str = "onnxruntime"
     max_length: int | None = None
     block_size: int | None = None
+    prefill: bool = False  # a second graph that reads prompts
     output: Path | None = None
     force: bool = False
     verify: bool = True
@@ -64,6 +65,8 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     target = target_named(options.target)
     spec = target.fit(DecoderSpec.from_config(checkpoint.config), options.max_length)
     recipe = target.recipe(options.precision or target.precisions[0], options.block_size, spec)
+    if options.prefill:
+        recipe = with_prefill_graph(recipe, target)
     output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{recipe.precision}")
     needed = int(export_bytes(spec, recipe) * 1.01) + (64 << 20)  # graph, tokenizer and reports
 

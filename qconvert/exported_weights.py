@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,16 @@ from numpy.typing import NDArray
 from qconvert.decoder import DecoderSpec, lower_decoder
 from qconvert.errors import QconvertError
 from qconvert.int4_columns import Int4Columns
+from qconvert.int8_channels import Int8Channels
 from qconvert.lowering.initializers import joined_name
 from qconvert.quantize import BlockFormat, PackedWeight, unpack
 
 if TYPE_CHECKING:
     import torch
     from transformers import Qwen2ForCausalLM
+
+
+LowerDecoder = Callable[[DecoderSpec, Any], None]
 
 
 @dataclass(frozen=True)
@@ -31,21 +36,22 @@ class _Stored:
     scales: NDArray[Any] | None = None
     zero_points: NDArray[Any] | None = None
     fmt: BlockFormat | None = None
-    columns: Int4Columns | None = None
+    columns: Int4Columns | Int8Channels | None = None
 
 
 class ExportedWeights:
     """A ``reference.WeightSource``: the folder's weights under the checkpoint's names, dequantised.
 
     Args:
-        graph: the ``model.onnx`` beside its data file.
+        graph: the ``model.onnx`` or ``prefill.onnx`` beside its data file.
         model: the checkpoint, for names and shapes.
+        lower: which part of the decoder the graph holds.
 
     Raises:
         QconvertError: a tensor of the checkpoint is not in the graph, or has another shape there.
     """
 
-    def __init__(self, graph: Path, model: Qwen2ForCausalLM) -> None:
+    def __init__(self, graph: Path, model: Qwen2ForCausalLM, lower: LowerDecoder = lower_decoder) -> None:
         import onnx_ir
 
         self._graph = onnx_ir.load(graph)
@@ -53,12 +59,15 @@ class ExportedWeights:
         self._path = graph
         self._stored: dict[str, _Stored] = {}
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for group in tensor_groups(DecoderSpec.from_config(model.config)):
+        for group in tensor_groups(DecoderSpec.from_config(model.config), lower):
             self._place(group, shapes)
         self.description = "float32 (with the export's own weights)"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
 
     def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
         """Some rows of a checkpoint tensor, as the export stores them, in float32."""
@@ -105,7 +114,7 @@ class ExportedWeights:
         import torch
 
         turned = self._stored[name].columns
-        return 0.0 if turned is None else torch.finfo(turned.scales.dtype).eps / 2
+        return torch.finfo(turned.scales.dtype).eps / 2 if isinstance(turned, Int4Columns) else 0.0
 
     def array(self, initializer: str) -> NDArray[Any]:
         """An initializer of the graph as it is stored, mapped.
@@ -143,11 +152,21 @@ class ExportedWeights:
                 self._arrays[f"{joined}.int4"], _as_tensor(np.array(self.array(f"{joined}.int4_scales")))
             )
             return (turned.data, None, None, BlockFormat(4, turned.block_size, True), turned), turned.shape
-        bits = next((bits for bits in (4, 8) if f"{joined}.q{bits}" in self._arrays), None)
-        if bits is None:
+        if matrices := self._parts(f"{joined}.int8"):
+            channels = Int8Channels(matrices, self._parts(f"{joined}.int8_scales"))
+            fmt = BlockFormat(8, channels.shape[1], symmetric=True)
+            return (channels.data, None, None, fmt, channels), channels.shape
+        names = {bits: f"{joined}.q{bits}" for bits in (4, 8)}
+        bits = next((bits for bits, name in names.items() if name in self._arrays), None)
+        if bits is None and f"{joined}.q8.rows" not in self._arrays:
             data = self.array(joined)
             return (data, None, None, None), data.shape
-        data, scales = self.array(f"{joined}.q{bits}"), self.array(f"{joined}.scales")
+        scales = self.array(f"{joined}.scales")
+        if bits is None:  # an embedding that is only looked up, as rows without blocks
+            bits, rows = 8, self.array(f"{joined}.q8.rows")
+            data = rows.reshape(*scales.shape, rows.shape[1] // scales.shape[1])
+        else:
+            data = self.array(names[bits])
         has_zeros = f"{joined}.zero_points" in self._arrays
         zero_points = self.array(f"{joined}.zero_points") if has_zeros else None
         fmt = BlockFormat(bits, data.shape[2] * 8 // bits, symmetric=not has_zeros)
@@ -155,6 +174,13 @@ class ExportedWeights:
         fits = data.shape[1] == -(-columns[0] // fmt.block_size)
         width = columns[0] if fits else data.shape[1] * fmt.block_size
         return (data, scales, zero_points, fmt), (data.shape[0], width)
+
+    def _parts(self, name: str) -> list[NDArray[Any]]:
+        """An initializer that stands in one piece, or its numbered groups; none if there is neither."""
+        if name in self._arrays:
+            return [self.array(name)]
+        names = (f"{name}.{group}" for group in count())
+        return [self.array(part) for part in takewhile(self._arrays.__contains__, names)]
 
 
 def _as_tensor(array: NDArray[Any]) -> torch.Tensor:
@@ -165,10 +191,10 @@ def _as_tensor(array: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def tensor_groups(spec: DecoderSpec) -> list[tuple[str, ...]]:
+def tensor_groups(spec: DecoderSpec, lower: LowerDecoder = lower_decoder) -> list[tuple[str, ...]]:
     """Every tensor that the decoder uses, those that are multiplied side by side together."""
     recorder = _Recorder()
-    lower_decoder(spec, recorder)
+    lower(spec, recorder)
     return list(dict.fromkeys(recorder.groups))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qconvert.decoder import DecoderSpec
-from qconvert.quantize import BlockFormat, Recipe
+from qconvert.quantize import BlockFormat, ChannelFormat, Recipe
 
 _ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -21,6 +21,8 @@ def export_bytes(spec: DecoderSpec, recipe: Recipe) -> int:
     rope = spec.context_length * spec.head_size  # cosines and sines of half a head
     total = (biases + norms + rope) * item
     total += _bytes(linear, recipe.linear, item)
+    if recipe.prefill is not None:
+        total += _bytes(linear, recipe.prefill, item)
     total += _bytes(embedding, recipe.head, item) * heads
     return total
 
@@ -40,5 +42,5 @@ def _shares(spec: DecoderSpec) -> tuple[int, int, int, int, int]:
     return linear, biases, norms, hidden * spec.vocab_size, 1 if spec.tie_word_embeddings else 2
 
 
-def _bytes(elements: int, fmt: BlockFormat | None, item: int) -> int:
+def _bytes(elements: int, fmt: BlockFormat | ChannelFormat | None, item: int) -> int:
     return elements * item if fmt is None else int(elements * fmt.bits_per_weight / 8)

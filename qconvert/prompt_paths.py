@@ -28,6 +28,9 @@ STEPS = 64
 # Tokens that are fed, cut off again and replaced.
 TRIMMED = 8
 CONTINUED = 24
+# A prompt's pieces, and what follows it: enough positions for every measure to be judged.
+PROMPT_PIECE = 192
+PROMPT_CONTINUED = 128
 # Tokens fed at once while a whole cache is filled: attention's scores take pieces x cache x heads.
 FILLING = 256
 
@@ -99,6 +102,19 @@ def _filled(session: Session, token_ids: Sequence[int], in_place: bool) -> Logit
         yield session.forward(_tokens([token]), cache, "last")[0]
 
 
+def _prompted(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
+    cache, prompt = session.new_cache(in_place=in_place), prompt_length(len(token_ids))
+    for start in range(0, prompt, PROMPT_PIECE):
+        piece = token_ids[start : min(start + PROMPT_PIECE, prompt)]
+        session.forward(_tokens(piece), cache, "none")
+    yield session.forward(_tokens(token_ids[prompt:]), cache, "all")[0]
+
+
+def prompt_length(count: int) -> int:
+    """Tokens that a second graph for prompts reads on the way ``PROMPTED``, and another continues."""
+    return count - min(PROMPT_CONTINUED, count // 2)
+
+
 def _kept(count: int) -> int:
     return max(1, count - CONTINUED)
 
@@ -116,6 +132,7 @@ TRIMMED_BACK = PromptPath("cut back and continued", True, _trimmed, _kept)
 TRIMMED_BACK_GROWING = PromptPath("cut back and continued, growing cache", False, _trimmed, _kept)
 
 
+PROMPTED = PromptPath("prompt by its own graph", True, _prompted, prompt_length)
 FILLED = PromptPath("to the last slot", True, _filled, lambda count: _prefilled(count) - 1)
 _GROWING = ", growing cache"
 

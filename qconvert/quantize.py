@@ -41,18 +41,37 @@ class BlockFormat:
 
 
 @dataclass(frozen=True)
+class ChannelFormat:
+    """8 bits with one scale per output channel, for products of integers with integers.
+
+    Activations become 8-bit integers too, with one scale per token, and within the MLP one per token
+    and group: ``mlp_groups`` parts of the intermediate channels are multiplied one after the other,
+    so that an outlier spoils the resolution of its own part only, and a part stays in the processor's cache.
+    """
+
+    mlp_groups: int = 4
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight; the scales, one per thousands of weights, do not count."""
+        return 8.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How one export treats its weights. It stands in the manifest as it is.
 
     ``linear`` and ``head`` are None where weights keep the activations' type. ``head`` is the format
-    of the embedding as well: a tied one is stored once.
+    of the embedding as well: a tied one is stored once. ``prefill`` is the format of the linear layers
+    in a second graph that reads prompts only, or None where one graph does both.
     """
 
     precision: str
     activations: str
-    linear: BlockFormat | None
+    linear: BlockFormat | ChannelFormat | None
     head: BlockFormat | None
     accuracy_level: int = 4  # MatMulNBits may quantise activations to int8, block by block
+    prefill: ChannelFormat | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -9,6 +9,7 @@ pieces of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qconvert.weights import CheckpointWeights
@@ -33,6 +34,8 @@ class WeightSource(Protocol):
         """The given rows of a tensor in float32; ``slice(None)`` is all of it."""
         ...
 
+    def __contains__(self, name: str) -> bool: ...
+
     def release(self, name: str) -> None:
         """``name`` is not needed for now: its file pages may leave memory."""
         ...
@@ -47,11 +50,22 @@ class CheckpointSource:
         upcast = "" if stored == "float32" else f" (weights {stored}, upcast layer by layer)"
         self.description = f"float32{upcast}"
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
     def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
         return self._weights[name][rows].float()
 
     def release(self, name: str) -> None:
         self._weights.release(name)
+
+
+@dataclass(frozen=True)
+class PromptWeights:
+    """Other weights for the linear layers of each sequence's first ``tokens`` positions."""
+
+    source: WeightSource
+    tokens: int
 
 
 class Reference:
@@ -60,16 +74,24 @@ class Reference:
     Args:
         model: in eval mode; its weights are untouched between calls.
         source: other weights to compute with, in place of the checkpoint's.
+        prompt: yet others for the prompt, where a second graph reads it.
 
     Attributes:
         model: the model.
         dtype: what it computes in, for people: "float32 (weights bfloat16, upcast layer by layer)".
     """
 
-    def __init__(self, model: Qwen2ForCausalLM, source: WeightSource | None = None) -> None:
+    def __init__(
+        self,
+        model: Qwen2ForCausalLM,
+        source: WeightSource | None = None,
+        prompt: PromptWeights | None = None,
+    ) -> None:
         import torch
 
+        assert prompt is None or source is not None, "a second graph stands beside a first one"
         self.model = model
+        self._prompt = prompt
         self._source = source or CheckpointSource(model)
         self.dtype = self._source.description
         # A float32 checkpoint needs no swapping: transformers runs as it is.
@@ -128,9 +150,26 @@ class Reference:
             elif module._parameters:
                 fetch, give_back = self._swap(name, module)
                 handles.append(module.register_forward_pre_hook(fetch))
+                if self._prompt is not None and name.endswith("_proj"):
+                    handles.append(module.register_forward_hook(self._read_prompt(name, self._prompt)))
                 # Always: a module that raises has to give its weights back as well.
                 handles.append(module.register_forward_hook(give_back, always_call=True))
         return handles
+
+    @staticmethod
+    def _read_prompt(name: str, prompt: PromptWeights) -> Callable[..., None]:
+        """A hook that computes a linear layer's first positions again, with the prompt's weights."""
+        import torch
+
+        def read(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            if f"{name}.weight" not in prompt.source:
+                return  # the last layer's, behind whose keys and values that graph ends
+            weight = prompt.source.rows(f"{name}.weight", slice(None))
+            bias = None if module.bias is None else prompt.source.rows(f"{name}.bias", slice(None))
+            first = slice(prompt.tokens)
+            output[:, first] = torch.nn.functional.linear(inputs[0][:, first], weight, bias)
+
+        return read
 
     def _look_up(self, module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         """The embedding of the tokens that occur, in float32, in place of the module's own output."""

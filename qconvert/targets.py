@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qconvert.decoder import DecoderSpec, lower_decoder
+from qconvert.decoder import DecoderSpec, lower_decoder, lower_prompt
 from qconvert.errors import QconvertError
 from qconvert.forecast import kv_bytes_per_token
 from qconvert.int4_columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
-from qconvert.quantize import PRECISIONS, BlockFormat, Recipe, recipe_for
+from qconvert.quantize import PRECISIONS, BlockFormat, ChannelFormat, Recipe, recipe_for
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from qconvert.lowering.initializers import Initializers
 
 GRAPH_NAME = "model.onnx"
+PREFILL_GRAPH_NAME = "prefill.onnx"
+# A prompt's piece of fewer tokens is read faster by the decode graph (benchmarks/README.md).
+PREFILL_MIN_TOKENS = 24
 STANDARD_GRAPH_NAME = "model.standard.onnx"
 # Long enough for a conversation, and 32 MB a layer less than the 32,768 that Qwen2.5 could hold.
 DEFAULT_STATIC_LENGTH = 4096
@@ -87,13 +90,25 @@ class OnnxRuntimeTarget:
     def lower(
         self, spec: DecoderSpec, recipe: Recipe, initializers: Initializers, rope: Any
     ) -> dict[str, ir.Model]:
+        from qconvert.lowering.int8 import IntegerLowering
         from qconvert.lowering.onnxruntime import OnnxRuntimeLowering
 
+        if isinstance(recipe.linear, ChannelFormat):
+            integers = IntegerLowering(spec, recipe, recipe.linear, initializers, rope)
+            lower_decoder(spec, integers)
+            return {GRAPH_NAME: integers.model("qwen2")}
         lowering = OnnxRuntimeLowering(spec, recipe, initializers, rope)
         lower_decoder(spec, lowering)
-        return {GRAPH_NAME: lowering.model("qwen2")}
+        graphs = {GRAPH_NAME: lowering.model("qwen2")}
+        if recipe.prefill is not None:
+            with initializers.in_another_file(f"{PREFILL_GRAPH_NAME}.data") as others:
+                prompts = IntegerLowering(spec, recipe, recipe.prefill, others, rope)
+                lower_prompt(spec, prompts)
+            graphs[PREFILL_GRAPH_NAME] = prompts.model("qwen2_prefill")
+        return graphs
 
     def facts(self, spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:
+        prefill = {"prefill": {"file": PREFILL_GRAPH_NAME, "min_tokens": PREFILL_MIN_TOKENS}}
         return {
             "graph": {
                 "file": GRAPH_NAME,
@@ -104,6 +119,7 @@ class OnnxRuntimeTarget:
                     "logits_start",
                 ],
                 "outputs": ["logits", "present.{layer}.{key|value}"],
+                **(prefill if recipe.prefill is not None else {}),
             },
             "kv_cache": _kv_facts(spec, recipe),
         }
@@ -196,6 +212,20 @@ class TensorRTTarget:
             where="config.json" if names else None,
             hint=f"use --block-size {fitting[-1]}" if fitting else "use --precision bf16",
         )
+
+
+def with_prefill_graph(recipe: Recipe, target: Target) -> Recipe:
+    """The same recipe with a second graph of integer products for prompts.
+
+    Raises:
+        QconvertError: a target or precision that has no use for it.
+    """
+    if target.name != "onnxruntime" or not isinstance(recipe.linear, BlockFormat):
+        raise QconvertError(
+            f"--prefill int8 is not for --target {target.name} --precision {recipe.precision}",
+            hint="use it with --precision int4, whose products are slow for prompts",
+        )
+    return replace(recipe, prefill=ChannelFormat())
 
 
 TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntimeTarget(), TensorRTTarget())}

@@ -23,6 +23,7 @@ from qconvert.compare import GreedyCheck, Rows, check_greedy, compare_rows, join
 from qconvert.errors import QconvertError
 from qconvert.exported_weights import ExportedWeights
 from qconvert.limits import PRECISIONS, limit_value
+from qconvert.prefill_proof import add_weights, prompt_weights, prove_prompts
 from qconvert.progress import Progress
 from qconvert.prompt_paths import PathReader
 from qconvert.reference import Reference
@@ -51,15 +52,18 @@ def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
         QrunError: the folder cannot be opened.
     """
     started = perf_counter()
-    session = open_session(folder)
-    manifest = session.manifest
+    manifest = read_manifest(folder)
     _check_fits(manifest, reference)
+    session = open_session(folder, prefill_graph=False)
     exported = ExportedWeights(manifest.graph_path, reference.model)
     with progress.task(
         "checking the weights", sum(p.numel() for p in reference.model.parameters())
     ) as advance:
         limit = limit_value("weight_steps", manifest.precision)
         weights = check_weights(exported, reference.model, limit, advance)
+        if (prefill := manifest.prefill_path) is not None:
+            prompts = prompt_weights(prefill, reference.model)
+            weights = add_weights(weights, prompts, prefill, reference.model, limit)
 
     facts, static = manifest.model, manifest.target == "tensorrt"
     cases = make_cases(folder, facts.vocab_size, facts.context_length, static_cache=static)
@@ -84,10 +88,24 @@ def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
         error,
         {name: _judge_answer(references[name], found[-1], cases, answer) for name, found in hidden.items()},
     )
+    device = session.device
+    if prefill is not None:
+        del session, hidden  # the second graph brings its own weights
+        with progress.task(
+            "comparing the second graph", max(len(case.token_ids) for case in cases.cases)
+        ) as advance:
+            both = open_session(folder)
+            results += prove_prompts(
+                cases,
+                references,
+                prompts,
+                exported,
+                lambda case, states: _run_case(both, case, states, advance),
+            )
     return Report(
         name=manifest.name,
         precision=manifest.precision,
-        device=session.device,
+        device=device,
         reference=reference.dtype,
         notes=cases.notes,
         weights=weights,

@@ -34,6 +34,9 @@ class CheckpointWeights:
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
     def release(self, name: str) -> None:
         """Say that ``name`` has been used: its file pages leave the resident set (and can come back)."""
         tensor = self._tensors[name]
@@ -126,6 +129,7 @@ def _ir_dtype(tensor: torch.Tensor) -> ir.DataType:
         torch.float16: ir.DataType.FLOAT16,
         torch.bfloat16: ir.DataType.BFLOAT16,
         torch.uint8: ir.DataType.UINT8,
+        torch.int8: ir.DataType.INT8,
     }[tensor.dtype]
 
 

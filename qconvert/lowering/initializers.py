@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
 from qconvert.int4_columns import pack_int4_columns
+from qconvert.int8_channels import channel_groups, pack_int8_channels
 from qconvert.quantize import BlockFormat, NonFiniteWeightError, PackedWeight, pack, row_ranges
 from qconvert.weights import CheckpointWeights, DataFile
 
@@ -45,9 +46,15 @@ class Initializers:
     def values(self) -> list[ir.Value]:
         return list(self._by_name.values())
 
-    def for_another_graph(self) -> Initializers:
+    @contextmanager
+    def in_another_file(self, name: str) -> Iterator[Initializers]:
+        """``for_another_graph`` whose further tensors go to a data file ``name`` beside this one's."""
+        with DataFile(self._data.path.with_name(name)) as data:
+            yield self.for_another_graph(data)
+
+    def for_another_graph(self, data: DataFile | None = None) -> Initializers:
         """The same tensors as values of a second graph: a value belongs to one, the data to both."""
-        twin = Initializers(self._weights, self._data, self._workers)
+        twin = Initializers(self._weights, data or self._data, self._workers)
         for name, value in self._by_name.items():
             twin._by_name[name] = ir.Value(
                 name=name, shape=value.shape, type=value.type, const_value=value.const_value
@@ -89,6 +96,8 @@ class Initializers:
             QconvertError: a value is NaN or Inf.
         """
         joined = joined_name(names)
+        if f"{joined}.q{fmt.bits}" in self._by_name:  # a tied embedding, or a graph beside this one has it
+            return self._packed_before(joined, self._weights[names[0]], fmt)
         parts = [self._pack(name, fmt) for name in names]
         rows = sum(part.scales.shape[0] for part in parts)
         return PackedValues(
@@ -124,21 +133,67 @@ class Initializers:
             self._keep(self._data.add(scales, [steps], steps.shape))
         return self._by_name[data], self._by_name[scales]
 
+    def int8_channels(self, names: Sequence[str], groups: int) -> list[tuple[ir.Value, ir.Value]]:
+        """Checkpoint matrices as int8 ``[in, out]`` and their scales ``[out]`` (see ``int8_channels``).
+
+        The output channels are cut into ``groups`` matrices of about equal width.
+
+        Raises:
+            QconvertError: a value is NaN or Inf.
+        """
+        joined, parts = joined_name(names), []
+        for name in names:
+            with self._used(name) as weight:
+                parts.append(pack_int8_channels(weight, self._workers))
+        data, scales = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts])
+        values = []
+        for group, columns in enumerate(channel_groups(len(scales), groups)):
+            suffix = f".{group}" if groups > 1 else ""
+            values.append(
+                (
+                    self._store(f"{joined}.int8{suffix}", [data[:, columns]]),
+                    self._store(f"{joined}.int8_scales{suffix}", [scales[columns]]),
+                )
+            )
+        return values
+
+    def int8_channels_by_input(self, name: str, groups: int) -> tuple[list[ir.Value], ir.Value]:
+        """A checkpoint matrix as ``int8_channels``, its input channels cut into groups, one scale for all.
+
+        Raises:
+            QconvertError: a value is NaN or Inf.
+        """
+        with self._used(name) as weight:
+            data, scales = pack_int8_channels(weight, self._workers)
+        values = [
+            self._store(f"{name}.int8.{group}", [data[rows]])
+            for group, rows in enumerate(channel_groups(len(data), groups))
+        ]
+        return values, self._store(f"{name}.int8_scales", [scales])
+
     def flat_view(self, packed: PackedValues) -> ir.Value:
         """The bytes of an 8-bit packed matrix as ``[rows, columns]``: a tied embedding is stored once."""
         tensor = packed.data.const_value
         assert isinstance(tensor, ir.ExternalTensor)
         assert tensor.offset is not None
         assert tensor.length == packed.rows * packed.columns, "padded rows cannot be viewed as a matrix"
+        name = f"{tensor.name}.rows"
+        if name in self._by_name:
+            return self._by_name[name]
         return self._keep(
             self._data.view(
-                f"{tensor.name}.rows",
+                name,
                 tensor.dtype,
                 (packed.rows, packed.columns),
                 tensor.offset,
                 tensor.length,
             )
         )
+
+    def _packed_before(self, joined: str, weight: torch.Tensor, fmt: BlockFormat) -> PackedValues:
+        zeros = None if fmt.symmetric else self._by_name[f"{joined}.zero_points"]
+        data, scales = (self._by_name[f"{joined}.{part}"] for part in (f"q{fmt.bits}", "scales"))
+        return PackedValues(data, scales, zeros, *weight.shape)
 
     def _pack(self, name: str, fmt: BlockFormat) -> PackedWeight:
         with self._used(name) as weight:

@@ -7,6 +7,7 @@ that do not know it get logits for every position, qrun asks for the last one wi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from qconvert.decoder import DecoderSpec
 from qconvert.lowering.initializers import Initializers, PackedValues, joined_name
-from qconvert.quantize import BlockFormat, Recipe
+from qconvert.quantize import BlockFormat, ChannelFormat, Recipe
 
 OPSET = 21
 IR_VERSION = 10
@@ -41,6 +42,7 @@ class OnnxRuntimeLowering:
         self._dtype = {"float32": torch.float32, "float16": torch.float16}[recipe.activations]
         self._ir_dtype = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}[recipe.activations]
         self._nodes: list[ir.Node] = []
+        self._labels: Counter[str] = Counter()
         self._tied: PackedValues | None = None
 
         self._input_ids = _value("input_ids", ir.DataType.INT64, "batch", "sequence")
@@ -61,11 +63,11 @@ class OnnxRuntimeLowering:
         head = self._recipe.head
         if head is None:
             table = self._initializers.dense([weight], self._dtype)
-            hidden = self._op("Gather", [table, self._input_ids], name=weight)
+            hidden = self.op("Gather", [table, self._input_ids], name=weight)
         else:
             packed = self._initializers.packed([weight], head)
             self._tied = packed if self._spec.tie_word_embeddings else None
-            hidden = self._op(
+            hidden = self.op(
                 "GatherBlockQuantized",
                 [self._initializers.flat_view(packed), self._input_ids, packed.scales],
                 {"bits": head.bits, "block_size": head.block_size, "gather_axis": 0, "quantize_axis": 1},
@@ -80,7 +82,7 @@ class OnnxRuntimeLowering:
         scale = self._initializers.dense([weight], self._dtype)
         epsilon = {"epsilon": self._spec.rms_norm_eps}
         if delta is None:
-            norm = self._op(
+            norm = self.op(
                 "SimplifiedLayerNormalization", [residual, scale], epsilon | {"axis": -1}, name=weight
             )
             return residual, norm
@@ -98,10 +100,11 @@ class OnnxRuntimeLowering:
         bias = self._initializers.dense(biases, self._dtype) if biases else None
         name = joined_name(weights)
         fmt = self._recipe.linear
+        assert not isinstance(fmt, ChannelFormat), "int8.py has the integer products"
         if fmt is not None:
             return self._multiply_packed(hidden, self._initializers.packed(weights, fmt), fmt, bias, name)
         product = self._multiply_dense(hidden, self._initializers.dense(weights, self._dtype), name)
-        return product if bias is None else self._op("Add", [product, bias], name=joined_name(biases))
+        return product if bias is None else self.op("Add", [product, bias], name=joined_name(biases))
 
     def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
         spec = self._spec
@@ -131,11 +134,11 @@ class OnnxRuntimeLowering:
         return context
 
     def gated_silu(self, gate: ir.Value, up: ir.Value) -> ir.Value:
-        return self._op("Mul", [self._op("QuickGelu", [gate], {"alpha": 1.0}, domain=CONTRIB), up])
+        return self.op("Mul", [self.op("QuickGelu", [gate], {"alpha": 1.0}, domain=CONTRIB), up])
 
     def requested_positions(self, hidden: ir.Value) -> ir.Value:
         end, axis = self._constant("positions_end", [_INT64_MAX]), self._constant("positions_axis", [1])
-        return self._op("Slice", [hidden, self._logits_start, end, axis])
+        return self.op("Slice", [hidden, self._logits_start, end, axis])
 
     def head(self, hidden: ir.Value, weight: str) -> None:
         fmt = self._recipe.head
@@ -147,19 +150,28 @@ class OnnxRuntimeLowering:
             packed = self._tied or self._initializers.packed([weight], fmt)
             logits = self._multiply_packed(hidden, packed, fmt, None, "lm_head.weight")
         if self._ir_dtype != ir.DataType.FLOAT:
-            logits = self._op("Cast", [logits], {"to": ir.DataType.FLOAT})
+            logits = self.op("Cast", [logits], {"to": ir.DataType.FLOAT})
         logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(("batch", "logits_sequence", self._spec.vocab_size))
         self._logits = logits
 
     def model(self, name: str) -> ir.Model:
-        """The finished graph; its large initializers point into the data file."""
-        assert self._logits is not None, "the decoder has no head yet"
+        """The finished graph; its large initializers point into the data file.
+
+        Without a head its outputs are keys and values alone.
+        """
+        inputs, outputs = [self._input_ids, self._mask, *self._past], [*self._present]
+        initializers = self._initializers.values
+        if self._logits is not None:
+            inputs, outputs = [*inputs, self._logits_start], [self._logits, *outputs]
+        else:  # the graph beside it has more than this one needs
+            used = {value for node in self._nodes for value in node.inputs}
+            initializers = [value for value in initializers if value in used]
         graph = ir.Graph(
-            [self._input_ids, self._mask, *self._past, self._logits_start],
-            [self._logits, *self._present],
+            inputs,
+            outputs,
             nodes=self._nodes,
-            initializers=self._initializers.values,
+            initializers=initializers,
             opset_imports={"": OPSET, CONTRIB: 1},
             name=name,
         )
@@ -169,7 +181,7 @@ class OnnxRuntimeLowering:
 
     def _multiply_dense(self, hidden: ir.Value, weight: ir.Value, name: str) -> ir.Value:
         # Weights stay [out, in] as in the checkpoint, so that a tied embedding serves as the head too.
-        return self._op("FusedMatMul", [hidden, weight], {"transB": 1}, domain=CONTRIB, name=name)
+        return self.op("FusedMatMul", [hidden, weight], {"transB": 1}, domain=CONTRIB, name=name)
 
     def _multiply_packed(
         self, hidden: ir.Value, weight: PackedValues, fmt: BlockFormat, bias: ir.Value | None, name: str
@@ -184,16 +196,16 @@ class OnnxRuntimeLowering:
         inputs = [hidden, weight.data, weight.scales, weight.zero_points, None, bias]
         while inputs[-1] is None:
             inputs.pop()
-        return self._op("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
+        return self.op("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
 
     def _sequence_lengths(self) -> tuple[ir.Value, ir.Value]:
         """What GroupQueryAttention wants: tokens of each row less one [batch], and the longest row's."""
         axis = self._constant("mask_axis", [1])
-        rows = self._op("ReduceSum", [self._mask, axis], {"keepdims": 0})
-        less_one = self._op("Sub", [rows, self._constant("one", [1])])
-        longest = self._op("Gather", [self._op("Shape", [self._mask]), self._constant("mask_axis_scalar", 1)])
+        rows = self.op("ReduceSum", [self._mask, axis], {"keepdims": 0})
+        less_one = self.op("Sub", [rows, self._constant("one", [1])])
+        longest = self.op("Gather", [self.op("Shape", [self._mask]), self._constant("mask_axis_scalar", 1)])
         to_int32 = {"to": ir.DataType.INT32}
-        return self._op("Cast", [less_one], to_int32), self._op("Cast", [longest], to_int32)
+        return self.op("Cast", [less_one], to_int32), self.op("Cast", [longest], to_int32)
 
     def _kv_values(self, prefix: str, length: str) -> list[ir.Value]:
         spec = self._spec
@@ -213,7 +225,7 @@ class OnnxRuntimeLowering:
     def _constant(self, name: str, value: int | list[int]) -> ir.Value:
         return self._initializers.constant(name, np.array(value, dtype=np.int64))
 
-    def _op(
+    def op(
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],
@@ -240,6 +252,9 @@ class OnnxRuntimeLowering:
             "layers/", "layers."
         )
         label = f"{path}/{op_type}" if name else f"/{op_type}_{len(self._nodes)}"
+        self._labels[label] += 1
+        if (count := self._labels[label]) > 1:
+            label = f"{label}_{count}"
         node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=num_outputs, name=label)
         for index, output in enumerate(node.outputs):
             output.name = f"{label}.output_{index}"

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from qconvert.decoder import DecoderSpec
 from qconvert.lowering.initializers import Initializers, joined_name
 from qconvert.lowering.nodes import Nodes
-from qconvert.quantize import Recipe
+from qconvert.quantize import ChannelFormat, Recipe
 
 Spelling = Literal["standard", "trt"]
 SPELLINGS: tuple[Spelling, ...] = ("standard", "trt")
@@ -227,6 +227,7 @@ class TensorRTLowering:
     def _matrix(self, weights: Sequence[str], name: str) -> ir.Value:
         """Weights side by side as one ``[in, out]`` matrix in the half type."""
         fmt = self._recipe.linear
+        assert not isinstance(fmt, ChannelFormat), "integer products are for ONNX Runtime"
         if fmt is None:
             return self._transposed(self._initializers.dense(weights, self._dtype), self._half, name)
         # TensorRT takes signed 4-bit values in blocks along the first axis only.

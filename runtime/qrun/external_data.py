@@ -38,12 +38,17 @@ class _MalformedError(Exception):
 
 
 def check_external_data(manifest: Manifest) -> None:
-    """Refuse a graph that reads weights from anything but files of its own folder.
+    """Refuse a folder with a graph that reads weights from anything but files of its own folder.
 
     Raises:
         QrunError: a file outside the folder or not in the manifest, or bytes that are not a graph.
     """
-    graph = manifest.graph_path
+    for graph in (manifest.graph_path, manifest.prefill_path):
+        if graph is not None:
+            _check_graph(graph, manifest)
+
+
+def _check_graph(graph: Path, manifest: Manifest) -> None:
     ours = {manifest.folder / entry.path for entry in manifest.files}
     root = manifest.folder.resolve()
     try:

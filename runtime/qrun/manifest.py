@@ -19,6 +19,7 @@ MANIFEST_NAME = "qconvert.json"
 FORMAT_NAME = "qconvert-model"
 FORMAT_VERSION = 1
 PLAN_SUFFIX = ".plan"
+_COPY_AGAIN = "copy the folder again as a whole, or export it again with `qconvert export`"
 KV_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -54,6 +55,14 @@ class KVFacts:
 
 
 @dataclass(frozen=True)
+class PrefillFacts:
+    """A second graph that reads prompts: its file, and the fewest tokens that it is given at once."""
+
+    graph: str
+    min_tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A parsed and checked ``qconvert.json``.
 
@@ -71,10 +80,15 @@ class Manifest:
     verification: str
     files: tuple[FileEntry, ...]
     raw: Mapping[str, Any]
+    prefill: PrefillFacts | None = None
 
     @property
     def graph_path(self) -> Path:
         return self.folder / self.graph
+
+    @property
+    def prefill_path(self) -> Path | None:
+        return self.folder / self.prefill.graph if self.prefill else None
 
     def check_files(
         self, *, hashes: bool = False, progress: Callable[[str, int], None] | None = None
@@ -91,25 +105,19 @@ class Manifest:
         for entry in self.files:
             path = self.folder / entry.path
             if not path.is_file():
-                raise QrunError(
-                    f"{entry.path} is missing from the model folder",
-                    where=path,
-                    hint="copy the folder again as a whole, or export it again with `qconvert export`",
-                )
+                what = f"{entry.path} is missing from the model folder"
+                raise QrunError(what, where=path, hint=_COPY_AGAIN)
             size = path.stat().st_size
             if size != entry.size:
                 state = "truncated" if size < entry.size else "altered"
                 raise QrunError(
                     f"{entry.path} is {state}: {size:,} bytes, the manifest says {entry.size:,}",
                     where=path,
-                    hint="copy the folder again as a whole, or export it again with `qconvert export`",
+                    hint=_COPY_AGAIN,
                 )
             if hashes and sha256_of(path, progress) != entry.sha256:
-                raise QrunError(
-                    f"{entry.path} is altered: its SHA-256 is not the manifest's",
-                    where=path,
-                    hint="copy the folder again as a whole, or export it again with `qconvert export`",
-                )
+                what = f"{entry.path} is altered: its SHA-256 is not the manifest's"
+                raise QrunError(what, where=path, hint=_COPY_AGAIN)
 
 
 def sha256_of(path: Path, progress: Callable[[str, int], None] | None = None) -> str:
@@ -219,7 +227,15 @@ def read_manifest(path: str | Path) -> Manifest:
         verification=reader.get("verification.status", str),
         files=tuple(entries),
         raw=reader.raw,
+        prefill=_prefill(reader),
     )
+
+
+def _prefill(reader: JsonReader) -> PrefillFacts | None:
+    if "prefill" not in reader.get("graph", dict):
+        return None
+    graph = reader.path("graph.prefill.file", folder="the model folder")
+    return PrefillFacts(graph, reader.positive("graph.prefill.min_tokens"))
 
 
 def _token_ids(reader: JsonReader, key: str) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from qrun.errors import QrunError
 from qrun.manifest import Manifest
-from qrun.ort import OrtKVCache, OrtSession
+from qrun.ort import OrtSession
+from qrun.ort_cache import OrtKVCache
 
 # TensorProto's element types, for what NumPy cannot say.
 _ELEMENT_TYPES = {"bfloat16": 16}
@@ -94,16 +95,16 @@ class StaticKVCache(OrtKVCache):
             ("position_ids", self._position_ids),
             ("logits_positions", wanted.astype(np.int64)),
         ):
-            self._binding.bind_ortvalue_input(name, self._session._value(array))
-        self._binding.bind_ortvalue_output("logits", self._session._value(self._logits))
+            self._binding.bind_ortvalue_input(name, self.session.value(array))
+        self._binding.bind_ortvalue_output("logits", self.session.value(self._logits))
 
     def _reallocate(self, capacity: int) -> None:
         facts = self.manifest.model
         shape = (self.batch, facts.num_key_value_heads, capacity, facts.head_size)
-        for name in self._session.kv_names:
+        for name in self.session.kv_names:
             # Zeros: what is not filled yet is masked, but a NaN would pass through a weight of 0.
-            buffer = np.zeros(shape, dtype=self._session.kv_dtype)
-            value = self._session.allocate(buffer)
+            buffer = np.zeros(shape, dtype=self.session.kv_dtype)
+            value = self.session.allocate(buffer)
             self._buffers.append(buffer)
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             self._binding.bind_ortvalue_output(f"present.{name}", value)

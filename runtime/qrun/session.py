@@ -11,6 +11,7 @@ tokens that were in its row before it.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -80,7 +81,12 @@ def usable_cores() -> int:
 
 
 def open_session(
-    path: str | Path, *, device: Device = "cpu", threads: int | None = None, check_hashes: bool = False
+    path: str | Path,
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    check_hashes: bool = False,
+    prefill_graph: bool = True,
 ) -> Session:
     """Open a model folder, or a .onnx file or a .plan inside one.
 
@@ -90,6 +96,7 @@ def open_session(
             that it was built for, whatever stands here.
         threads: threads within an operator; by default the cores that the process may use.
         check_hashes: hash every file against the manifest first (sizes are always checked).
+        prefill_graph: open a folder's second graph for prompts as well; without it less memory is used.
 
     Raises:
         QrunError: the folder is not whole, not ours or too new, the options do not fit together, or
@@ -101,6 +108,8 @@ def open_session(
         return _open_plan(path, check_hashes)
     manifest = read_manifest(path)
     manifest.check_files(hashes=check_hashes)
+    if not prefill_graph:
+        manifest = replace(manifest, prefill=None)
     if manifest.target not in ("onnxruntime", "tensorrt"):
         raise QrunError(
             f'the folder holds a model for "{manifest.target}", which this qrun cannot run',

@@ -11,7 +11,7 @@ import torch
 
 from qconvert.report import Report
 from qrun.kvcache import KVCache
-from qrun.ort import InPlaceKVCache
+from qrun.ort_cache import InPlaceKVCache
 from tests.qconvert.mutants import (
     Exporter,
     edit_graph,

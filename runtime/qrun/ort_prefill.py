@@ -1,0 +1,66 @@
+"""A folder's second graph, which reads prompts: the same decoder in faster products, without logits.
+
+It fills the KV cache of the first graph. The last token of a prompt goes through the first graph, which
+alone knows the last MLP and the head; so do short prompts, for which another graph is not worth its start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.ort_cache import InPlaceKVCache, OrtKVCache
+
+
+class PrefillGraph:
+    """The opened graph.
+
+    Args:
+        inference: ONNX Runtime's session.
+        min_tokens: fewest tokens that it is given at once.
+    """
+
+    def __init__(self, inference: Any, min_tokens: int) -> None:
+        self._inference = inference
+        self._min_tokens = min_tokens
+
+    def share(self, new: int, logits: str, cache: OrtKVCache) -> int:
+        """How many of ``new`` tokens it should read: from the first one on, or none of them."""
+        if logits == "all" or not isinstance(cache, InPlaceKVCache):
+            return 0
+        count = new if logits == "none" else new - 1
+        return count if count >= self._min_tokens else 0
+
+    def read(self, token_ids: NDArray[np.int64], cache: OrtKVCache) -> None:
+        """Append tokens ``[batch, new]`` to a cache that has room for them."""
+        assert isinstance(cache, InPlaceKVCache), "share() has told so"
+        if cache.prefill is None:
+            cache.prefill = PrefillBinding(self._inference, cache.batch)
+        cache.prefill.run(token_ids, cache)
+        cache.advance(token_ids.shape[1])
+
+
+class PrefillBinding:
+    """What stays bound from one piece of a prompt to the next."""
+
+    def __init__(self, inference: Any, batch: int) -> None:
+        self._inference = inference
+        self._binding = inference.io_binding()
+        self._capacity = 0
+        self._tokens: NDArray[np.int64] = np.empty((batch, 0), dtype=np.int64)
+
+    def run(self, token_ids: NDArray[np.int64], cache: InPlaceKVCache) -> None:
+        """Read ``[batch, new]`` tokens behind those that the cache holds."""
+        new = token_ids.shape[1]
+        if self._capacity != cache.capacity:
+            cache.bind_buffers(self._binding)
+            self._capacity = cache.capacity
+        if self._tokens.shape[1] != new:
+            self._tokens = np.empty(token_ids.shape, dtype=np.int64)
+            self._binding.bind_ortvalue_input("input_ids", cache.session.value(self._tokens))
+        self._tokens[...] = token_ids
+        mask = cache.session.value(cache.attention_mask(new))
+        self._binding.bind_ortvalue_input("attention_mask", mask)
+        self._inference.run_with_iobinding(self._binding)

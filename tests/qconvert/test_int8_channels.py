@@ -1,0 +1,51 @@
+"""If these fail, 8-bit weights by channel are not the checkpoint's to half a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qconvert.int8_channels import channel_groups, pack_int8_channels, unpack_int8_channels
+from qconvert.parallel import piece_workers
+from qconvert.quantize import NonFiniteWeightError
+
+
+def test_every_weight_is_within_half_a_step_of_its_channel():
+    weight = torch.randn(48, 80, generator=torch.Generator().manual_seed(0))
+    weight[3] *= 1000
+    data, scales = pack_int8_channels(weight)
+    assert data.dtype == torch.int8
+    assert data.shape == (80, 48)
+    steps = weight.abs().amax(-1) / 127
+    error = (unpack_int8_channels(data, scales) - weight).abs().amax(-1)
+    assert bool((error <= steps * 0.5001).all())
+    assert bool((error > steps * 0.3).all()), "finer than 8 bits can be: the comparison shows nothing"
+
+
+def test_a_channel_of_zeros_stays_zeros():
+    weight = torch.zeros(2, 16)
+    weight[0, 3] = -2.0
+    assert torch.equal(unpack_int8_channels(*pack_int8_channels(weight)), weight)
+
+
+def test_several_threads_give_the_same_bytes():
+    weight = torch.randn(3000, 400, generator=torch.Generator().manual_seed(1))
+    with piece_workers() as workers:
+        for one, several in zip(pack_int8_channels(weight), pack_int8_channels(weight, workers)):
+            assert torch.equal(one, several)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(value):
+    weight = torch.ones(4, 16)
+    weight[2, 5] = value
+    with pytest.raises(NonFiniteWeightError):
+        pack_int8_channels(weight)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(128, 4), (4864, 4), (100, 3), (8, 4), (33, 2), (64, 1)])
+def test_groups_cover_all_channels_once(channels, groups):
+    cuts = channel_groups(channels, groups)
+    assert [index for cut in cuts for index in range(channels)[cut]] == list(range(channels))
+    assert len(cuts) <= groups
+    assert all((cut.stop - cut.start) % 16 == 0 for cut in cuts[:-1])

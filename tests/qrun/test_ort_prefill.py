@@ -1,0 +1,166 @@
+"""If these fail, a prompt's keys and values by the second graph are not those that the first one needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from qrun.errors import QrunError
+from qrun.generate import Context, Prefilled, Token, generate
+from qrun.manifest import read_manifest
+from qrun.ort import OrtSession
+from qrun.ort_prefill import PrefillGraph
+from qrun.sampling import SamplingParams
+from qrun.session import open_session
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (1, 300), dtype=np.int64)
+# Keys and values lie around 2. What 8 bits a weight and an activation cost them here is a tenth of what
+# a token at a wrong position or an absent bias costs.
+TOLERANCE = 0.15
+
+
+@pytest.fixture(scope="module")
+def folder(exporter):
+    return exporter("int8", prefill=True, max_position_embeddings=1024)
+
+
+@pytest.fixture
+def session(folder) -> OrtSession:
+    opened = open_session(folder, threads=2)
+    assert isinstance(opened, OrtSession)
+    return opened
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[int]:
+    """Tokens that each run of the second graph was given."""
+    counts: list[int] = []
+    read = PrefillGraph.read
+
+    def counted(self, token_ids, cache):
+        counts.append(token_ids.shape[1])
+        read(self, token_ids, cache)
+
+    monkeypatch.setattr(PrefillGraph, "read", counted)
+    return counts
+
+
+def keys_and_values(cache) -> np.ndarray:
+    return np.stack([buffer.numpy()[:, :, : cache.length] for buffer in cache._buffers])
+
+
+def close(found: np.ndarray, due: np.ndarray) -> bool:
+    """Whether keys and values agree as far as two ways of rounding to 8 bits let them."""
+    return bool(np.sqrt(np.mean((found - due) ** 2)) < TOLERANCE * np.sqrt(np.mean(due**2)))
+
+
+@pytest.fixture
+def due(session) -> np.ndarray:
+    """Keys and values by the first graph, which alone knows logits for all positions."""
+    cache = session.new_cache()
+    session.forward(TOKENS, cache, "all")
+    return keys_and_values(cache)
+
+
+@pytest.mark.parametrize("sizes", [[300], [100, 200], [30, 5, 265], [256, 44]], ids=str)
+def test_both_graphs_leave_the_same_keys_and_values(session, due, reads, sizes):
+    """Pieces of fewer than ``min_tokens`` go through the first graph, behind and before longer ones."""
+    cache, start = session.new_cache(), 0
+    for size in sizes:
+        assert session.forward(TOKENS[:, start : start + size], cache, "none").shape == (1, 0, 320)
+        start += size
+        assert cache.length == start
+    assert reads == [size for size in sizes if size >= 24]
+    assert close(keys_and_values(cache), due)
+
+
+def test_a_shifted_prompt_is_told_apart(session, due):
+    """Otherwise the tolerance above would show nothing."""
+    cache = session.new_cache()
+    session.forward(np.roll(TOKENS, 1), cache, "none")
+    assert not close(keys_and_values(cache), due)
+
+
+def test_the_last_token_has_logits(session, reads):
+    logits = session.forward(TOKENS, session.new_cache(), "last")[0, 0].copy()
+    assert reads == [299]
+    cache = session.new_cache()
+    true = session.forward(TOKENS, cache, "all")[0]
+    wrong = np.abs(true[-2] - true[-1]).mean()
+    assert np.abs(logits - true[-1]).mean() < 0.3 * wrong
+
+
+def test_short_prompts_growing_caches_and_all_logits_use_the_first_graph(session, reads):
+    session.forward(TOKENS[:, :24], session.new_cache(), "last")
+    session.forward(TOKENS, session.new_cache(in_place=False), "none")
+    session.forward(TOKENS, session.new_cache(), "all")
+    assert reads == []
+
+
+def test_a_cut_back_cache_is_continued(session, due, reads):
+    cache = session.new_cache()
+    session.forward(TOKENS[:, ::-1], cache, "none")
+    cache.trim(0)
+    session.forward(TOKENS[:, :200], cache, "none")
+    session.forward(TOKENS[:, :30], cache, "none")
+    cache.trim(200)
+    session.forward(TOKENS[:, 200:], cache, "none")  # past 256 tokens the buffers have grown
+    assert reads == [300, 200, 30, 100]
+    assert close(keys_and_values(cache), due)
+
+
+def test_two_sequences_at_once(session, due):
+    cache = session.new_cache(batch=2)
+    session.forward(np.concatenate([TOKENS, TOKENS[:, ::-1]]), cache, "none")
+    both = keys_and_values(cache)
+    assert close(both[:, :1], due)
+    assert not close(both[:, 1:], due)
+
+
+def test_generation_prefills_with_it(session, reads):
+    events = list(
+        generate(
+            Context(session), TOKENS[0].tolist(), SamplingParams(max_tokens=3, ignore_eos=True), chunk=128
+        )
+    )
+    assert [event.done for event in events if isinstance(event, Prefilled)] == [0, 128, 256, 300]
+    assert reads == [128, 128, 43]
+    assert sum(isinstance(event, Token) for event in events) == 3
+
+
+def test_the_manifest_names_it(folder):
+    manifest = read_manifest(folder)
+    assert manifest.prefill is not None
+    assert manifest.prefill_path == folder / "prefill.onnx"
+    assert {"prefill.onnx", "prefill.onnx.data"} <= {entry.path for entry in manifest.files}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"file": "../prefill.onnx", "min_tokens": 24}, "outside the model folder"),
+        ({"file": "prefill.onnx"}, '"graph.prefill.min_tokens" is missing'),
+        ({"file": "prefill.onnx", "min_tokens": 0}, "not a positive number"),
+        ("prefill.onnx", '"graph.prefill.file" is missing'),
+    ],
+    ids=str,
+)
+def test_a_bad_entry_in_the_manifest_is_refused(folder, tmp_path, value, message):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    facts = json.loads((broken / "qconvert.json").read_text())
+    facts["graph"]["prefill"] = value
+    (broken / "qconvert.json").write_text(json.dumps(facts))
+    with pytest.raises(QrunError, match=message):
+        open_session(broken)
+
+
+def test_a_second_graph_that_reads_elsewhere_is_refused(folder, tmp_path):
+    """Its weights are held against the manifest as the first graph's are."""
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    graph = (broken / "prefill.onnx").read_bytes()
+    (broken / "prefill.onnx").write_bytes(graph.replace(b"prefill.onnx.data", b"/etc/some/passwds"))
+    with pytest.raises(QrunError, match="not one of the model folder's files"):
+        open_session(broken)
