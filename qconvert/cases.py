@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from qconvert import prompt_paths as ways
-from qconvert.prompt_paths import PromptPath, with_static_cache
+from qconvert.prompt_paths import PromptPath, with_one_position, with_static_cache
 
 GREEDY_STEPS = 128
 # Above 512, so that an in-place cache has to grow twice on the way.
@@ -62,12 +62,21 @@ _PLANS = (
 )
 
 
-def make_cases(folder: Path, vocab_size: int, context_length: int, *, static_cache: bool = False) -> CaseSet:
+def make_cases(
+    folder: Path,
+    vocab_size: int,
+    context_length: int,
+    *,
+    static_cache: bool = False,
+    one_position: bool = False,
+) -> CaseSet:
     """The cases in the tokens of ``tokenizer.json`` in ``folder``; seeded random tokens where there is none.
 
     Cases are cut to the context. What was cut or replaced stands in ``notes``. A static cache is also
-    filled to its last slot.
+    filled to its last slot. ``one_position`` (with a static cache) is for a plan, which computes logits for
+    one position of a piece.
     """
+    fit = with_one_position if one_position else with_static_cache
     encoded, text, notes = _encode(folder, vocab_size)
     cases = []
     for plan, tokens in zip(_PLANS, encoded):
@@ -77,7 +86,7 @@ def make_cases(folder: Path, vocab_size: int, context_length: int, *, static_cac
         if len(fitting) < 2:
             notes.append(f"{plan.name}: left out, it has {len(fitting)} tokens")
             continue
-        ways_here = tuple(map(with_static_cache, plan.paths)) if static_cache else plan.paths
+        ways_here = tuple(dict.fromkeys(map(fit, plan.paths))) if static_cache else plan.paths
         cases.append(Case(plan.name, fitting, ways_here, text))
     if static_cache and context_length <= FULL_TOKENS:
         repeated = tuple(islice(cycle(encoded[1]), context_length))

@@ -214,16 +214,19 @@ def export(
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The checkpoint: a folder or a model id.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-@click.option("--write", is_flag=True, help="Write the report and its verdict into FOLDER.")
+@click.option("--write", is_flag=True, help="Write the report and its verdict into the folder.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def verify(folder: Path, reference: str, as_json: bool, write: bool, quiet: bool) -> None:
-    """Compare the model folder FOLDER with PyTorch, as the export does. Exit code 0: passed; 1: failed."""
+def verify(path: Path, reference: str, as_json: bool, write: bool, quiet: bool) -> None:
+    """Compare PATH, a model folder or a .plan, with PyTorch, as the export does.
+
+    Exit code 0: passed; 1: failed.
+    """
     from qconvert.verify import verify_folder
 
-    report = verify_folder(folder, reference, Progress(quiet=quiet), record=write)
+    report = verify_folder(path, reference, Progress(quiet=quiet), record=write)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
     else:

@@ -25,6 +25,8 @@ Logits = Iterator[NDArray[np.float32]]
 # later boundaries falls on a multiple of a kernel's tile.
 CHUNKS = (64, 1, 30, 97)
 STEPS = 64
+# Where every logit costs a step of its own: above the 100 positions that some limits want.
+MANY_STEPS = 128
 # Tokens that are fed, cut off again and replaced.
 TRIMMED = 8
 CONTINUED = 24
@@ -119,6 +121,31 @@ def _kept(count: int) -> int:
     return max(1, count - CONTINUED)
 
 
+def _chunked_stepped(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
+    cache, prefilled = session.new_cache(in_place=in_place), _chunked(len(token_ids))
+    sizes, start = cycle(CHUNKS), 0
+    while start < prefilled:
+        piece = token_ids[start : min(start + next(sizes), prefilled)]
+        logits = session.forward(_tokens(piece), cache, "last")
+        start += len(piece)
+    yield logits[0]
+    for token in token_ids[prefilled:]:
+        yield session.forward(_tokens([token]), cache, "last")[0]
+
+
+def _chunked(count: int) -> int:
+    return max(1, count - min(MANY_STEPS, count // 2))
+
+
+def _trimmed_stepped(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
+    cache, kept = session.new_cache(in_place=in_place), _kept(len(token_ids))
+    session.forward(_tokens(token_ids[:kept]), cache, "none")
+    session.forward(_tokens(token_ids[:TRIMMED]), cache, "none")
+    cache.trim(kept)
+    for token in token_ids[kept:]:
+        yield session.forward(_tokens([token]), cache, "last")[0]
+
+
 WHOLE = PromptPath("whole", True, _whole, lambda count: 0)
 WHOLE_GROWING = PromptPath("whole, growing cache", False, _whole, lambda count: 0)
 LAST = PromptPath("last position only", True, _last, lambda count: count - 1)
@@ -134,12 +161,26 @@ TRIMMED_BACK_GROWING = PromptPath("cut back and continued, growing cache", False
 
 PROMPTED = PromptPath("prompt by its own graph", True, _prompted, prompt_length)
 FILLED = PromptPath("to the last slot", True, _filled, lambda count: _prefilled(count) - 1)
+CHUNKED_STEPPED = PromptPath(
+    "in chunks, then token by token", True, _chunked_stepped, lambda count: _chunked(count) - 1
+)
+TRIMMED_BACK_STEPPED = PromptPath("cut back, then token by token", True, _trimmed_stepped, _kept)
 _GROWING = ", growing cache"
+_ONE_POSITION = {WHOLE.name: LAST, CHUNKED.name: CHUNKED_STEPPED, TRIMMED_BACK.name: TRIMMED_BACK_STEPPED}
 
 
 def with_static_cache(path: PromptPath) -> PromptPath:
     """The same way with the only kind of cache that a graph of fixed length has."""
     return replace(path, name=path.name.removesuffix(_GROWING), in_place=True)
+
+
+def with_one_position(path: PromptPath) -> PromptPath:
+    """The same way through a plan: one kind of cache, and logits of the last position alone.
+
+    A plan computes logits for one position of a piece; more of them would cost a pass each.
+    """
+    static = with_static_cache(path)
+    return _ONE_POSITION.get(static.name, static)
 
 
 class PathReader:

@@ -17,6 +17,8 @@ _SHORT_PATHS = {
     "whole, growing cache": "whole, growing",
     "in chunks, growing cache": "chunks, growing",
     "in chunks": "chunks",
+    "in chunks, then token by token": "chunks, steps",
+    "cut back, then token by token": "cut back, steps",
     "token by token": "steps",
     "token by token, growing cache": "steps, growing",
     "cut back and continued": "cut back",

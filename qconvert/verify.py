@@ -31,7 +31,9 @@ from qconvert.report import REPORT_JSON, REPORT_MARKDOWN, GreedyResult, PathResu
 from qconvert.weight_check import check_weights
 from qrun.errors import QrunError
 from qrun.generate import Context, Token, generate
-from qrun.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
+from qrun.manifest import MANIFEST_NAME, Manifest, names_plan, read_manifest, sha256_of
+from qrun.plan import read_plan
+from qrun.plan_checks import why_not_here
 from qrun.sampling import SamplingParams
 from qrun.session import Session, open_session
 
@@ -44,17 +46,17 @@ __all__ = ["Report", "verify", "verify_folder"]
 PIECE = 96
 
 
-def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
-    """Compare a model folder with the checkpoint it was made from; nothing in the folder is changed.
+def verify(path: Path, reference: Reference, progress: Progress) -> Report:
+    """Compare a model folder, or a plan in one, with the checkpoint it was made from; nothing is changed.
 
     Raises:
         QconvertError: the reference is another model than the folder's.
         QrunError: the folder cannot be opened.
     """
     started = perf_counter()
-    manifest = read_manifest(folder)
+    manifest = read_manifest(path)
     _check_fits(manifest, reference)
-    session = open_session(folder, prefill_graph=False)
+    session = open_session(path, prefill_graph=False)
     exported = ExportedWeights(manifest.graph_path, reference.model)
     with progress.task(
         "checking the weights", sum(p.numel() for p in reference.model.parameters())
@@ -66,7 +68,13 @@ def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
             weights = add_weights(weights, prompts, prefill, reference.model, limit)
 
     facts, static = manifest.model, manifest.target == "tensorrt"
-    cases = make_cases(folder, facts.vocab_size, facts.context_length, static_cache=static)
+    cases = make_cases(
+        manifest.folder,
+        facts.vocab_size,
+        facts.context_length,
+        static_cache=static,
+        one_position=names_plan(path),
+    )
     with progress.task("answering greedily", cases.greedy_steps) as advance:
         answer, error = _answer(session, cases, advance)
     references = {"checkpoint": reference}
@@ -94,7 +102,7 @@ def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
         with progress.task(
             "comparing the second graph", max(len(case.token_ids) for case in cases.cases)
         ) as advance:
-            both = open_session(folder)
+            both = open_session(manifest.folder)
             results += prove_prompts(
                 cases,
                 references,
@@ -116,27 +124,45 @@ def verify(folder: Path, reference: Reference, progress: Progress) -> Report:
     )
 
 
-def verify_folder(folder: Path, checkpoint: str, progress: Progress, *, record: bool = False) -> Report:
+def verify_folder(path: Path, checkpoint: str, progress: Progress, *, record: bool = False) -> Report:
     """The same proof for a finished folder, whose files are hashed against the manifest first.
 
     Args:
-        folder: the model folder, or a .onnx file inside it.
+        path: the model folder, or a .onnx file or plan inside it.
         checkpoint: a checkpoint's folder or a model id.
         record: write the report and its verdict into the folder; otherwise it is only read.
 
     Raises:
-        QrunError: a file that is not the manifest's, a bad checkpoint, or one of another model.
+        QrunError: a file that is not the manifest's, a bad checkpoint or one of another model, or a plan
+            that this machine cannot run.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(path)
+    if names_plan(path):
+        _check_plan(path, manifest, record)
+    else:
+        path = manifest.folder
     with progress.task("hashing the files", sum(file.size for file in manifest.files)) as advance:
         manifest.check_files(hashes=True, progress=advance)
     source = open_checkpoint(resolve_source(checkpoint))
     with progress.task("loading the checkpoint"):
         model = load_model(source)
-    report = verify(manifest.folder, Reference(model), progress)
+    report = verify(path, Reference(model), progress)
     if record:
         _record(manifest, report)
     return report
+
+
+def _check_plan(path: Path, manifest: Manifest, record: bool) -> None:
+    """What would end the verification of a plan, told before minutes of hashing and loading."""
+    refusal = why_not_here(read_plan(path), manifest)
+    if refusal is not None:
+        raise refusal
+    if record:
+        raise QconvertError(
+            "--write is for folders: the report in this one is about its ONNX graph, not about its plan",
+            where=path,
+            hint="leave --write out; --json prints the report of the plan",
+        )
 
 
 def _record(manifest: Manifest, report: Report) -> None:

@@ -6,8 +6,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from qrun.cuda import open_device
 from qrun.errors import QrunError
-from qrun.gpu import first_gpu, why_no_gpu
 from qrun.manifest import Manifest
 from qrun.plan import BACKENDS, PlanFacts
 
@@ -114,28 +114,21 @@ def check_device_memory(facts: PlanFacts, manifest: Manifest, free: int, workspa
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
 def why_not_here(facts: PlanFacts, manifest: Manifest) -> QrunError | None:
     """What keeps this machine from running the plan, as opening it would say; None where nothing is known to.
 
-    Nothing is deserialised and no memory of the GPU is taken.
+    Nothing is deserialised, and the GPU's memory is only counted.
     """
     try:
         facts.check_belongs(manifest)
         module = load_backend_module(facts)
-        gpu = first_gpu()
-        if gpu is None:
-            raise QrunError(
-                f"a plan runs on an NVIDIA GPU, and {why_no_gpu() or 'the driver does not say which it has'}",
-                where=facts.path,
-                hint="run it on a machine with a GPU and its driver; the folder itself runs on the CPU: "
-                f"qrun chat --engine {facts.folder}",
-            )
+        gpu = open_device()
         check_runnable(facts, str(module.__version__), gpu.compute_capability)
-        check_device_memory(facts, manifest, gpu.total_memory)
+        check_device_memory(facts, manifest, gpu.free_bytes())
     except QrunError as error:
         return error
     return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

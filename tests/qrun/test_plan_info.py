@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qrun import plan_checks
-from qrun.gpu import Gpu
+from qrun.cuda import Device
+from qrun.errors import QrunError
 from tests.commands import qrun, refused
 from tests.plans import PLAN_BYTES, VERSION, edit_sidecar, make_plan_folder
 
@@ -31,7 +32,8 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         module = types.ModuleType("tensorrt_rtx")
         module.__version__ = version  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
-        monkeypatch.setattr(plan_checks, "first_gpu", lambda: Gpu("a GPU", capability, memory))
+        monkeypatch.setattr(plan_checks, "open_device", lambda: Device(0, "a GPU", capability, memory))
+        monkeypatch.setattr(Device, "free_bytes", lambda self: self.total_bytes)
 
     return pretend
 
@@ -83,9 +85,13 @@ def test_why_a_plan_cannot_run_here(plan: Path, machine, monkeypatch: pytest.Mon
     assert "this machine's GPU has 8.6" in str(here(plan)["why_not"])
     machine(memory=10_000)
     assert "GB of GPU memory" in str(here(plan)["why_not"])
-    monkeypatch.setattr(plan_checks, "first_gpu", lambda: None)
-    monkeypatch.setattr(plan_checks, "why_no_gpu", lambda: "this machine has no NVIDIA driver")
-    assert "a plan runs on an NVIDIA GPU, and this machine has no NVIDIA driver" in str(here(plan)["why_not"])
+
+    def no_driver() -> None:
+        raise QrunError("this machine has no NVIDIA GPU", hint="use another")
+
+    monkeypatch.setattr(plan_checks, "open_device", no_driver)
+    assert here(plan)["why_not"] == "this machine has no NVIDIA GPU"
+    assert here(plan)["what_to_do"] == "use another"
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     assert "tensorrt_rtx is not installed" in str(here(plan)["why_not"])
     edit_sidecar(plan, lambda sidecar: sidecar.update(onnx={"model.onnx": "0" * 64}))
