@@ -39,9 +39,13 @@ class Engine:
             self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise self.refusal("cannot open the plan")
-        self._check_tensors()
-        self.caches = self._check_aliases()
-        self._check_profiles()
+        try:
+            self._check_tensors()
+            self.caches = self._check_aliases()
+            self._check_profiles()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give the weights back; contexts must be gone before."""
@@ -90,18 +94,18 @@ class Engine:
         )
 
     def _check_tensors(self) -> None:
-        engine, modes = self._engine, self._module.TensorIOMode
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        modes = self._module.TensorIOMode
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         for mode, told in ((modes.INPUT, self.facts.inputs), (modes.OUTPUT, self.facts.outputs)):
-            found = {
-                Tensor(name, self._dtype(name), tuple(engine.get_tensor_shape(name)))
-                for name in names
-                if engine.get_tensor_mode(name) == mode
-            }
-            if different := found ^ set(told):
-                raise self._not_as_told(f"its {', '.join(sorted({each.name for each in different}))} differ")
+            found = {name for name in names if self._engine.get_tensor_mode(name) == mode}
+            different = found ^ {tensor.name for tensor in told}
+            different |= {tensor.name for tensor in told if tensor.name in found and not self._agrees(tensor)}
+            if different:
+                raise self._not_as_told(f"its {', '.join(sorted(different))} differ")
         on_host = [
-            name for name in names if engine.get_tensor_location(name) != self._module.TensorLocation.DEVICE
+            name
+            for name in names
+            if self._engine.get_tensor_location(name) != self._module.TensorLocation.DEVICE
         ]
         if on_host:
             raise self._not_as_told(f"it wants {', '.join(on_host)} in the CPU's memory")
@@ -118,20 +122,25 @@ class Engine:
         return caches
 
     def _check_profiles(self) -> None:
-        engine = self._engine
         told = [(1, 1, profile.least, profile.most) for profile in self.facts.profiles]
         found = []
-        for index in range(engine.num_optimization_profiles):
+        for index in range(self._engine.num_optimization_profiles):
             least, _, most = (
-                tuple(shape) for shape in engine.get_tensor_profile_shape(TOKEN_INPUTS[0], index)
+                tuple(shape) for shape in self._engine.get_tensor_profile_shape(TOKEN_INPUTS[0], index)
             )
             found.append((least[0], most[0], least[1], most[1]))
         if found != told:
             raise self._not_as_told("its optimisation profiles differ")
 
-    def _dtype(self, name: str) -> str:
-        kind = str(self._engine.get_tensor_dtype(name)).rsplit(".", 1)[-1]
-        return _DTYPES.get(kind, kind)
+    def _agrees(self, tensor: Tensor) -> bool:
+        """Type and shape, where -1 on either side is a size that is told at run time."""
+        kind = str(self._engine.get_tensor_dtype(tensor.name)).rsplit(".", 1)[-1]
+        shape = tuple(self._engine.get_tensor_shape(tensor.name))
+        return (
+            _DTYPES.get(kind) == tensor.dtype
+            and len(shape) == len(tensor.shape)
+            and all(size == told or -1 in (size, told) for size, told in zip(shape, tensor.shape))
+        )
 
     def _not_as_told(self, how: str) -> QrunError:
         return QrunError(

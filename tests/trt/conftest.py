@@ -18,7 +18,7 @@ from tests.emulated.device import EmulatedDevice, use
 from tests.emulated.plans import build_emulated_plan, install
 from tests.tiny import make_tiny_checkpoint
 
-LENGTH = 96
+LENGTH = 160
 PROMPT_LENGTH = 16
 
 

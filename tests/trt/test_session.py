@@ -252,6 +252,6 @@ def test_a_run_that_tensorrt_refuses_tells_its_words_and_leaves_the_cache(
 
 def test_finished_says_context_when_the_cache_is_full(plan: Path, device: EmulatedDevice) -> None:
     with opened(plan) as session:
-        *_, last = generate(Context(session), TOKENS[:90].tolist(), SamplingParams())
+        *_, last = generate(Context(session), TOKENS[:150].tolist(), SamplingParams())
     assert isinstance(last, Finished)
-    assert (last.reason, last.completion_tokens) == ("context", LENGTH - 90 + 1)
+    assert (last.reason, last.completion_tokens) == ("context", LENGTH - 150 + 1)
