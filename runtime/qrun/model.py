@@ -64,6 +64,7 @@ class Model:
         device: Device = "cpu",
         threads: int | None = None,
         check_hashes: bool = False,
+        prefill_graph: bool = True,
     ) -> Model:
         """Open a model folder, or the .onnx or .plan inside one.
 
@@ -72,13 +73,16 @@ class Model:
             device: "cpu" or "cuda"; there is no silent fall-back from one to the other.
             threads: threads within an operator; by default the cores that the process may use.
             check_hashes: hash every file against the manifest first (sizes are always checked).
+            prefill_graph: open a folder's second graph for prompts as well.
 
         Raises:
             QrunError: the folder is not whole, not ours or too new, has no tokenizer, or the device
                 cannot run it.
         """
         folder = find_model_folder(path)
-        session = open_session(path, device=device, threads=threads, check_hashes=check_hashes)
+        session = open_session(
+            path, device=device, threads=threads, check_hashes=check_hashes, prefill_graph=prefill_graph
+        )
         template = ChatTemplate.from_folder(folder) if _has_template(folder) else None
         return cls(
             session,

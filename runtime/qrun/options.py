@@ -34,6 +34,11 @@ _MODEL_OPTIONS = (
         help="Where to run; cuda needs the GPU wheel of ONNX Runtime.",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all usable cores]"),
+    click.option(
+        "--prefill-graph/--no-prefill-graph",
+        default=True,
+        help="Read prompts with the folder's second graph, where it has one. [default: yes]",
+    ),
     click.option("--check-hashes", is_flag=True, help="Compare every file with its SHA-256 first."),
     click.option("-v", "--verbose", is_flag=True, help="Tell parameters, device and memory on stderr."),
 )
@@ -129,7 +134,7 @@ def _with_option_names(message: str, request: Mapping[str, Any]) -> str:
 
 
 def open_engine(
-    *, engine: Path, device: str, threads: int | None, check_hashes: bool, verbose: bool
+    *, engine: Path, device: str, threads: int | None, check_hashes: bool, verbose: bool, prefill_graph: bool
 ) -> Session:
     """Open the session alone, for work that needs no text.
 
@@ -139,13 +144,17 @@ def open_engine(
     if check_hashes:
         check(read_manifest(engine), hashes=True)
     with working(f"opening {engine}"):
-        session = open_session(engine, device="cuda" if device == "cuda" else "cpu", threads=threads)
+        session = open_session(
+            engine, device="cuda" if device == "cuda" else "cpu", threads=threads, prefill_graph=prefill_graph
+        )
     if verbose:
         note(f"device: {session.device}")
     return session
 
 
-def open_model(*, engine: Path, device: str, threads: int | None, check_hashes: bool, verbose: bool) -> Model:
+def open_model(
+    *, engine: Path, device: str, threads: int | None, check_hashes: bool, verbose: bool, prefill_graph: bool
+) -> Model:
     """Open what the model options name, and tell about it where that was asked.
 
     Raises:
@@ -154,7 +163,9 @@ def open_model(*, engine: Path, device: str, threads: int | None, check_hashes: 
     if check_hashes:
         check(read_manifest(engine), hashes=True)
     with working(f"opening {engine}"):
-        model = Model.open(engine, device="cuda" if device == "cuda" else "cpu", threads=threads)
+        model = Model.open(
+            engine, device="cuda" if device == "cuda" else "cpu", threads=threads, prefill_graph=prefill_graph
+        )
     for name, value in unsupported_settings(model.generation_config).items():
         warn(f"generation_config.json asks for {name}={value!r}, which qrun does not do")
     if verbose:

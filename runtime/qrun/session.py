@@ -10,7 +10,6 @@ tokens that were in its row before it.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,6 +21,9 @@ from qrun.errors import QrunError
 from qrun.external_data import check_external_data
 from qrun.kvcache import KVCache
 from qrun.manifest import Manifest, names_plan, read_manifest
+from qrun.processor import check_integer_products, usable_cores
+
+__all__ = ["Device", "LogitsFor", "Session", "open_session", "usable_cores"]
 
 LogitsFor = Literal["last", "all", "none"]
 Device = Literal["cpu", "cuda"]
@@ -68,18 +70,6 @@ class Session(Protocol):
         ...
 
 
-def usable_cores() -> int:
-    """Cores that this process may really use: CPU affinity and the control group's (v2) quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
-    return cores
-
-
 def open_session(
     path: str | Path,
     *,
@@ -122,6 +112,8 @@ def open_session(
     if manifest.target == "tensorrt":
         return _open_standard_graph(manifest, device, threads)
     check_external_data(manifest)
+    if device == "cpu":
+        check_integer_products(manifest, prefill_graph=prefill_graph)
     from qrun.ort import OrtSession
 
     return OrtSession(manifest, device=device, threads=threads)

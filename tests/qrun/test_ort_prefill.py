@@ -7,7 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from qrun import processor
+from qrun.cli import main
 from qrun.errors import QrunError
 from qrun.generate import Context, Prefilled, Token, generate
 from qrun.manifest import read_manifest
@@ -164,3 +167,42 @@ def test_a_second_graph_that_reads_elsewhere_is_refused(folder, tmp_path):
     (broken / "prefill.onnx").write_bytes(graph.replace(b"prefill.onnx.data", b"/etc/some/passwds"))
     with pytest.raises(QrunError, match="not one of the model folder's files"):
         open_session(broken)
+
+
+def cpu_with(flags: str, tmp_path, monkeypatch) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\nmodel name : some\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(processor, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+def test_a_processor_whose_products_overflow_is_refused(folder, tmp_path, monkeypatch):
+    """Without VNNI two products of 8 bits are added up in 16, and quietly cut off."""
+    cpu_with("fpu avx2 avx512f", tmp_path, monkeypatch)
+    result = CliRunner().invoke(main, ["generate", "--engine", str(folder), "--prompt", "a"])
+    assert result.exit_code == 1
+    assert "no VNNI" in result.output
+    assert "--no-prefill-graph" in result.output
+    arguments = [
+        "generate",
+        "--engine",
+        str(folder),
+        "--prompt",
+        "a",
+        "--max-tokens",
+        "2",
+        "--no-prefill-graph",
+    ]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+
+
+@pytest.mark.parametrize("flags", ["fpu avx2 avx_vnni", "fpu avx512f avx512_vnni"])
+def test_a_processor_with_vnni_is_welcome(folder, tmp_path, monkeypatch, flags):
+    cpu_with(flags, tmp_path, monkeypatch)
+    assert open_session(folder)._prefill is not None
+
+
+def test_without_the_second_graph_nothing_of_it_is_opened(folder, reads):
+    session = open_session(folder, prefill_graph=False)
+    session.forward(TOKENS, session.new_cache(), "none")
+    assert reads == []
