@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
@@ -290,10 +291,10 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     """Notes the types of a call's arguments, for the comparison with the real module's signatures."""
     method = "." in function.__qualname__
 
+    @functools.wraps(function)
     def record(*arguments: Any) -> Any:
         types = tuple(type(each) for each in arguments[1 if method else 0 :])
         current().calls.setdefault(function.__qualname__, set()).add(types)
         return function(*arguments)
 
-    record.__name__, record.__doc__ = function.__name__, function.__doc__
     return record
