@@ -31,6 +31,9 @@ class TrtSession:
 
     The GPU's memory is given back by ``close``, at the end of a ``with`` block, or with the session itself.
 
+    Attributes:
+        gpu: the GPU that it runs on.
+
     Args:
         manifest: of the plan's folder.
         facts: the plan's sidecar.
@@ -44,13 +47,13 @@ class TrtSession:
     def __init__(self, manifest: Manifest, facts: PlanFacts, *, cuda_graph: bool = True) -> None:
         self.manifest = manifest
         module = load_backend_module(facts)
-        self._gpu = open_device()
-        check_runnable(facts, str(module.__version__), self._gpu.compute_capability)
+        self.gpu = open_device()
+        check_runnable(facts, str(module.__version__), self.gpu.compute_capability)
         facts.check_belongs(manifest)
-        free = self._gpu.free_bytes()
+        free = self.gpu.free_bytes()
         check_device_memory(facts, manifest, free)
         facts.check_bytes()
-        self.device = f"{self._gpu.name}, {facts.title}"
+        self.device = f"{self.gpu.name}, {facts.title}"
         self._caches: weakref.WeakSet[TrtKVCache] = weakref.WeakSet()
         # The last in is the first out: graphs and contexts, then caches, then the engine, the stream last.
         with ExitStack() as resources:
@@ -72,7 +75,7 @@ class TrtSession:
                 where=self.manifest.folder,
                 hint="use a cache in place",
             )
-        cache = TrtKVCache(self.manifest, self._engine, self._gpu, self._stream)
+        cache = TrtKVCache(self.manifest, self._engine, self.gpu, self._stream)
         self._caches.add(cache)
         return cache
 

@@ -23,14 +23,19 @@ PROMPT_LENGTH = 16
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model in bf16 for TensorRT with a cache of ``LENGTH`` tokens; read-only."""
-    root = tmp_path_factory.mktemp("trt")
-    checkpoint = make_tiny_checkpoint(root / "tiny")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2; read-only."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in bf16 for TensorRT with a cache of ``LENGTH`` tokens; read-only."""
+    output = tmp_path_factory.mktemp("trt") / "model"
     options = ExportOptions(
-        precision="bf16", target="tensorrt", max_length=LENGTH, output=root / "model", verify=False
+        precision="bf16", target="tensorrt", max_length=LENGTH, output=output, verify=False
     )
-    return export(str(checkpoint), options, Progress(quiet=True)).folder
+    return export(str(tiny_checkpoint), options, Progress(quiet=True)).folder
 
 
 @pytest.fixture
