@@ -15,11 +15,13 @@ from qconvert.checkpoint import Checkpoint, hash_files, load_model, open_checkpo
 from qconvert.companions import end_token_ids, write_companions
 from qconvert.decoder import DecoderSpec, rope_tables
 from qconvert.errors import QconvertError
+from qconvert.folding import Folding
 from qconvert.forecast import export_bytes, parameter_count
 from qconvert.hub import Hub
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 from qconvert.quantize import Recipe
+from qconvert.smoothing import folding_for
 from qconvert.targets import GRAPH_NAME, Target, target_named, with_prefill_graph
 
 if TYPE_CHECKING:
@@ -75,8 +77,9 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
             hashes = background.submit(hash_files, checkpoint.weight_files)
             with progress.task("loading the checkpoint"):
                 model = load_model(checkpoint)
+            folding = folding_for(recipe, model, checkpoint.folder, progress)
             with progress.task("writing the graph", parameter_count(spec)) as advance:
-                write_graph(model, spec, recipe, target, folder.path, advance=advance)
+                write_graph(model, spec, recipe, target, folder.path, folding=folding, advance=advance)
             write_companions(checkpoint, spec, folder.path, for_genai=target.read_by_genai)
             facts = describe(checkpoint, spec, recipe, target, hashes.result())
         with progress.task("hashing the files"):
@@ -95,6 +98,7 @@ def write_graph(
     target: Target,
     folder: Path,
     *,
+    folding: Folding,
     advance: Any = None,
 ) -> None:
     """Lower the decoder and write the target's graphs and ``model.onnx.data``."""
@@ -104,7 +108,7 @@ def write_graph(
     from qconvert.weights import CheckpointWeights, DataFile
 
     with DataFile(folder / f"{GRAPH_NAME}.data") as data, piece_workers() as workers:
-        initializers = Initializers(CheckpointWeights(model, advance), data, workers)
+        initializers = Initializers(CheckpointWeights(model, advance), data, workers, folding)
         graphs = target.lower(spec, recipe, initializers, rope_tables(model.config, spec.context_length))
     for name, graph in graphs.items():
         onnx_ir.save(graph, folder / name)

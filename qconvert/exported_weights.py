@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from qconvert.decoder import DecoderSpec, lower_decoder
 from qconvert.errors import QconvertError
+from qconvert.folding import FoldedInput, Folding, folded_inputs
 from qconvert.int4_columns import Int4Columns
-from qconvert.int8_channels import Int8Channels
+from qconvert.int8_channels import LARGEST, Int8Channels
 from qconvert.lowering.initializers import joined_name
 from qconvert.quantize import BlockFormat, PackedWeight, unpack
+from qconvert.weights import CheckpointWeights
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,10 @@ class _Stored:
     fmt: BlockFormat | None = None
     columns: Int4Columns | Int8Channels | None = None
 
+    @property
+    def channels(self) -> Int8Channels | None:
+        return self.columns if isinstance(self.columns, Int8Channels) else None
+
 
 class ExportedWeights:
     """A ``reference.WeightSource``: the folder's weights under the checkpoint's names, dequantised.
@@ -46,6 +52,10 @@ class ExportedWeights:
         graph: the ``model.onnx`` or ``prefill.onnx`` beside its data file.
         model: the checkpoint, for names and shapes.
         lower: which part of the decoder the graph holds.
+
+    Attributes:
+        folding: between the checkpoint's weights and the stored ones.
+        description: for people.
 
     Raises:
         QconvertError: a tensor of the checkpoint is not in the graph, or has another shape there.
@@ -61,6 +71,7 @@ class ExportedWeights:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         for group in tensor_groups(DecoderSpec.from_config(model.config), lower):
             self._place(group, shapes)
+        self.folding = self._recover_folding(CheckpointWeights(model), model.config.num_hidden_layers)
         self.description = "float32 (with the export's own weights)"
 
     def __iter__(self) -> Iterator[str]:
@@ -70,8 +81,15 @@ class ExportedWeights:
         return name in self._stored
 
     def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
-        """Some rows of a checkpoint tensor, as the export stores them, in float32."""
+        """Some rows of a checkpoint tensor in float32, as the export's weights stand for them."""
+        found = self.stored_rows(name, rows)
+        if name not in self.folding:
+            return found
+        assert isinstance(rows, slice), "only the embedding is looked up, and it is not folded"
+        return self.folding.undo(name, found, rows.start or 0)
 
+    def stored_rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
+        """The same rows as they are stored: of the folded model, where the export is folded."""
         stored = self._stored[name]
         wanted: Any
         if isinstance(rows, slice):
@@ -129,6 +147,28 @@ class ExportedWeights:
             )
         array: NDArray[Any] = tensor.numpy()
         return array
+
+    def _recover_folding(self, checkpoint: CheckpointWeights, layers: int) -> Folding:
+        """The factors of integer products, from what was divided by them.
+
+        They are not recorded anywhere else. A wrong one cannot excuse itself: the matrices that read the
+        input have to hold the same one.
+        """
+        import torch
+
+        factors: dict[FoldedInput, torch.Tensor] = {}
+        for found in (found for layer in range(layers) for found in folded_inputs(layer)):
+            if found.readers[0] not in self or self._stored[found.readers[0]].channels is None:
+                continue
+            true = Folding.of_inputs(factors).apply(found.divided, checkpoint[found.divided]).float()
+            if (channels := self._stored[found.divided].channels) is None:
+                stored = self.stored_rows(found.divided, slice(None))
+            else:
+                true, stored = true.abs().amax(-1) / LARGEST, channels.scales
+            # Without a norm or a matrix before them, columns hold zeros, and were left alone.
+            factors[found] = torch.where(true == 0, torch.ones_like(true), true / stored)
+            checkpoint.release(found.divided)
+        return Folding.of_inputs(factors)
 
     def _place(self, group: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> None:
         """Find a group of tensors that stand side by side in one initializer."""

@@ -85,6 +85,13 @@ class Int8Channels:
         else:
             self.shape = (outputs, sum(matrix.shape[0] for matrix in matrices))
 
+    @property
+    def scales(self) -> torch.Tensor:
+        """The scales ``[N]`` of all output channels."""
+        import torch
+
+        return torch.from_numpy(np.concatenate(self._scales))
+
     def rows(self, wanted: slice) -> torch.Tensor:
         """Some rows of the checkpoint's matrix, as float32 ``[rows, K]``."""
         import torch

@@ -47,9 +47,14 @@ class ChannelFormat:
     Activations become 8-bit integers too, with one scale per token, and within the MLP one per token
     and group: ``mlp_groups`` parts of the intermediate channels are multiplied one after the other,
     so that an outlier spoils the resolution of its own part only, and a part stays in the processor's cache.
+
+    ``smoothing`` (0 to 1) is how much of the inputs' unevenness is folded into weights, see ``smoothing.py``;
+    None is nothing. Mean KL of the sample's integer products: 0.026 without, 0.0069 with 0.65 (0.0077
+    with 0.5 for ``down_proj``; weights alone cost 0.0032).
     """
 
     mlp_groups: int = 4
+    smoothing: float | None = 0.65
 
     @property
     def bits_per_weight(self) -> float:
@@ -72,6 +77,11 @@ class Recipe:
     head: BlockFormat | None
     accuracy_level: int = 4  # MatMulNBits may quantise activations to int8, block by block
     prefill: ChannelFormat | None = None
+
+    @property
+    def integer_products(self) -> ChannelFormat | None:
+        """The format of the graph of integer products, if there is one."""
+        return self.linear if isinstance(self.linear, ChannelFormat) else self.prefill
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

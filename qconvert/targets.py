@@ -94,7 +94,7 @@ class OnnxRuntimeTarget:
         from qconvert.lowering.onnxruntime import OnnxRuntimeLowering
 
         if isinstance(recipe.linear, ChannelFormat):
-            integers = IntegerLowering(spec, recipe, recipe.linear, initializers, rope)
+            integers = IntegerLowering(spec, recipe, recipe.linear, initializers.folded(), rope)
             lower_decoder(spec, integers)
             return {GRAPH_NAME: integers.model("qwen2")}
         lowering = OnnxRuntimeLowering(spec, recipe, initializers, rope)
@@ -102,7 +102,7 @@ class OnnxRuntimeTarget:
         graphs = {GRAPH_NAME: lowering.model("qwen2")}
         if recipe.prefill is not None:
             with initializers.in_another_file(f"{PREFILL_GRAPH_NAME}.data") as others:
-                prompts = IntegerLowering(spec, recipe, recipe.prefill, others, rope)
+                prompts = IntegerLowering(spec, recipe, recipe.prefill, others.folded(), rope)
                 lower_prompt(spec, prompts)
             graphs[PREFILL_GRAPH_NAME] = prompts.model("qwen2_prefill")
         return graphs

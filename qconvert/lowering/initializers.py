@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
+from qconvert.folding import NO_FOLDING, FoldedWeights, Folding, Weights
 from qconvert.int4_columns import pack_int4_columns
 from qconvert.int8_channels import channel_groups, pack_int8_channels
 from qconvert.quantize import BlockFormat, NonFiniteWeightError, PackedWeight, pack, row_ranges
-from qconvert.weights import CheckpointWeights, DataFile
+from qconvert.weights import DataFile
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,15 @@ class Initializers:
     Several names given at once are put side by side along the output axis.
     """
 
-    def __init__(self, weights: CheckpointWeights, data: DataFile, workers: Executor | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        data: DataFile,
+        workers: Executor | None = None,
+        folding: Folding = NO_FOLDING,
+    ) -> None:
         self._weights = weights
+        self._folding = folding
         self._workers = workers
         self._data = data
         self._by_name: dict[str, ir.Value] = {}
@@ -54,11 +62,19 @@ class Initializers:
 
     def for_another_graph(self, data: DataFile | None = None) -> Initializers:
         """The same tensors as values of a second graph: a value belongs to one, the data to both."""
-        twin = Initializers(self._weights, data or self._data, self._workers)
+        twin = Initializers(self._weights, data or self._data, self._workers, self._folding)
         for name, value in self._by_name.items():
             twin._by_name[name] = ir.Value(
                 name=name, shape=value.shape, type=value.type, const_value=value.const_value
             )
+        return twin
+
+    def folded(self) -> Initializers:
+        """The same for a graph of integer products, whose inputs and weights share out their scales."""
+        twin = self.for_another_graph()
+        twin._weights = FoldedWeights(self._weights, self._folding)
+        for name in [name for name in twin._by_name if name in self._folding]:
+            del twin._by_name[name]  # a norm as another graph has it
         return twin
 
     def constant(self, name: str, value: NDArray[np.generic]) -> ir.Value:

@@ -11,6 +11,8 @@ import pytest
 
 from qconvert.checkpoint import load_model, open_checkpoint
 from qconvert.export import ExportOptions, export
+from qconvert.exported_weights import ExportedWeights
+from qconvert.prefill_proof import prompt_weights
 from qconvert.progress import Progress
 from qconvert.reference import Reference
 from qconvert.verify import verify
@@ -55,6 +57,41 @@ def test_a_wrong_weight_is_named(made, broken):
     data.flush()
     failures = prompt_failures(made[0], broken)
     assert any("prefill.onnx: model.layers.1.mlp.down_proj.weight: row 0" in line for line in failures)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        ("model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj.weight"),
+        ("model.layers.0.post_attention_layernorm.weight", "model.layers.0.mlp.gate_proj.weight"),
+        ("model.layers.1.mlp.up_proj.weight.int8_scales.1", "model.layers.1.mlp.down_proj.weight"),
+        ("model.layers.1.mlp.down_proj.weight.int8_scales", "model.layers.1.mlp.down_proj.weight"),
+    ],
+)
+def test_a_factor_that_its_readers_do_not_have_is_noticed(made, broken, tensor, named):
+    """The factors of smoothing are read from norms and scales: a wrong one shows in what follows."""
+    graph = onnx.load(broken / "prefill.onnx", load_external_data=False).graph
+    (stored,) = (t for t in graph.initializer if t.name == tensor)
+    place = {entry.key: entry.value for entry in stored.external_data}
+    assert place["location"] == "prefill.onnx.data"
+    values = np.memmap(broken / "prefill.onnx.data", np.float32, "r+", int(place["offset"]), (2,))
+    values[1] *= 1.1
+    values.flush()
+    failures = prompt_failures(made[0], broken)
+    assert any(f"prefill.onnx: {named}" in line and "rounding steps" in line for line in failures)
+
+
+def test_the_second_graph_is_folded_and_the_first_is_not(made):
+    """Else the tests above would hold for factors of 1 alone."""
+    graphs = [made[1] / "model.onnx", made[1] / "prefill.onnx"]
+    first, second = ExportedWeights(graphs[0], made[0].model), prompt_weights(graphs[1], made[0].model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert name not in first.folding
+    factors = second.folding.divided[name]
+    assert float(factors.max() / factors.min()) > 1.5
+    checkpoint = made[0].model.state_dict()[name]
+    step = checkpoint.abs().amax(-1, keepdim=True) / 127
+    assert bool(((second.rows(name, slice(None)) - checkpoint).abs() < 2 * step).all())
 
 
 def swapped_inputs(graph: onnx.GraphProto) -> None:
