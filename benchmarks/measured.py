@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -29,8 +29,15 @@ class ProgramFailedError(RuntimeError):
     """A measured program ended with another exit code than 0; the message holds the end of its output."""
 
 
-def run_measured(command: Sequence[str], log: Path, *, cwd: Path | None = None) -> Run:
-    """Run a program to its end; its output goes to ``log``.
+def run_measured(
+    command: Sequence[str],
+    log: Path,
+    *,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    limit_bytes: int | None = None,
+) -> Run:
+    """Run a program to its end; its output goes to ``log``. Above ``limit_bytes`` of memory it is killed.
 
     The caller must be small: Linux counts a parent's memory at the time of the fork as the child's, so
     import neither torch nor numpy where this is called.
@@ -40,12 +47,14 @@ def run_measured(command: Sequence[str], log: Path, *, cwd: Path | None = None) 
     """
     with log.open("wb") as output:
         started = perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
-        tree = _TreeSampler(process.pid)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
+        tree = _TreeSampler(process.pid, limit_bytes)
         _, status, usage = os.wait4(process.pid, 0)
         wall = perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
         sampled = tree.stop()
+        if tree.killed:
+            output.write(f"\nended: it held more than {limit_bytes} bytes of memory\n".encode())
     if process.returncode != 0:
         tail = log.read_text(errors="replace")[-2000:]
         raise ProgramFailedError(f"{' '.join(command)} ended with exit code {process.returncode}:\n{tail}")
@@ -59,7 +68,9 @@ class _TreeSampler:
     sum of samples exceed it.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, limit_bytes: int | None) -> None:
+        self.killed = False
+        self._limit = limit_bytes
         self._peak = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, args=(pid,), daemon=True)
@@ -68,10 +79,13 @@ class _TreeSampler:
     def _sample(self, pid: int) -> None:
         while not self._done.wait(_SAMPLE_SECONDS):
             try:
-                root = psutil.Process(pid)
-                self._peak = max(
-                    self._peak, sum(_resident(p) for p in (root, *root.children(recursive=True)))
-                )
+                tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+                held = sum(_resident(process) for process in tree)
+                self._peak = max(self._peak, held)
+                if self._limit is not None and held > self._limit and not self.killed:
+                    self.killed = True
+                    for process in tree:
+                        process.kill()
             except psutil.Error:
                 continue
 

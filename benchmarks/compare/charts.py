@@ -1,0 +1,152 @@
+"""Charts as SVG text, bars and scatter plots: they scale to a phone and follow the page's colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 400
+_BAR, _LABEL = 22, 150
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``least`` and ``greatest`` draw the spread; without a value the bar says ``note``."""
+
+    label: str
+    value: float | None
+    text: str = ""
+    least: float | None = None
+    greatest: float | None = None
+    ours: bool = False
+    note: str = "failed"
+
+
+@dataclass(frozen=True)
+class Point:
+    label: str
+    x: float
+    y: float
+    ours: bool = False
+
+
+def bars(title: str, values: Sequence[Bar]) -> str:
+    """Horizontal bars, the order as given; longest value fills the width."""
+    top = max((bar.greatest or bar.value or 0 for bar in values), default=0) or 1
+    room = WIDTH - _LABEL - 58
+    height = len(values) * _BAR + 6
+    parts = []
+    for index, bar in enumerate(values):
+        y = index * _BAR + 4
+        kind = "ours" if bar.ours else "peer"
+        parts.append(f'<text class="label {kind}" x="{_LABEL - 6}" y="{y + 12}">{escape(bar.label)}</text>')
+        if bar.value is None:
+            parts.append(f'<text class="note" x="{_LABEL}" y="{y + 12}">{escape(bar.note)}</text>')
+            continue
+        length = room * bar.value / top
+        end = length
+        parts.append(f'<rect class="{kind}" x="{_LABEL}" y="{y}" width="{length:.1f}" height="15" rx="2"/>')
+        if bar.least is not None and bar.greatest is not None and bar.greatest > bar.least:
+            low, end = room * bar.least / top, max(length, room * bar.greatest / top)
+            x1, x2 = _LABEL + low, _LABEL + room * bar.greatest / top
+            parts.append(f'<line class="spread" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y + 7.5}" y2="{y + 7.5}"/>')
+        parts.append(f'<text class="value" x="{_LABEL + end + 4:.1f}" y="{y + 12}">{escape(bar.text)}</text>')
+    return _figure(title, height, parts)
+
+
+def scatter(title: str, points: Sequence[Point], x_title: str, y_title: str) -> str:
+    """Points on two logarithmic axes, each with its label; labels that would overlap give way vertically."""
+    left, right, top, bottom = 44, WIDTH - 12, 10, 270
+    points = [point for point in points if point.x > 0 and point.y > 0]
+    if not points:
+        return ""
+    x_scale = _log_scale([point.x for point in points], left + 14, right - 20)
+    y_scale = _log_scale([point.y for point in points], bottom - 14, top + 14)
+    parts = [f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>']
+    for value, place in x_scale.ticks:
+        parts.append(f'<path class="grid" d="M{place:.1f} {top}V{bottom}"/>')
+        parts.append(f'<text class="tick middle" x="{place:.1f}" y="{bottom + 15}">{value}</text>')
+    for value, place in y_scale.ticks:
+        parts.append(f'<path class="grid" d="M{left} {place:.1f}H{right}"/>')
+        parts.append(f'<text class="tick end" x="{left - 4}" y="{place + 4:.1f}">{value}</text>')
+    parts.append(
+        f'<text class="tick middle" x="{(left + right) / 2}" y="{bottom + 32}">{escape(x_title)}</text>'
+    )
+    parts.append(
+        f'<text class="tick middle" transform="translate(10 {(top + bottom) / 2}) rotate(-90)">'
+        f"{escape(y_title)}</text>"
+    )
+    placed = [(x_scale.place(point.x), y_scale.place(point.y)) for point in points]
+    taken: list[tuple[float, float, float]] = []
+    for point, (x, y) in sorted(zip(points, placed), key=lambda pair: not pair[0].ours):
+        kind = "ours" if point.ours else "peer"
+        width = 6.2 * len(point.label)
+        before = x + 8 + width > right
+        start = x - 8 - width if before else x + 8
+        place = _free_place(start, y + 4, width, taken, (top + 8, bottom - 4))
+        parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        if abs(place - y - 4) > 8:
+            edge = start + width if before else start
+            parts.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{edge:.1f} {place - 4:.1f}"/>')
+        anchor = "end" if before else "start"
+        anchor_x = start + width if before else start
+        parts.append(
+            f'<text class="point {kind} {anchor}" x="{anchor_x:.1f}" y="{place:.1f}">'
+            f"{escape(point.label)}</text>"
+        )
+    return _figure(title, bottom + 40, parts)
+
+
+def _free_place(
+    start: float,
+    wanted: float,
+    width: float,
+    taken: list[tuple[float, float, float]],
+    limits: tuple[float, float],
+) -> float:
+    """The height nearest to the wanted one at which no other label is in the way; it is then taken."""
+    for step in range(60):
+        offset = (step + 1) // 2 * 4 * (-1 if step % 2 else 1)
+        place = wanted + offset
+        clear = all(
+            abs(place - height) >= 13 or start > other + other_width or other > start + width
+            for other, height, other_width in taken
+        )
+        if clear and limits[0] <= place <= limits[1]:
+            break
+    else:
+        place = wanted
+    taken.append((start, place, width))
+    return place
+
+
+class _log_scale:  # noqa: N801 (used as a function)
+    """Maps values to places, and finds round values for the ticks."""
+
+    def __init__(self, values: Sequence[float], first: float, last: float) -> None:
+        self.low, self.high = math.log10(min(values)), math.log10(max(values))
+        if self.high - self.low < 0.3:
+            middle = (self.high + self.low) / 2
+            self.low, self.high = middle - 0.15, middle + 0.15
+        self.first, self.last = first, last
+        steps = (1, 2, 5) if self.high - self.low < 2.2 else (1,)
+        exponents = range(math.floor(self.low) - 1, math.ceil(self.high) + 1)
+        ticks = [step * 10.0**exponent for exponent in exponents for step in steps]
+        self.ticks = [(f"{tick:g}", self.place(tick)) for tick in ticks if self._inside(tick)]
+
+    def _inside(self, value: float) -> bool:
+        return self.low - 0.03 <= math.log10(value) <= self.high + 0.03
+
+    def place(self, value: float) -> float:
+        share = (math.log10(value) - self.low) / (self.high - self.low)
+        return self.first + share * (self.last - self.first)
+
+
+def _figure(title: str, height: float, parts: Sequence[str]) -> str:
+    drawing = "".join(parts)
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        f'aria-label="{escape(title)}">{drawing}</svg></figure>'
+    )
