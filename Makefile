@@ -6,6 +6,7 @@
 #   make lint      ruff, mypy, import-linter
 #   make interop   optimum and onnxruntime-genai read the exported sample and answer as qrun does
 #   make benchmark export cost and decode speed beside other programs (idle machine, 10 GB, an hour)
+#   make compare   our exports beside six other engines, and the report (idle machine, 60 GB, hours)
 #   make clean     remove environments, caches and the demo
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 to 3.13 with the pinned versions). Packages come
@@ -31,7 +32,7 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 # of France?" leaves 0.06, which int8 arithmetic of another processor may turn).
 QUESTION := Name the capital of France.
 
-.PHONY: demo test test-gpu lint interop benchmark clean
+.PHONY: demo test test-gpu lint interop benchmark compare clean
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -56,6 +57,9 @@ benchmark: $(BENCH_VENV)/.ready $(INTEROP_VENV)/.ready
 	$(BENCH_VENV)/bin/python -m benchmarks.export_cost --json benchmarks/results/export_cost.json
 	$(BENCH_VENV)/bin/python -m benchmarks.export_cost --optimum --optimum-python $(INTEROP_VENV)/bin/python \
 	    --json benchmarks/results/export_cost_optimum.json
+
+compare: $(VENV)/.ready
+	$(VENV)/bin/python -m benchmarks.compare --out report
 
 clean:
 	rm -rf $(VENV) $(INTEROP_VENV) $(BENCH_VENV) demo .cache build dist

@@ -39,7 +39,7 @@ body { margin: 0 auto; max-width: 1240px; padding: 16px; background: var(--paper
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
 p, li { max-width: 46rem; } .soft { color: var(--soft); font-size: .9rem; }
-.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
+.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: .95rem; margin-bottom: 4px; }
 svg { width: 100%; max-width: 560px; height: auto; display: block; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); } svg .label { text-anchor: end; } svg .ours { font-weight: 600; }

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.peers.our_variants import VARIANTS as OUR_VARIANTS
+
 PROGRAMS = Path(__file__).resolve().parent.parent / "peers"
 OURS = "qconvert"
 
@@ -37,8 +39,7 @@ class Peer:
 PEERS = {
     peer.name: peer
     for peer in (
-        # A variant of ours is one more entry here and its options in peers/qconvert_engine.py.
-        Peer(OURS, "qconvert", {"int4": 4, "int8": 8}),
+        Peer(OURS, "qconvert", {name: bits for name, (bits, _) in OUR_VARIANTS.items()}),
         Peer(
             "llama_cpp",
             "llama.cpp",

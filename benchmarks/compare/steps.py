@@ -124,17 +124,20 @@ class Workshop:
         key = {**self.conversion_key(contender, shape), "round": number, **settings.key()}
         key |= self.runtime_key(contender)
 
-        def measure() -> Result:
-            folder = self.converted(contender, shape)
-            read_once(folder)
-            config = json.loads((self.model(shape) / "config.json").read_text())
-            command = [str(self.python(contender.peer)), str(contender.peer.program), "measure", str(folder)]
-            command += ["--variant", contender.variant, "--threads", str(settings.threads)]
-            command += ["--prompts", ",".join(map(str, settings.prompts))]
-            command += ["--generate", str(settings.generate), "--vocabulary", str(config["vocab_size"])]
-            return {"result": self._answer(command, f"measurement-{folder.name}", settings)}
+        return self.records.once(
+            "measurement", key, lambda: {"result": self.measure_now(contender, shape, settings)}
+        )
 
-        return self.records.once("measurement", key, measure)
+    def measure_now(self, contender: Contender, shape: str, settings: Settings) -> Result:
+        """The same without a record."""
+        folder = self.converted(contender, shape)
+        read_once(folder)
+        config = json.loads((self.model(shape) / "config.json").read_text())
+        command = [str(self.python(contender.peer)), str(contender.peer.program), "measure", str(folder)]
+        command += ["--variant", contender.variant, "--threads", str(settings.threads)]
+        command += ["--prompts", ",".join(map(str, settings.prompts))]
+        command += ["--generate", str(settings.generate), "--vocabulary", str(config["vocab_size"])]
+        return self._answer(command, f"measurement-{folder.name}", settings)
 
     def _answer(self, command: Sequence[str], name: str, settings: Settings) -> Result:
         """The JSON object in the last line of a program's output."""
@@ -188,6 +191,11 @@ class Workshop:
 
 def _our_source() -> dict[str, str]:
     return {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'runtime'}"}
+
+
+def our_environment() -> dict[str, str]:
+    """For a program of this repository."""
+    return _environment({})
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:

@@ -6,20 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from engine import Model, Timed, main
+from our_variants import VARIANTS
 
-# What `qconvert export` is told for each variant of benchmarks/compare/peers.py.
-EXPORTS = {
-    "int4": ["--precision", "int4"],
-    "int8": ["--precision", "int8"],
-}
 LOGITS_CHUNK = 128
 
 
 def convert(source: Path, destination: Path, variant: str) -> None:
-    command = [sys.executable, "-m", "qconvert.cli", "export", str(source), *EXPORTS[variant]]
+    command = [sys.executable, "-m", "qconvert.cli", "export", str(source), *VARIANTS[variant][1]]
     subprocess.run([*command, "--no-verify", "--force", "--output", str(destination)], check=True)
 
 
@@ -51,7 +48,19 @@ class QrunModel(Model):
         return Timed(first - started, last - first, tokens)
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        cache = self.session.new_cache()
+        """All positions by the decode graph; with a second graph for prompts, the later half behind it.
+
+        That graph has no logits: what it does to an answer shows in the positions that follow the keys and
+        values that it wrote.
+        """
+        if self.session.manifest.prefill is None:
+            return self._read(ids, self.session.new_cache())
+        half = len(ids) // 2
+        first, cache = self._read(ids[:half], self.session.new_cache()), self.session.new_cache()
+        self.session.forward(np.array([ids[:half]]), cache, "none")
+        return np.concatenate([first, self._read(ids[half:], cache)])
+
+    def _read(self, ids: list[int], cache: Any) -> np.ndarray:
         pieces = [np.array([ids[at : at + LOGITS_CHUNK]]) for at in range(0, len(ids), LOGITS_CHUNK)]
         return np.concatenate([self.session.forward(piece, cache, "all")[0].copy() for piece in pieces])
 

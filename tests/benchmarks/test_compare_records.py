@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.compare.records import Records, StepFailedError, file_name
 
 KEY = {"peer": "llama_cpp", "variant": "Q4_0", "shape": "0.5b", "round": 1, "threads": 2}
@@ -61,8 +63,6 @@ def test_an_interruption_leaves_no_record(tmp_path: Path) -> None:
     def interrupted() -> dict[str, Any]:
         raise KeyboardInterrupt
 
-    try:
+    with pytest.raises(KeyboardInterrupt):
         Records(tmp_path).once("measurement", KEY, interrupted)
-    except KeyboardInterrupt:
-        pass
     assert Records(tmp_path).read("measurement", KEY) is None
