@@ -21,6 +21,7 @@ PREFILL_GRAPH_NAME = "prefill.onnx"
 # A prompt's piece of fewer tokens is read faster by the decode graph (benchmarks/README.md).
 PREFILL_MIN_TOKENS = 24
 STANDARD_GRAPH_NAME = "model.standard.onnx"
+PROVIDER_GRAPH_NAME = "model.provider.onnx"
 # Long enough for a conversation, and 32 MB a layer less than the 32,768 that Qwen2.5 could hold.
 DEFAULT_STATIC_LENGTH = 4096
 _LAYOUT = ["batch", "kv_heads", "length", "head_size"]
@@ -165,7 +166,7 @@ class TensorRTTarget:
 
         spellings: dict[str, Spelling] = {STANDARD_GRAPH_NAME: "standard"}
         if recipe.activations != "float32":
-            spellings[GRAPH_NAME] = "trt"
+            spellings |= {GRAPH_NAME: "trt", PROVIDER_GRAPH_NAME: "standard"}
         graphs = {}
         for file, spelling in spellings.items():
             lowering = TensorRTLowering(spec, recipe, initializers, rope, spelling)
@@ -181,6 +182,7 @@ class TensorRTTarget:
             "graph": {
                 "file": STANDARD_GRAPH_NAME if float32 else GRAPH_NAME,
                 "standard_file": STANDARD_GRAPH_NAME,
+                **({} if float32 else {"provider_file": PROVIDER_GRAPH_NAME}),
                 "inputs": [
                     "input_ids",
                     "position_ids",

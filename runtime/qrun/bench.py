@@ -115,18 +115,12 @@ def workloads(prompts: Sequence[int], generated: Sequence[int], depths: Sequence
 def conditions(session: Session, load_seconds: float) -> dict[str, Any]:
     """What a figure depends on: machine, versions, model and device; ``peak_rss_bytes`` is this process's."""
     manifest = session.manifest
-    hashes = {entry.path: entry.sha256 for entry in manifest.files}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": _machine(),
         "device": session.device,
         "versions": _versions(),
-        "model": {
-            "name": manifest.name,
-            "precision": manifest.precision,
-            "bytes": sum(entry.size for entry in manifest.files),
-            "sha256": hashes.get(f"{manifest.graph}.data", hashes.get(manifest.graph)),
-        },
+        "model": {"name": manifest.name, "precision": manifest.precision, **_identity(session)},
         "load_seconds": load_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
     }
@@ -152,6 +146,18 @@ def _check(manifest: Manifest, workload: Workload) -> None:
         )
 
 
+def _identity(session: Session) -> dict[str, Any]:
+    """Bytes and SHA-256 of what was run: the plan, or the folder by its weights."""
+    manifest, engine = session.manifest, getattr(session, "engine", None)
+    if engine is not None:
+        return {"bytes": engine.facts.plan_size, "sha256": engine.facts.plan_sha256}
+    hashes = {entry.path: entry.sha256 for entry in manifest.files}
+    return {
+        "bytes": sum(entry.size for entry in manifest.files),
+        "sha256": hashes.get(f"{manifest.graph}.data", hashes.get(manifest.graph)),
+    }
+
+
 def _machine() -> dict[str, Any]:
     model, flags = platform.processor() or platform.machine(), frozenset[str]()
     try:
@@ -173,7 +179,7 @@ def _machine() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("qconvert", "onnxruntime", "onnxruntime-gpu", "numpy"):
+    for name in ("qconvert", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

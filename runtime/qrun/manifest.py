@@ -137,6 +137,14 @@ def names_plan(path: str | Path) -> bool:
     return path.name.endswith((PLAN_SUFFIX, f"{PLAN_SUFFIX}.json")) and not path.is_dir()
 
 
+def no_such_plan(path: Path) -> QrunError:
+    return QrunError(
+        f"no such plan: {path}",
+        where=path,
+        hint=f"build it with `qconvert build {path.parent}`, a folder exported with --target tensorrt",
+    )
+
+
 def find_model_folder(path: str | Path) -> Path:
     """The model folder that ``path`` means: the folder itself, or a .onnx file or plan inside it.
 
@@ -144,6 +152,8 @@ def find_model_folder(path: str | Path) -> Path:
         QrunError: if there is nothing there, or nothing that qconvert made.
     """
     path = Path(path).expanduser()
+    if names_plan(path) and not path.exists():
+        raise no_such_plan(path)
     if not path.exists():
         raise QrunError(
             f"no such model folder: {path}",

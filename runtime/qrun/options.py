@@ -11,10 +11,10 @@ import click
 from qrun.errors import QrunError
 from qrun.info import check
 from qrun.kvcache import available_memory, forecast_bytes
-from qrun.manifest import read_manifest
+from qrun.manifest import names_plan, read_manifest
 from qrun.model import Model
 from qrun.sampling_params import SamplingParams, resolve, unsupported_settings
-from qrun.session import Session, open_session
+from qrun.session import Device, Session, open_session
 from qrun.terminal import note, size, warn, working
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -28,10 +28,8 @@ _MODEL_OPTIONS = (
     ),
     click.option(
         "--device",
-        type=click.Choice(["cpu", "cuda"]),
-        default="cpu",
-        show_default=True,
-        help="Where to run; cuda needs the GPU wheel of ONNX Runtime.",
+        type=click.Choice(["cpu", "cuda", "tensorrt"]),
+        help="Where to run a folder; cuda and tensorrt need the GPU wheel of ONNX Runtime.  [default: cpu]",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all usable cores]"),
     click.option(
@@ -134,38 +132,48 @@ def _with_option_names(message: str, request: Mapping[str, Any]) -> str:
 
 
 def open_engine(
-    *, engine: Path, device: str, threads: int | None, check_hashes: bool, verbose: bool, prefill_graph: bool
+    *,
+    engine: Path,
+    device: Device | None,
+    threads: int | None,
+    check_hashes: bool,
+    verbose: bool,
+    prefill_graph: bool,
 ) -> Session:
     """Open the session alone, for work that needs no text.
 
     Raises:
         QrunError: see ``open_session``.
     """
+    _check_place(engine, device, threads)
     if check_hashes:
         check(read_manifest(engine), hashes=True)
     with working(f"opening {engine}"):
-        session = open_session(
-            engine, device="cuda" if device == "cuda" else "cpu", threads=threads, prefill_graph=prefill_graph
-        )
+        session = open_session(engine, device=device or "cpu", threads=threads, prefill_graph=prefill_graph)
     if verbose:
         note(f"device: {session.device}")
     return session
 
 
 def open_model(
-    *, engine: Path, device: str, threads: int | None, check_hashes: bool, verbose: bool, prefill_graph: bool
+    *,
+    engine: Path,
+    device: Device | None,
+    threads: int | None,
+    check_hashes: bool,
+    verbose: bool,
+    prefill_graph: bool,
 ) -> Model:
     """Open what the model options name, and tell about it where that was asked.
 
     Raises:
         QrunError: see ``Model.open``.
     """
+    _check_place(engine, device, threads)
     if check_hashes:
         check(read_manifest(engine), hashes=True)
     with working(f"opening {engine}"):
-        model = Model.open(
-            engine, device="cuda" if device == "cuda" else "cpu", threads=threads, prefill_graph=prefill_graph
-        )
+        model = Model.open(engine, device=device or "cpu", threads=threads, prefill_graph=prefill_graph)
     for name, value in unsupported_settings(model.generation_config).items():
         warn(f"generation_config.json asks for {name}={value!r}, which qrun does not do")
     if verbose:
@@ -173,12 +181,24 @@ def open_model(
     return model
 
 
+def _check_place(engine: Path, device: Device | None, threads: int | None) -> None:
+    """A plan has its place: an option that names another would be ignored without a word."""
+    if names_plan(engine) and (device is not None or threads is not None):
+        given = "--threads" if device is None else f"--device {device}"
+        raise QrunError(
+            f"{given} has no meaning for a plan: it runs on the GPU that it was built for",
+            where=engine,
+            hint=f"leave {given} out, or give the model folder: {engine.parent}",
+        )
+
+
 def tell_model(model: Model) -> None:
     """Device and memory, on stderr."""
     manifest = model.manifest
     note(f"device: {model.device}")
     full = forecast_bytes(manifest, manifest.model.context_length)
-    free = available_memory()
+    gpu = getattr(model.session, "gpu", None)
+    free = available_memory() if gpu is None else gpu.free_bytes()
     note(
         f"KV cache: {size(manifest.kv.bytes_per_token)} per token, {size(full)} at full context "
         f"({manifest.model.context_length:,} tokens)" + ("" if free is None else f", {size(free)} are free")

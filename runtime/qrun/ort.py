@@ -22,7 +22,16 @@ from qrun.token_ids import check_token_ids
 from qrun.wheels import check_onnxruntime_wheels
 
 _POSITIONS = {"last": -1, "all": 0, "none": np.iinfo(np.int64).max}
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_HOW_TO_GET = {
+    "cuda": "check the NVIDIA driver and CUDA libraries",
+    "tensorrt": "check the NVIDIA driver, and that this ONNX Runtime finds the version of NVIDIA's TensorRT "
+    "libraries that it was built for; or build a plan with `qconvert build FOLDER`, which needs neither",
+}
 # Operators on int64 shapes and lengths, which ONNX Runtime rightly keeps on the CPU beside any device.
 _SHAPE_OPERATORS = frozenset({"Shape", "Gather", "ReduceSum", "Sub", "Cast", "Slice", "Squeeze", "Unsqueeze"})
 
@@ -41,7 +50,7 @@ class OrtSession:
         self.manifest = manifest
         self.threads = threads
         self._ort = onnxruntime
-        self._device_type = device
+        self._device_type = "cpu" if device == "cpu" else "cuda"
         self._check_provider(device, onnxruntime.get_available_providers())
         self._inference = self._open(device, manifest.graph_path)
         self._prefill = (
@@ -108,11 +117,12 @@ class OrtSession:
         options.enable_mem_pattern = False
         if device != "cpu":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        providers = self.providers(device)
         try:
+            # Its own fall-back would print, and try another device than the one that was asked for.
             inference = self._ort.InferenceSession(
-                str(graph), options, providers=[_PROVIDERS[device], "CPUExecutionProvider"]
-                if device != "cpu" else ["CPUExecutionProvider"],
-            )  # fmt: skip
+                str(graph), options, providers=providers, enable_fallback=False
+            )
         except Exception as error:  # ONNX Runtime has no base class for its errors
             raise QrunError(
                 f"ONNX Runtime {self._ort.__version__} cannot open the graph: {_reason(error)}",
@@ -123,12 +133,16 @@ class OrtSession:
         self._check_nodes(device, inference)
         return inference
 
+    def providers(self, device: str) -> list[Any]:
+        """What may run nodes, the best first; the CPU's is there for shapes (``_check_nodes``)."""
+        return list(dict.fromkeys([_PROVIDERS[device], _PROVIDERS["cpu"]]))
+
     @staticmethod
     def _check_provider(device: str, providers: list[str]) -> None:
         if _PROVIDERS[device] not in providers:
             raise QrunError(
                 f"{_PROVIDERS[device]} is not available: ONNX Runtime would have run on the CPU instead",
-                hint="check the NVIDIA driver and CUDA libraries, or use --device cpu",
+                hint=f"{_HOW_TO_GET.get(device, 'install ONNX Runtime again')}; or use --device cpu",
             )
 
     @staticmethod

@@ -21,17 +21,20 @@ from qrun.ort_cache import OrtKVCache
 _ELEMENT_TYPES = {"bfloat16": 16}
 
 
-def with_standard_graph(manifest: Manifest) -> Manifest:
-    """The same folder, seen as its graph in standard operators.
+def with_graph(manifest: Manifest, key: str) -> Manifest:
+    """The same folder, seen as another of its graphs.
+
+    Args:
+        key: "standard_file", for the CPU; or "provider_file", for ONNX Runtime's TensorRT provider.
 
     Raises:
         QrunError: the manifest names no such graph, or one that is not among its files.
     """
     facts = manifest.raw.get("graph")
-    name = facts.get("standard_file") if isinstance(facts, dict) else None
+    name = facts.get(key) if isinstance(facts, dict) else None
     if not any(entry.path == name for entry in manifest.files):
         raise QrunError(
-            f"the manifest's \"graph.standard_file\" is {name!r}, which is not one of the folder's files",
+            f"the manifest's \"graph.{key}\" is {name!r}, which is not one of the folder's files",
             where=manifest.folder,
             hint="export the model again",
         )
@@ -45,18 +48,22 @@ class StaticOrtSession(OrtSession):
         QrunError: wrong ONNX Runtime wheels, or a graph that does not load.
     """
 
-    def __init__(self, manifest: Manifest, *, threads: int) -> None:
-        super().__init__(manifest, device="cpu", threads=threads)
+    def __init__(self, manifest: Manifest, *, threads: int, device: str = "cpu") -> None:
+        super().__init__(manifest, device=device, threads=threads)
         self.device = f"{self.device}, the standard graph of a TensorRT folder"
 
     def new_cache(self, batch: int = 1, *, in_place: bool = True) -> StaticKVCache:
+        self.check_in_place(in_place)
+        return StaticKVCache(self, batch)
+
+    def check_in_place(self, in_place: bool) -> None:
+        """Refuse the kind of cache that grows."""
         if not in_place:
             raise QrunError(
                 "the KV cache of this graph has a fixed length, it cannot grow",
                 where=self.manifest.graph_path,
                 hint="use a cache in place",
             )
-        return StaticKVCache(self, batch)
 
     def allocate(self, array: NDArray[Any]) -> Any:
         element = _ELEMENT_TYPES.get(self.manifest.kv.dtype)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qrun.errors import QrunError
 from qrun.json_file import JsonReader
-from qrun.manifest import PLAN_SUFFIX, Manifest, sha256_of
+from qrun.manifest import PLAN_SUFFIX, Manifest, no_such_plan, sha256_of
 
 PLAN_NAME = f"model{PLAN_SUFFIX}"
 SIDECAR_FORMAT = "qconvert-plan"
@@ -179,11 +179,7 @@ def _check_there(path: Path) -> None:
             hint="give the plan that `qconvert build FOLDER` wrote, such as FOLDER/model.plan",
         )
     if not path.is_file():
-        raise QrunError(
-            f"no such plan: {path}",
-            where=path,
-            hint=f"build it with `qconvert build {path.parent}`, a folder exported with --target tensorrt",
-        )
+        raise no_such_plan(path)
     if not sidecar_of(path).is_file():
         raise QrunError(
             f"{path.name} has no sidecar: nothing says what it is, and nothing would check its bytes",

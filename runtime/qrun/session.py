@@ -26,7 +26,7 @@ from qrun.processor import check_integer_products, usable_cores
 __all__ = ["Device", "LogitsFor", "Session", "open_session", "usable_cores"]
 
 LogitsFor = Literal["last", "all", "none"]
-Device = Literal["cpu", "cuda"]
+Device = Literal["cpu", "cuda", "tensorrt"]
 
 
 class Session(Protocol):
@@ -82,8 +82,8 @@ def open_session(
 
     Args:
         path: the folder that ``qconvert export`` wrote, or the plan that ``qconvert build`` put there.
-        device: "cpu" or "cuda". There is no silent fall-back from one to the other. A plan runs on the GPU
-            that it was built for, whatever stands here.
+        device: "cpu", "cuda" or "tensorrt" (ONNX Runtime's TensorRT provider). There is no silent fall-back
+            from one to the other. A plan runs on the GPU that it was built for, whatever stands here.
         threads: threads within an operator; by default the cores that the process may use.
         check_hashes: hash every file against the manifest first (sizes are always checked).
         prefill_graph: open a folder's second graph for prompts as well; without it less memory is used.
@@ -106,9 +106,13 @@ def open_session(
             where=manifest.folder,
             hint="export it with `qconvert export CHECKPOINT` (target onnxruntime)",
         )
-    if device not in ("cpu", "cuda"):
-        raise QrunError(f'unknown device "{device}"', hint="use cpu or cuda")
+    if device not in ("cpu", "cuda", "tensorrt"):
+        raise QrunError(f'unknown device "{device}"', hint="use cpu, cuda or tensorrt")
     threads = threads or usable_cores()
+    if device == "tensorrt":
+        from qrun.ort_tensorrt import open_provider_session
+
+        return open_provider_session(manifest, threads=threads)
     if manifest.target == "tensorrt":
         return _open_standard_graph(manifest, device, threads)
     check_external_data(manifest)
@@ -124,7 +128,7 @@ def _open_plan(path: str | Path, check_hashes: bool) -> Session:
     from qrun.trt import TrtSession
 
     facts = read_plan(path)
-    manifest = read_manifest(facts.folder)
+    manifest = read_manifest(path)
     # A plan holds graph and weights: it runs without the ONNX files, and opening it hashes its own bytes.
     if check_hashes:
         manifest.check_files(hashes=True)
@@ -133,14 +137,14 @@ def _open_plan(path: str | Path, check_hashes: bool) -> Session:
 
 def _open_standard_graph(manifest: Manifest, device: Device, threads: int) -> Session:
     """A folder for TensorRT without TensorRT: its graph in standard operators, on the CPU."""
-    from qrun.ort_static import StaticOrtSession, with_standard_graph
+    from qrun.ort_static import StaticOrtSession, with_graph
 
     if device != "cpu":
         raise QrunError(
-            "the ONNX graph of a folder for TensorRT runs on the CPU only",
+            "a folder for TensorRT runs through TensorRT or on the CPU, not on ONNX Runtime's CUDA kernels",
             where=manifest.folder,
-            hint="build it first with `qconvert build FOLDER`, or use --device cpu",
+            hint="build it with `qconvert build FOLDER`, or use --device tensorrt or --device cpu",
         )
-    standard = with_standard_graph(manifest)
+    standard = with_graph(manifest, "standard_file")
     check_external_data(standard)
     return StaticOrtSession(standard, threads=threads)

@@ -29,9 +29,9 @@ def check_onnxruntime_wheels(device: str = "cpu") -> None:
             "ONNX Runtime is not installed",
             hint="pip install 'qconvert[cpu]', or 'qconvert[gpu]' for NVIDIA GPUs",
         )
-    if device == "cuda" and not gpu:
+    if device != "cpu" and not gpu:
         raise QrunError(
-            "--device cuda needs ONNX Runtime's GPU wheel, and the CPU wheel is installed",
+            f"--device {device} needs ONNX Runtime's GPU wheel, and the CPU wheel is installed",
             hint="pip uninstall -y onnxruntime, then pip install 'qconvert[gpu]'",
         )
 

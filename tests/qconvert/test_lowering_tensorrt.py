@@ -284,7 +284,7 @@ def test_without_a_standard_graph_the_folder_is_refused(tied: Path, tmp_path: Pa
         (folder / "qconvert.json").write_text(json.dumps(manifest))
         with pytest.raises(QrunError, match="not one of the folder's files"):
             open_session(folder)
-    with pytest.raises(QrunError, match="runs on the CPU only"):
+    with pytest.raises(QrunError, match="not on ONNX Runtime's CUDA kernels"):
         open_session(folder, device="cuda")
 
 

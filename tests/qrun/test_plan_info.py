@@ -121,3 +121,11 @@ def test_a_plan_outside_its_folder_and_a_folder_named_as_one(plan: Path, tmp_pat
     assert "is not a folder that qconvert made" in refused(qrun("info", folder))
     renamed = plan.parent.rename(tmp_path / "model.of.plan")
     assert qrun("info", renamed).exit_code == 0
+
+
+def test_options_that_a_plan_would_ignore_are_refused(plan: Path) -> None:
+    for command in (("chat",), ("generate", "--prompt", "hi"), ("bench",)):
+        message = refused(qrun(*command, "--engine", plan, "--device", "cpu"))
+        assert "--device cpu has no meaning for a plan" in message
+        assert str(plan.parent) in message
+    assert "--threads has no meaning" in refused(qrun("chat", "--engine", plan, "--threads", 2))
