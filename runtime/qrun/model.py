@@ -65,6 +65,7 @@ class Model:
         threads: int | None = None,
         check_hashes: bool = False,
         prefill_graph: bool = True,
+        cuda_graph: bool = True,
     ) -> Model:
         """Open a model folder, or the .onnx or .plan inside one.
 
@@ -74,6 +75,7 @@ class Model:
             threads: threads within an operator; by default the cores that the process may use.
             check_hashes: hash every file against the manifest first (sizes are always checked).
             prefill_graph: open a folder's second graph for prompts as well.
+            cuda_graph: launch a plan's decode step as a whole.
 
         Raises:
             QrunError: the folder is not whole, not ours or too new, has no tokenizer, or the device
@@ -81,7 +83,12 @@ class Model:
         """
         folder = find_model_folder(path)
         session = open_session(
-            path, device=device, threads=threads, check_hashes=check_hashes, prefill_graph=prefill_graph
+            path,
+            device=device,
+            threads=threads,
+            check_hashes=check_hashes,
+            prefill_graph=prefill_graph,
+            cuda_graph=cuda_graph,
         )
         template = ChatTemplate.from_folder(folder) if _has_template(folder) else None
         return cls(

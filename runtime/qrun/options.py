@@ -37,6 +37,11 @@ _MODEL_OPTIONS = (
         default=True,
         help="Read prompts with the folder's second graph, where it has one. [default: yes]",
     ),
+    click.option(
+        "--cuda-graph/--no-cuda-graph",
+        default=True,
+        help="Run a plan's decode step as one recorded CUDA graph. [default: yes]",
+    ),
     click.option("--check-hashes", is_flag=True, help="Compare every file with its SHA-256 first."),
     click.option("-v", "--verbose", is_flag=True, help="Tell parameters, device and memory on stderr."),
 )
@@ -139,6 +144,7 @@ def open_engine(
     check_hashes: bool,
     verbose: bool,
     prefill_graph: bool,
+    cuda_graph: bool,
 ) -> Session:
     """Open the session alone, for work that needs no text.
 
@@ -149,7 +155,13 @@ def open_engine(
     if check_hashes:
         check(read_manifest(engine), hashes=True)
     with working(f"opening {engine}"):
-        session = open_session(engine, device=device or "cpu", threads=threads, prefill_graph=prefill_graph)
+        session = open_session(
+            engine,
+            device=device or "cpu",
+            threads=threads,
+            prefill_graph=prefill_graph,
+            cuda_graph=cuda_graph,
+        )
     if verbose:
         note(f"device: {session.device}")
     return session
@@ -163,6 +175,7 @@ def open_model(
     check_hashes: bool,
     verbose: bool,
     prefill_graph: bool,
+    cuda_graph: bool,
 ) -> Model:
     """Open what the model options name, and tell about it where that was asked.
 
@@ -173,7 +186,13 @@ def open_model(
     if check_hashes:
         check(read_manifest(engine), hashes=True)
     with working(f"opening {engine}"):
-        model = Model.open(engine, device=device or "cpu", threads=threads, prefill_graph=prefill_graph)
+        model = Model.open(
+            engine,
+            device=device or "cpu",
+            threads=threads,
+            prefill_graph=prefill_graph,
+            cuda_graph=cuda_graph,
+        )
     for name, value in unsupported_settings(model.generation_config).items():
         warn(f"generation_config.json asks for {name}={value!r}, which qrun does not do")
     if verbose:

@@ -77,6 +77,7 @@ def open_session(
     threads: int | None = None,
     check_hashes: bool = False,
     prefill_graph: bool = True,
+    cuda_graph: bool = True,
 ) -> Session:
     """Open a model folder, or a .onnx file or a .plan inside one.
 
@@ -87,6 +88,7 @@ def open_session(
         threads: threads within an operator; by default the cores that the process may use.
         check_hashes: hash every file against the manifest first (sizes are always checked).
         prefill_graph: open a folder's second graph for prompts as well; without it less memory is used.
+        cuda_graph: record a plan's decode step and launch it as a whole; for other models it means nothing.
 
     Raises:
         QrunError: the folder is not whole, not ours or too new, the options do not fit together, or
@@ -95,7 +97,7 @@ def open_session(
     if threads is not None and threads < 1:
         raise QrunError(f"threads is {threads}: it must be at least 1")
     if names_plan(path):
-        return _open_plan(path, check_hashes)
+        return _open_plan(path, check_hashes, cuda_graph)
     manifest = read_manifest(path)
     manifest.check_files(hashes=check_hashes)
     if not prefill_graph:
@@ -123,7 +125,7 @@ def open_session(
     return OrtSession(manifest, device=device, threads=threads)
 
 
-def _open_plan(path: str | Path, check_hashes: bool) -> Session:
+def _open_plan(path: str | Path, check_hashes: bool, cuda_graph: bool) -> Session:
     from qrun.plan import read_plan
     from qrun.trt import TrtSession
 
@@ -132,7 +134,7 @@ def _open_plan(path: str | Path, check_hashes: bool) -> Session:
     # A plan holds graph and weights: it runs without the ONNX files, and opening it hashes its own bytes.
     if check_hashes:
         manifest.check_files(hashes=True)
-    return TrtSession(manifest, facts)
+    return TrtSession(manifest, facts, cuda_graph=cuda_graph)
 
 
 def _open_standard_graph(manifest: Manifest, device: Device, threads: int) -> Session:

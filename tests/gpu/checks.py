@@ -15,10 +15,8 @@ from qconvert.limits import limit_value
 from qrun import cuda
 from qrun.bench import Measured, Workload, conditions, measure
 from qrun.generate import Context, Token, generate
-from qrun.manifest import read_manifest
-from qrun.plan import read_plan
 from qrun.sampling_params import SamplingParams
-from qrun.session import Session
+from qrun.session import Session, open_session
 from qrun.trt import TrtSession
 
 # The CPU's margin, in logits, between its choice and another of the plan's. Both compute in bfloat16 with
@@ -27,7 +25,9 @@ NEAR_TIE = limit_value("near_tie", "bf16")
 
 
 def open_plan(plan: Path, *, cuda_graph: bool = True) -> TrtSession:
-    return TrtSession(read_manifest(plan.parent), read_plan(plan), cuda_graph=cuda_graph)
+    session = open_session(plan, cuda_graph=cuda_graph)
+    assert isinstance(session, TrtSession)
+    return session
 
 
 def greedy(session: Session, prompt: list[int], count: int) -> list[int]:

@@ -64,6 +64,14 @@ def test_generate_and_bench_take_a_plan(plan: Path, device: EmulatedDevice) -> N
     assert json.loads(result.stdout)["device"] == "Emulated GPU, TensorRT-RTX 1.7.1.116"
 
 
+def test_the_cuda_graph_can_be_left_out(plan: Path, device: EmulatedDevice) -> None:
+    command = ("generate", "--engine", plan, "--prompt", "hi", "--greedy", "--max-tokens", 8, "--json")
+    plain = json.loads(qrun(*command, "--no-cuda-graph").stdout)
+    assert device.graph_launches == 0
+    assert json.loads(qrun(*command).stdout)["token_ids"] == plain["token_ids"]
+    assert device.graph_launches > 0
+
+
 def test_verbose_tells_the_gpu(plan: Path, device: EmulatedDevice) -> None:
     result = qrun("generate", "--engine", plan, "--prompt", "hi", "--max-tokens", 1, "-v")
     assert "device: Emulated GPU, TensorRT-RTX 1.7.1.116" in result.stderr

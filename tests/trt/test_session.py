@@ -25,12 +25,7 @@ def row(token_ids: object) -> np.ndarray:
 
 
 def opened(plan: Path, **options: bool) -> TrtSession:
-    if options:
-        from qrun.manifest import read_manifest
-        from qrun.plan import read_plan
-
-        return TrtSession(read_manifest(plan.parent), read_plan(plan), **options)
-    session = open_session(plan)
+    session = open_session(plan, **options)
     assert isinstance(session, TrtSession)
     return session
 
