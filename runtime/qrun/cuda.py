@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from qrun.errors import QrunError
+from qrun.gpu import why_no_gpu
 
 _NO_GPU = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorStubLibrary")
 _INSTALL = "pip install 'qconvert[rtx]' or 'qconvert[tensorrt]', as the plan's sidecar names its backend"
@@ -65,6 +66,8 @@ def _error(runtime: Any, function: str, status: Any) -> CudaError:
         for _, text in (runtime.cudaGetErrorName(status), runtime.cudaGetErrorString(status))
     )
     if name in _NO_GPU:
+        # CUDA says of a machine without any driver that its driver is too old.
+        words = why_no_gpu() or words
         return CudaError(
             name,
             f"this machine has no NVIDIA GPU that can be used: {words} ({name})",

@@ -23,7 +23,7 @@ def why_no_gpu() -> str | None:
     """Why this machine has no NVIDIA GPU to run or build on, or None if it has one."""
     driver = _driver()
     if driver is None:
-        return "this machine has no NVIDIA driver (libcuda.so.1)"
+        return "there is no NVIDIA driver (libcuda.so.1)"
     count = ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
         return "the NVIDIA driver finds no GPU"

@@ -121,3 +121,14 @@ def test_a_folder_named_as_a_plan(plan: Path, device: EmulatedDevice, tmp_path: 
     folder = tmp_path / "empty" / "x.plan"
     folder.mkdir(parents=True)
     assert "x.plan is not a folder that qconvert made" in refusals(folder, device)
+
+
+def test_no_driver_is_not_called_an_old_one(
+    plan: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's own words for a machine with no driver at all: "driver version is insufficient"."""
+    device.no_gpu = "cudaErrorInsufficientDriver"
+    monkeypatch.setattr("qrun.cuda.why_no_gpu", lambda: "there is no NVIDIA driver (libcuda.so.1)")
+    told = refusals(plan, device)
+    assert "no NVIDIA GPU that can be used: there is no NVIDIA driver (libcuda.so.1)" in told
+    assert "insufficient for" not in told
