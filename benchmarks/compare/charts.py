@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 400
-_BAR, _LABEL = 22, 150
+_BAR = 22
 
 
 @dataclass(frozen=True)
@@ -35,30 +35,31 @@ class Point:
 def bars(title: str, values: Sequence[Bar]) -> str:
     """Horizontal bars, the order as given; longest value fills the width."""
     top = max((bar.greatest or bar.value or 0 for bar in values), default=0) or 1
-    room = WIDTH - _LABEL - 58
+    left = 16 + 6.4 * max((len(bar.label) for bar in values), default=0)
+    room = WIDTH - left - 58
     height = len(values) * _BAR + 6
     parts = []
     for index, bar in enumerate(values):
         y = index * _BAR + 4
         kind = "ours" if bar.ours else "peer"
-        parts.append(f'<text class="label {kind}" x="{_LABEL - 6}" y="{y + 12}">{escape(bar.label)}</text>')
+        parts.append(f'<text class="label {kind}" x="{left - 6:.1f}" y="{y + 12}">{escape(bar.label)}</text>')
         if bar.value is None:
-            parts.append(f'<text class="note" x="{_LABEL}" y="{y + 12}">{escape(bar.note)}</text>')
+            parts.append(f'<text class="note" x="{left:.1f}" y="{y + 12}">{escape(bar.note)}</text>')
             continue
         length = room * bar.value / top
         end = length
-        parts.append(f'<rect class="{kind}" x="{_LABEL}" y="{y}" width="{length:.1f}" height="15" rx="2"/>')
+        parts.append(f'<rect class="{kind}" x="{left:.1f}" y="{y}" width="{length:.1f}" height="15" rx="2"/>')
         if bar.least is not None and bar.greatest is not None and bar.greatest > bar.least:
             low, end = room * bar.least / top, max(length, room * bar.greatest / top)
-            x1, x2 = _LABEL + low, _LABEL + room * bar.greatest / top
+            x1, x2 = left + low, left + room * bar.greatest / top
             parts.append(f'<line class="spread" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y + 7.5}" y2="{y + 7.5}"/>')
-        parts.append(f'<text class="value" x="{_LABEL + end + 4:.1f}" y="{y + 12}">{escape(bar.text)}</text>')
+        parts.append(f'<text class="value" x="{left + end + 4:.1f}" y="{y + 12}">{escape(bar.text)}</text>')
     return _figure(title, height, parts)
 
 
 def scatter(title: str, points: Sequence[Point], x_title: str, y_title: str) -> str:
     """Points on two logarithmic axes, each with its label; labels that would overlap give way vertically."""
-    left, right, top, bottom = 44, WIDTH - 12, 10, 270
+    left, right, top, bottom = 56, WIDTH - 12, 10, 270
     points = [point for point in points if point.x > 0 and point.y > 0]
     if not points:
         return ""
@@ -79,7 +80,7 @@ def scatter(title: str, points: Sequence[Point], x_title: str, y_title: str) -> 
         f"{escape(y_title)}</text>"
     )
     placed = [(x_scale.place(point.x), y_scale.place(point.y)) for point in points]
-    taken: list[tuple[float, float, float]] = []
+    taken = [(x - 6, y + 4, 12.0) for x, y in placed]  # no label on another's point
     for point, (x, y) in sorted(zip(points, placed), key=lambda pair: not pair[0].ours):
         kind = "ours" if point.ours else "peer"
         width = 6.2 * len(point.label)
@@ -131,7 +132,8 @@ class _log_scale:  # noqa: N801 (used as a function)
             middle = (self.high + self.low) / 2
             self.low, self.high = middle - 0.15, middle + 0.15
         self.first, self.last = first, last
-        steps = (1, 2, 5) if self.high - self.low < 2.2 else (1,)
+        span = self.high - self.low
+        steps = (1, 1.5, 2, 3, 5, 7) if span < 0.8 else (1, 2, 5) if span < 2.2 else (1,)
         exponents = range(math.floor(self.low) - 1, math.ceil(self.high) + 1)
         ticks = [step * 10.0**exponent for exponent in exponents for step in steps]
         self.ticks = [(f"{tick:g}", self.place(tick)) for tick in ticks if self._inside(tick)]

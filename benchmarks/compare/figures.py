@@ -23,7 +23,7 @@ from benchmarks.compare.summary import (
 from benchmarks.report import conditions
 
 HEADLINE_PROMPT = 512
-_JUDGED = ("prompt", "decode", "memory", "load")
+_JUDGED = ("prompt", "decode", "memory")
 MISSING = "–"
 
 
@@ -65,7 +65,9 @@ class Report:
         return self.rows[shape, self.headline]
 
     def behind(self) -> list[Behind]:
-        found = [entry for each in self.rows.values() for entry in behind_in_speed(each, _JUDGED)]
+        found = []
+        for (_, prompt), all_rows in self.rows.items():
+            found += behind_in_speed(all_rows, [*_JUDGED, *(["load"] if prompt == self.headline else [])])
         return found + behind_in_quality(self.quality)
 
     def against_best(self, shape: str) -> list[list[str]]:

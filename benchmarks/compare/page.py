@@ -116,9 +116,7 @@ def _shape(report: Report, shape: str) -> list[str]:
 def _bars(all_rows: Sequence[Row], measure: str, unit: float = 1.0) -> list[Bar]:
     found = []
     for row in all_rows:
-        label = row.contender.title.replace("onnxruntime-genai", "ORT-genai").replace(
-            "OpenVINO GenAI", "OpenVINO"
-        )
+        label = row.contender.short
         values = [value / unit for value in row.rounds.get(measure, {}).values()]
         middle = row.median(measure)
         if middle is None:
@@ -131,31 +129,21 @@ def _bars(all_rows: Sequence[Row], measure: str, unit: float = 1.0) -> list[Bar]
 
 def _quality(report: Report) -> list[str]:
     parts = ["<h2>Quality: a real 135M model, against PyTorch in float32</h2>"]
-    known = [entry for entry in report.quality if entry.by_text and entry.mean("mean_kl")]
-    short = {
-        entry.contender.name: entry.contender.title.replace("onnxruntime-genai", "ORT-genai")
-        for entry in known
-    }
+    # What is not quantised lies so far below that the others would lie on one line.
+    known = [entry for entry in report.quality if entry.by_text and entry.contender.bits <= 8]
     by_bytes = [
-        Point(short[e.contender.name], (e.model_bytes or 0) / 1e6, e.mean("mean_kl") or 0, e.contender.ours)
+        Point(e.contender.short, (e.model_bytes or 0) / 1e6, e.mean("mean_kl") or 0, e.contender.ours)
         for e in known
     ]
-    charts = [
-        scatter("Quality against bytes (lower left is better)", by_bytes, "MB of the model", "mean KL, nats")
-    ]
+    charts = [scatter("Quality against bytes (lower left is better)", by_bytes, "MB", "mean KL, nats")]
     for shape in report.facts["shapes"]:
-        speeds = {row.contender.name: row.median("decode") for row in report.headline_rows(shape)}
-        points = [
-            Point(
-                short[e.contender.name],
-                speeds.get(e.contender.name) or 0,
-                e.mean("mean_kl") or 0,
-                e.contender.ours,
-            )
+        speeds = {row.contender.name: row.median("decode") or 0 for row in report.headline_rows(shape)}
+        by_speed = [
+            Point(e.contender.short, speeds[e.contender.name], e.mean("mean_kl") or 0, e.contender.ours)
             for e in known
         ]
         title = f"Quality against decode speed of {shape.upper()} (lower right is better)"
-        charts.append(scatter(title, points, "decode, tokens/s", "mean KL, nats"))
+        charts.append(scatter(title, by_speed, "decode, tokens/s", "mean KL, nats"))
     parts.append(f'<div class="charts">{"".join(charts)}</div>')
     parts.append(_table(*quality_table(report.quality)))
     return parts

@@ -72,6 +72,11 @@ class Contender:
         return f"{self.peer.title} {self.variant}"
 
     @property
+    def short(self) -> str:
+        """The title where there is little room."""
+        return self.title.replace("onnxruntime-genai", "ORT-genai").replace(" GenAI", "")
+
+    @property
     def bits(self) -> int:
         return self.peer.variants[self.variant]
 
@@ -81,15 +86,16 @@ class Contender:
 
 
 def contenders(names: Sequence[str]) -> list[Contender]:
-    """All variants of the named peers, ours first; "all" names every peer.
+    """All variants of the named peers; "all" names every peer.
 
-    A name may choose one variant: "llama_cpp:Q4_0".
+    A name may choose one variant: "llama_cpp:Q4_0". Ours take part without being named.
 
     Raises:
         KeyError: a name that the table does not have.
     """
     found: dict[str, Contender] = {}
-    for name in PEERS if "all" in names else [OURS, *names]:
+    named = any(name.partition(":")[0] == OURS for name in names)
+    for name in PEERS if "all" in names else names if named else [OURS, *names]:
         peer, _, variant = name.partition(":")
         for each in [variant] if variant else PEERS[peer].variants:
             contender = Contender(PEERS[peer], each)

@@ -124,9 +124,10 @@ def test_quality_behind_means_less_divergence_from_no_more_bytes() -> None:
     assert behind_in_quality(qualities([OURS, LLAMA], sizes, measured)) == []
 
 
-def test_ours_always_takes_part_and_unknown_names_are_refused() -> None:
+def test_ours_take_part_without_being_named_and_unknown_names_are_refused() -> None:
     names = [contender.name for contender in contenders(["llama_cpp:Q4_0"])]
     assert names == [*(f"qconvert {v}" for v in PEERS["qconvert"].variants), "llama_cpp Q4_0"]
+    assert [contender.name for contender in contenders(["qconvert:int8"])] == ["qconvert int8"]
     with pytest.raises(KeyError):
         contenders(["lama"])
     with pytest.raises(KeyError):
