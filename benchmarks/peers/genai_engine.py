@@ -58,6 +58,8 @@ class GenaiModel(Model):
         session = onnxruntime.InferenceSession(
             str(self.folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
+        decoder = json.loads((self.folder / "genai_config.json").read_text())["model"]["decoder"]
+        empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), dtype=np.float32)
         given = {}
         for port in session.get_inputs():
             if port.name == "input_ids":
@@ -67,7 +69,7 @@ class GenaiModel(Model):
             elif port.name == "position_ids":
                 given[port.name] = np.arange(len(ids), dtype=np.int64)[None]
             else:
-                given[port.name] = np.zeros((1, port.shape[1], 0, port.shape[3]), dtype=np.float32)
+                given[port.name] = empty
         found: np.ndarray = session.run(["logits"], given)[0][0]
         return found
 
