@@ -90,13 +90,15 @@ class Recipe:
 def recipe_for(precision: str, hidden_size: int, block_size: int | None = None) -> Recipe:
     """The recipe behind ``--precision`` and ``--block-size`` for a model of ``hidden_size``.
 
-    Without a block size, the precision's own in ``DEFAULT_BLOCK_SIZES``.
+    Without a block size, the precision's own in ``DEFAULT_BLOCK_SIZES``; int8 then has blocks in its
+    embedding and head alone, and integer products everywhere else.
 
     Raises:
         QconvertError: an unknown precision or block size, or a model that cannot be cut into blocks.
     """
     if precision not in PRECISIONS:
         raise QconvertError(f"unknown precision {precision!r}", hint=f"use one of {', '.join(PRECISIONS)}")
+    integers = precision == "int8" and block_size is None
     if block_size is None:
         block_size = DEFAULT_BLOCK_SIZES.get(precision, BLOCK_SIZES[0])
     if block_size not in BLOCK_SIZES:
@@ -114,11 +116,13 @@ def recipe_for(precision: str, hidden_size: int, block_size: int | None = None) 
             hint="use --precision fp32 or fp16",
         )
     head = BlockFormat(8, fitting[-1], symmetric=True)
-    linear = (
-        BlockFormat(8, block_size, symmetric=True)
-        if precision == "int8"
-        else BlockFormat(4, block_size, symmetric=False)
-    )
+    linear: BlockFormat | ChannelFormat
+    if integers:
+        linear = ChannelFormat()
+    elif precision == "int8":
+        linear = BlockFormat(8, block_size, symmetric=True)
+    else:
+        linear = BlockFormat(4, block_size, symmetric=False)
     return Recipe(precision, "float32", linear, head)
 
 

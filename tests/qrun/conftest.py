@@ -24,12 +24,20 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
 
     made: dict[str, Path] = {}
 
-    def make(precision: str = "fp32", *, prefill: bool = False, **checkpoint: Any) -> Path:
-        key = f"{precision} {prefill} {sorted(checkpoint.items())}"
+    def make(
+        precision: str = "fp32", *, prefill: bool = False, block_size: int | None = None, **checkpoint: Any
+    ) -> Path:
+        key = f"{precision} {prefill} {block_size} {sorted(checkpoint.items())}"
         if key not in made:
             root = tmp_path_factory.mktemp("export")
             source = make_tiny_checkpoint(root / "tiny", **checkpoint)
-            options = ExportOptions(precision=precision, prefill=prefill, output=root / "model", verify=False)
+            options = ExportOptions(
+                precision=precision,
+                prefill=prefill,
+                block_size=block_size,
+                output=root / "model",
+                verify=False,
+            )
             made[key] = export(str(source), options, Progress(quiet=True)).folder
         return made[key]
 

@@ -27,7 +27,7 @@ TOLERANCE = 0.15
 
 @pytest.fixture(scope="module")
 def folder(exporter):
-    return exporter("int8", prefill=True, max_position_embeddings=1024)
+    return exporter("int8", prefill=True, block_size=64, max_position_embeddings=1024)
 
 
 @pytest.fixture
