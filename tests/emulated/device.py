@@ -161,8 +161,7 @@ class EmulatedDevice:
     def check_nothing_left(self) -> None:
         """Hold the end of a session against the rule that everything is given back."""
         left = [str(each) for each in self._allocations.values() if not each.freed]
-        left += [type(each).__name__ for each in self.handles.values()]
-        left += [type(each).__name__ for each in list(self.held)]
+        left += [type(each).__name__ for each in (*self.handles.values(), *self.held)]
         if left:
             self.fail(Rule.LEAK, f"{len(left)}: {', '.join(left[:3])}")
 
@@ -277,7 +276,7 @@ _current: EmulatedDevice | None = None
 
 
 def current() -> EmulatedDevice:
-    assert _current is not None, "no emulated device is installed"
+    assert _current is not None
     return _current
 
 
