@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Factors beyond have no use, and could bring float32 arithmetic near its ends.
 _LARGEST_FACTOR = 2.0**12
+# Tokens of a passage that are read. It bounds time and memory where a tokenizer knows bytes only.
+_LONGEST = 512
 
 
 def folding_for(
@@ -33,7 +35,7 @@ def folding_for(
     if fmt is None or fmt.smoothing is None:
         return NO_FOLDING
     context, sequences = (
-        model.config.max_position_embeddings,
+        min(model.config.max_position_embeddings, _LONGEST),
         calibration_ids(tokenizer_folder, model.config.vocab_size),
     )
     sequences = [sequence[:context] for sequence in sequences]
