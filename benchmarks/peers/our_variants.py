@@ -6,5 +6,4 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "int4": (4, ["--precision", "int4"]),
     "int4-prefill8": (4, ["--precision", "int4", "--prefill", "int8"]),
     "int8": (8, ["--precision", "int8"]),
-    "int8-prefill8": (8, ["--precision", "int8", "--prefill", "int8"]),
 }
