@@ -14,6 +14,7 @@ from rich.console import Console
 from qconvert import __version__
 from qconvert.progress import Progress
 from qconvert.quantize import BLOCK_SIZES
+from qconvert.recipes import RECIPES
 from qconvert.targets import TARGETS
 from qrun.errors import QrunError
 
@@ -132,6 +133,17 @@ def _build_options(command: Any) -> Any:
     "--block-size",
     type=click.Choice([str(size) for size in BLOCK_SIZES]),
     help="Weights that share a scale.  [default: 32 for int4, all of an output for int8]",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(RECIPES),
+    help="How int4 is rounded: to nearest; by GPTQ in about 4.3 bits a weight; or with down_proj in 8 "
+    "bits.  [default: rtn, with --calibrate gptq]",
+)
+@click.option(
+    "--calibrate",
+    metavar="FILE",
+    help="A text on which GPTQ looks at the model's activations, or 'default' for the package's own.",
 )
 @click.option(
     "--prefill",

@@ -17,10 +17,13 @@ from qconvert.decoder import DecoderSpec, rope_tables
 from qconvert.errors import QconvertError
 from qconvert.folding import Folding
 from qconvert.forecast import export_bytes, parameter_count
+from qconvert.gptq import round_weights, write_record
+from qconvert.gptq.store import RoundedWeights
 from qconvert.hub import Hub
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
-from qconvert.quantize import Recipe
+from qconvert.quantize import PackedWeight, Recipe
+from qconvert.recipes import choose
 from qconvert.smoothing import folding_for
 from qconvert.targets import GRAPH_NAME, Target, target_named, with_prefill_graph
 
@@ -37,6 +40,8 @@ class ExportOptions:
     """What a user may choose; see ``qconvert export --help``."""
 
     precision: str | None = None  # the target's default
+    recipe: str | None = None  # of recipes.RECIPES; "gptq" where there is a calibration text, else "rtn"
+    calibrate: str | None = None  # a text file, or "default"
     target: str = "onnxruntime"
     max_length: int | None = None
     block_size: int | None = None
@@ -69,7 +74,8 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     recipe = target.recipe(options.precision or target.precisions[0], options.block_size, spec)
     if options.prefill:
         recipe = with_prefill_graph(recipe, target)
-    output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{recipe.precision}")
+    recipe, text, kind = choose(recipe, spec, options, checkpoint.folder)
+    output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{kind}")
     needed = int(export_bytes(spec, recipe) * 1.01) + (64 << 20)  # graph, tokenizer and reports
 
     with new_model_folder(output, force=options.force, needed_bytes=needed) as folder:
@@ -78,8 +84,22 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
             with progress.task("loading the checkpoint"):
                 model = load_model(checkpoint)
             folding = folding_for(recipe, model, checkpoint.folder, progress)
+            rounded = None
+            if text is not None:
+                rounded = RoundedWeights(output, hashes.result(), recipe)
+                round_weights(model, recipe, text.sequences, rounded, progress)
+                write_record(folder.path, model, recipe, rounded)
             with progress.task("writing the graph", parameter_count(spec)) as advance:
-                write_graph(model, spec, recipe, target, folder.path, folding=folding, advance=advance)
+                write_graph(
+                    model,
+                    spec,
+                    recipe,
+                    target,
+                    folder.path,
+                    folding=folding,
+                    rounded=rounded,
+                    advance=advance,
+                )
             write_companions(checkpoint, spec, folder.path, for_genai=target.read_by_genai)
             facts = describe(checkpoint, spec, recipe, target, hashes.result())
         with progress.task("hashing the files"):
@@ -88,7 +108,10 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
         if options.verify:
             report = prove(folder, facts, model, options, progress)
         with progress.task("publishing the folder"):
-            return Exported(folder.publish(), report)
+            published = folder.publish()
+        if rounded is not None:
+            rounded.remove()
+        return Exported(published, report)
 
 
 def write_graph(
@@ -100,6 +123,7 @@ def write_graph(
     *,
     folding: Folding,
     advance: Any = None,
+    rounded: Mapping[str, PackedWeight] | None = None,
 ) -> None:
     """Lower the decoder and write the target's graphs and ``model.onnx.data``."""
     import onnx_ir
@@ -108,7 +132,7 @@ def write_graph(
     from qconvert.weights import CheckpointWeights, DataFile
 
     with DataFile(folder / f"{GRAPH_NAME}.data") as data, piece_workers() as workers:
-        initializers = Initializers(CheckpointWeights(model, advance), data, workers, folding)
+        initializers = Initializers(CheckpointWeights(model, advance), data, workers, folding, rounded)
         graphs = target.lower(spec, recipe, initializers, rope_tables(model.config, spec.context_length))
     for name, graph in graphs.items():
         onnx_ir.save(graph, folder / name)

@@ -131,8 +131,12 @@ class ExportedWeights:
         """The largest relative error of a quantised tensor's scales by rounding to their own type."""
         import torch
 
-        turned = self._stored[name].columns
-        return torch.finfo(turned.scales.dtype).eps / 2 if isinstance(turned, Int4Columns) else 0.0
+        stored = self._stored[name]
+        if isinstance(stored.columns, Int4Columns):
+            return torch.finfo(stored.columns.scales.dtype).eps / 2
+        # quantize.pack rounds them up, by a whole unit in the last place at most.
+        coarse = stored.scales is not None and stored.scales.dtype.name == "bfloat16"
+        return torch.finfo(torch.bfloat16).eps if coarse else 0.0
 
     def array(self, initializer: str) -> NDArray[Any]:
         """An initializer of the graph as it is stored, mapped.
@@ -209,7 +213,8 @@ class ExportedWeights:
             data = self.array(names[bits])
         has_zeros = f"{joined}.zero_points" in self._arrays
         zero_points = self.array(f"{joined}.zero_points") if has_zeros else None
-        fmt = BlockFormat(bits, data.shape[2] * 8 // bits, symmetric=not has_zeros)
+        block_size = data.shape[2] * 8 // bits
+        fmt = BlockFormat(bits, block_size, symmetric=not has_zeros, scale_dtype=scales.dtype.name)
         # The last block may be filled up with zeros.
         fits = data.shape[1] == -(-columns[0] // fmt.block_size)
         width = columns[0] if fits else data.shape[1] * fmt.block_size

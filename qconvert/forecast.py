@@ -21,6 +21,9 @@ def export_bytes(spec: DecoderSpec, recipe: Recipe) -> int:
     rope = spec.context_length * spec.head_size  # cosines and sines of half a head
     total = (biases + norms + rope) * item
     total += _bytes(linear, recipe.linear, item)
+    for part, fmt in recipe.exceptions.items():
+        share = spec.num_hidden_layers * spec.hidden_size * _inputs(spec, part)
+        total += _bytes(share, fmt, item) - _bytes(share, recipe.linear, item)
     if recipe.prefill is not None:
         total += _bytes(linear, recipe.prefill, item)
     total += _bytes(embedding, recipe.head, item) * heads
@@ -40,6 +43,11 @@ def _shares(spec: DecoderSpec) -> tuple[int, int, int, int, int]:
     biases = spec.num_hidden_layers * (spec.query_size + 2 * spec.kv_size)
     norms = (2 * spec.num_hidden_layers + 1) * hidden
     return linear, biases, norms, hidden * spec.vocab_size, 1 if spec.tie_word_embeddings else 2
+
+
+def _inputs(spec: DecoderSpec, part: str) -> int:
+    """What times ``hidden_size`` gives the elements of a kind of linear weight that recipes except."""
+    return {"o_proj": spec.query_size, "down_proj": spec.intermediate_size}[part]
 
 
 def _bytes(elements: int, fmt: BlockFormat | ChannelFormat | None, item: int) -> int:

@@ -26,3 +26,16 @@ def piece_workers() -> Iterator[Executor]:
             yield pool
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Within ``piece_workers``: torch itself takes every usable core, for one large operation."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

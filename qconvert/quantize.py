@@ -7,9 +7,9 @@ earlier one in the low half.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qconvert.errors import QconvertError
@@ -28,16 +28,31 @@ PIECE = 1 << 19
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """``bits`` 4 or 8; ``block_size`` weights share a scale; asymmetric adds a zero point to each block."""
+    """``bits`` 4 or 8; ``block_size`` weights share a scale; asymmetric adds a zero point to each block.
+
+    ``scale_dtype`` is the type in which scales are stored: float32, or bfloat16, which ONNX Runtime
+    turns into float32 when it loads the model.
+    """
 
     bits: int
     block_size: int
     symmetric: bool
+    scale_dtype: str = "float32"
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits a weight, scales and zero points included."""
-        return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.block_size
+        scale_bits = 16 if self.scale_dtype == "bfloat16" else 32
+        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.block_size
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """On which text weights were rounded: its name for people, SHA-256 of its token ids, their number."""
+
+    text: str
+    sha256: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,9 @@ class Recipe:
 
     ``linear`` and ``head`` are None where weights keep the activations' type. ``head`` is the format
     of the embedding as well: a tied one is stored once. ``prefill`` is the format of the linear layers
-    in a second graph that reads prompts only, or None where one graph does both.
+    in a second graph that reads prompts only, or None where one graph does both. ``exceptions`` are
+    formats of single kinds of linear weights (``down_proj``). With a ``calibration``, 4-bit weights are
+    rounded by GPTQ on its text; all others, and without it all, are rounded to nearest.
     """
 
     precision: str
@@ -77,6 +94,15 @@ class Recipe:
     head: BlockFormat | None
     accuracy_level: int = 4  # MatMulNBits may quantise activations to int8, block by block
     prefill: ChannelFormat | None = None
+    exceptions: Mapping[str, BlockFormat] = field(default_factory=dict)
+    calibration: Calibration | None = None
+
+    def format_of(self, name: str) -> BlockFormat | None:
+        """The blocks of a linear weight in the graph that decodes, by its name in the checkpoint."""
+        special = (fmt for part, fmt in self.exceptions.items() if f".{part}." in name)
+        fmt = next(special, self.linear)
+        assert not isinstance(fmt, ChannelFormat), "int8.py has the integer products"
+        return fmt
 
     @property
     def integer_products(self) -> ChannelFormat | None:
@@ -130,7 +156,7 @@ def recipe_for(precision: str, hidden_size: int, block_size: int | None = None) 
 class PackedWeight:
     """One packed weight ``[N, K]`` in MatMulNBits' layout, with B = K / block_size rounded up.
 
-    data: uint8 ``[N, B, block_size * bits / 8]``; scales: float32 ``[N, B]``;
+    data: uint8 ``[N, B, block_size * bits / 8]``; scales: ``[N, B]`` in the format's type;
     zero_points: uint8 ``[N, ceil(B * bits / 8)]``, or None for a symmetric format.
     """
 
@@ -183,7 +209,8 @@ def pack(weight: torch.Tensor, fmt: BlockFormat, workers: Executor | None = None
 
     for _ in (map if workers is None else workers.map)(pack_rows, row_ranges(weight)):
         pass  # waits for each piece, and raises what it raised
-    return PackedWeight(data, scales, None if zeros is None else _pack_zero_points(zeros, fmt.bits))
+    zero_points = None if zeros is None else _pack_zero_points(zeros, fmt.bits)
+    return PackedWeight(data, scales.to(getattr(torch, fmt.scale_dtype)), zero_points)
 
 
 def _round_blocks(
@@ -198,11 +225,11 @@ def _round_blocks(
     top = (1 << fmt.bits) - 1
     if zeros is None:
         middle = 1 << (fmt.bits - 1)
-        torch.maximum(high, -low, out=scales).div_(middle - 1)
+        scales.copy_(_stored(torch.maximum(high, -low).div_(middle - 1), fmt))
         offset: torch.Tensor | float = float(middle)
     else:
         low, high = low.clamp_(max=0), high.clamp_(min=0)
-        torch.sub(high, low, out=scales).div_(top)
+        scales.copy_(_stored(torch.sub(high, low).div_(top), fmt))
         offset = torch.round(-low / scales).nan_to_num_(0.0).clamp_(0, top)
         zeros.copy_(offset)
         offset = offset.unsqueeze(-1)
@@ -210,6 +237,39 @@ def _round_blocks(
     scales.masked_fill_(scales == 0, 1.0)
     codes = values * scales.reciprocal().unsqueeze(-1)
     return codes.round_().add_(offset).clamp_(0, top).to(torch.uint8)
+
+
+def _stored(steps: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+    """``steps`` as the format stores them: rounded up, so that the block's ends stay within its range."""
+    import torch
+
+    if fmt.scale_dtype == "float32":
+        return steps
+    # The upper half of a float32 is a bfloat16; adding 0xFFFF first rounds a positive one up.
+    return ((steps.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+
+
+def assemble(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, fmt: BlockFormat
+) -> PackedWeight:
+    """Pack what somebody else has rounded.
+
+    Args:
+        codes: uint8 ``[N, K]``, below 2^bits.
+        scales: ``[N, B]`` with B = K / block_size rounded up, in values of ``fmt.scale_dtype``.
+        zeros: ``[N, B]``, whole numbers; None for a symmetric format.
+        fmt: the format.
+    """
+    import torch
+
+    rows, columns = codes.shape
+    middle = 1 << (fmt.bits - 1)
+    padded = torch.nn.functional.pad(codes, (0, scales.shape[1] * fmt.block_size - columns), value=middle)
+    return PackedWeight(
+        _pack_bits(padded.view(rows, -1, fmt.block_size), fmt.bits).contiguous(),
+        scales.to(getattr(torch, fmt.scale_dtype)).contiguous(),
+        None if zeros is None else _pack_zero_points(zeros.to(torch.uint8), fmt.bits),
+    )
 
 
 def _pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -241,5 +301,5 @@ def unpack(packed: PackedWeight, fmt: BlockFormat, columns: int) -> torch.Tensor
         if packed.zero_points is None
         else codes(packed.zero_points)[:, :blocks]
     )
-    values = (codes(packed.data) - zeros.unsqueeze(-1)) * packed.scales.unsqueeze(-1)
+    values = (codes(packed.data) - zeros.unsqueeze(-1)) * packed.scales.float().unsqueeze(-1)
     return values.reshape(rows, -1)[:, :columns]

@@ -22,13 +22,14 @@ from qconvert.checkpoint import load_model, open_checkpoint, resolve_source
 from qconvert.compare import GreedyCheck, Rows, check_greedy, compare_rows, join, measure
 from qconvert.errors import QconvertError
 from qconvert.exported_weights import ExportedWeights
-from qconvert.limits import PRECISIONS, limit_value
+from qconvert.gptq import read_record
+from qconvert.limits import PRECISIONS, limit_value, limits_name
 from qconvert.prefill_proof import add_weights, prompt_weights, prove_prompts
 from qconvert.progress import Progress
 from qconvert.prompt_paths import PathReader
 from qconvert.reference import Reference
 from qconvert.report import REPORT_JSON, REPORT_MARKDOWN, GreedyResult, PathResult, Report, find_failures
-from qconvert.weight_check import check_weights
+from qconvert.weight_check import MovedWeights, check_weights
 from qrun.errors import QrunError
 from qrun.generate import Context, Token, generate
 from qrun.manifest import MANIFEST_NAME, Manifest, names_plan, read_manifest, sha256_of
@@ -56,13 +57,14 @@ def verify(path: Path, reference: Reference, progress: Progress) -> Report:
     started = perf_counter()
     manifest = read_manifest(path)
     _check_fits(manifest, reference)
+    limits = limits_name(manifest.precision, calibrated=_is_calibrated(manifest))
     session = open_session(path, prefill_graph=False)
     exported = ExportedWeights(manifest.graph_path, reference.model)
     with progress.task(
         "checking the weights", sum(p.numel() for p in reference.model.parameters())
     ) as advance:
-        limit = limit_value("weight_steps", manifest.precision)
-        weights = check_weights(exported, reference.model, limit, advance)
+        limit = limit_value("weight_steps", limits)
+        weights = check_weights(exported, reference.model, limit, advance, _moved_weights(manifest))
         if (prefill := manifest.prefill_path) is not None:
             prompts = prompt_weights(prefill, reference.model)
             weights = add_weights(weights, prompts, prefill, reference.model, limit)
@@ -112,14 +114,14 @@ def verify(path: Path, reference: Reference, progress: Progress) -> Report:
             )
     return Report(
         name=manifest.name,
-        precision=manifest.precision,
+        precision=limits,
         device=device,
         reference=reference.dtype,
         notes=cases.notes,
         weights=weights,
         paths=tuple(results),
         greedy=greedy,
-        failed=find_failures(manifest.precision, weights, tuple(results), greedy),
+        failed=find_failures(limits, weights, tuple(results), greedy),
         seconds=perf_counter() - started,
     )
 
@@ -181,6 +183,19 @@ def _record(manifest: Manifest, report: Report) -> None:
     written = manifest.folder / f".{MANIFEST_NAME}.new"
     written.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     written.replace(manifest.folder / MANIFEST_NAME)
+
+
+def _is_calibrated(manifest: Manifest) -> bool:
+    recipe = manifest.raw.get("recipe")
+    return isinstance(recipe, dict) and recipe.get("calibration") is not None
+
+
+def _moved_weights(manifest: Manifest) -> MovedWeights | None:
+    """What is allowed to weights that a calibration has rounded, where it has."""
+    if not _is_calibrated(manifest):
+        return None
+    limit = limit_value("moved_steps", limits_name(manifest.precision, calibrated=True))
+    return MovedWeights(read_record(manifest.folder), limit)
 
 
 def _check_fits(manifest: Manifest, reference: Reference) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from qconvert.decoder import rope_tables
 from qconvert.exported_weights import ExportedWeights
+from qconvert.gptq import Digest
 from qconvert.quantize import PIECE, BlockFormat
 from qconvert.weights import CheckpointWeights
 
@@ -37,6 +39,8 @@ class WeightCheck:
 
     ``worst_steps`` is the largest error of a quantised weight in rounding steps of its block (0.5 is
     what rounding to nearest leaves at most), found in ``worst_tensor``; 0 where nothing is quantised.
+    ``moved_tensors`` were rounded by a calibration; ``moved_steps`` is the largest mean of their blocks'
+    largest errors.
     """
 
     tensors: int
@@ -44,23 +48,64 @@ class WeightCheck:
     worst_steps: float
     worst_tensor: str | None
     faults: tuple[WeightFault, ...]
+    moved_tensors: int = 0
+    moved_steps: float = 0.0
+
+
+@dataclass(frozen=True)
+class MovedWeights:
+    """Weights that a calibration rounded on purpose: their digests, and how many steps they may be off."""
+
+    digests: Mapping[str, str]
+    limit_steps: float
+
+
+class _MovedTensor:
+    """What is asked of one of them, piece by piece."""
+
+    def __init__(self) -> None:
+        self._digest = Digest()
+        self._total, self._blocks = 0.0, 0
+
+    def add(self, stored: torch.Tensor, steps: torch.Tensor) -> None:
+        self._digest.add(stored)
+        self._total += float(steps.sum())
+        self._blocks += steps.numel()
+
+    @property
+    def steps(self) -> float:
+        """Mean over the blocks of the largest error in each."""
+        return self._total / self._blocks
+
+    def fault(self, digest: str, limit: float) -> str | None:
+        if not self.steps <= limit:
+            return f"blocks are off by {self.steps:.3g} steps on average, {limit:g} at most are due to GPTQ"
+        if self._digest.text != digest:
+            return "not the weights that the calibration has rounded"
+        return None
 
 
 def check_weights(
-    exported: ExportedWeights, model: Qwen2ForCausalLM, limit_steps: float, advance: Any = None
+    exported: ExportedWeights,
+    model: Qwen2ForCausalLM,
+    limit_steps: float,
+    advance: Any = None,
+    moved: MovedWeights | None = None,
 ) -> WeightCheck:
     """Compare every stored weight with the checkpoint, tensor by tensor.
 
     A quantised weight may be off by ``limit_steps`` rounding steps of its block. The step comes from
     the checkpoint's values, not from the stored scale, so that a wrong scale cannot excuse itself;
     it is longer by what the scale's own type may round (2^-8 in bfloat16, nothing in float32).
-    A weight that is not quantised must be the checkpoint's, cast.
+    A weight that is not quantised must be the checkpoint's, cast. Tensors that a calibration ``moved``
+    must be to the last bit what their rounding had recorded, and near the checkpoint's on average.
     """
     checkpoint = CheckpointWeights(model)
     worst, worst_tensor, values, faults = 0.0, None, 0, []
-    names = list(exported)
+    names, moved_steps = list(exported), [0.0]
     for name in names:
         tensor, fault = checkpoint[name], None
+        movement = _MovedTensor() if moved is not None and name in moved.digests else None
         rows = max(1, PIECE // max(1, tensor[0].numel()))
         for start in range(0, tensor.shape[0], rows):
             true = exported.folding.apply(name, tensor[start : start + rows], start)
@@ -70,11 +115,17 @@ def check_weights(
                     fault = fault or _cast_fault(true, stored, exported.dtype_of(name), start)
                 continue
             steps = error_in_steps(true.float(), stored, fmt) / (1 + exported.scale_rounding(name))
+            if movement is not None:
+                movement.add(stored, steps)
+                continue
             largest = float(steps.max())  # NaN if there is one
             if not largest <= worst and not math.isnan(worst):
                 worst, worst_tensor = largest, name
             if not largest <= limit_steps:
                 fault = fault or _rounding_fault(steps, fmt, start, limit_steps)
+        if movement is not None and moved is not None:
+            fault = movement.fault(moved.digests[name], moved.limit_steps)
+            moved_steps.append(movement.steps)
         if fault:
             faults.append(WeightFault(name, fault))
         values += tensor.numel()
@@ -82,7 +133,9 @@ def check_weights(
         if advance is not None:
             advance(tensor.numel())
     faults += _rope_faults(exported, model)
-    return WeightCheck(len(names), values, worst, worst_tensor, tuple(faults))
+    return WeightCheck(
+        len(names), values, worst, worst_tensor, tuple(faults), len(moved_steps) - 1, max(moved_steps)
+    )
 
 
 def error_in_steps(true: torch.Tensor, stored: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,9 +43,11 @@ class Initializers:
         data: DataFile,
         workers: Executor | None = None,
         folding: Folding = NO_FOLDING,
+        rounded: Mapping[str, PackedWeight] | None = None,
     ) -> None:
         self._weights = weights
         self._folding = folding
+        self._rounded = rounded or {}  # packed already, by a calibration
         self._workers = workers
         self._data = data
         self._by_name: dict[str, ir.Value] = {}
@@ -62,7 +64,7 @@ class Initializers:
 
     def for_another_graph(self, data: DataFile | None = None) -> Initializers:
         """The same tensors as values of a second graph: a value belongs to one, the data to both."""
-        twin = Initializers(self._weights, data or self._data, self._workers, self._folding)
+        twin = Initializers(self._weights, data or self._data, self._workers, self._folding, self._rounded)
         for name, value in self._by_name.items():
             twin._by_name[name] = ir.Value(
                 name=name, shape=value.shape, type=value.type, const_value=value.const_value
@@ -213,6 +215,8 @@ class Initializers:
 
     def _pack(self, name: str, fmt: BlockFormat) -> PackedWeight:
         with self._used(name) as weight:
+            if name in self._rounded:
+                return self._rounded[name]
             return pack(weight, fmt, self._workers)
 
     @contextmanager

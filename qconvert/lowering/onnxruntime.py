@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qconvert.decoder import DecoderSpec
 from qconvert.lowering.initializers import Initializers, PackedValues, joined_name
-from qconvert.quantize import BlockFormat, ChannelFormat, Recipe
+from qconvert.quantize import BlockFormat, Recipe
 
 OPSET = 21
 IR_VERSION = 10
@@ -44,6 +44,7 @@ class OnnxRuntimeLowering:
         self._nodes: list[ir.Node] = []
         self._labels: Counter[str] = Counter()
         self._tied: PackedValues | None = None
+        self._cast_scales: dict[ir.Value, ir.Value] = {}
 
         self._input_ids = _value("input_ids", ir.DataType.INT64, "batch", "sequence")
         self._mask = _value("attention_mask", ir.DataType.INT64, "batch", "total_sequence")
@@ -69,7 +70,7 @@ class OnnxRuntimeLowering:
             self._tied = packed if self._spec.tie_word_embeddings else None
             hidden = self.op(
                 "GatherBlockQuantized",
-                [self._initializers.flat_view(packed), self._input_ids, packed.scales],
+                [self._initializers.flat_view(packed), self._input_ids, self._scales(packed, weight)],
                 {"bits": head.bits, "block_size": head.block_size, "gather_axis": 0, "quantize_axis": 1},
                 domain=CONTRIB,
                 name=weight,
@@ -99,8 +100,7 @@ class OnnxRuntimeLowering:
     def linear(self, hidden: ir.Value, weights: Sequence[str], biases: Sequence[str] = ()) -> ir.Value:
         bias = self._initializers.dense(biases, self._dtype) if biases else None
         name = joined_name(weights)
-        fmt = self._recipe.linear
-        assert not isinstance(fmt, ChannelFormat), "int8.py has the integer products"
+        fmt = self._recipe.format_of(weights[0])
         if fmt is not None:
             return self._multiply_packed(hidden, self._initializers.packed(weights, fmt), fmt, bias, name)
         product = self._multiply_dense(hidden, self._initializers.dense(weights, self._dtype), name)
@@ -193,10 +193,19 @@ class OnnxRuntimeLowering:
             "block_size": fmt.block_size,
             "accuracy_level": self._recipe.accuracy_level,
         }
-        inputs = [hidden, weight.data, weight.scales, weight.zero_points, None, bias]
+        inputs = [hidden, weight.data, self._scales(weight, name), weight.zero_points, None, bias]
         while inputs[-1] is None:
             inputs.pop()
         return self.op("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
+
+    def _scales(self, weight: PackedValues, name: str) -> ir.Value:
+        """Scales in the activations' type: ONNX Runtime folds the cast away when it loads the model."""
+        if weight.scales.dtype == self._ir_dtype:
+            return weight.scales
+        if weight.scales not in self._cast_scales:  # a tied embedding's serve twice
+            cast = self.op("Cast", [weight.scales], {"to": self._ir_dtype}, name=name)
+            self._cast_scales[weight.scales] = cast
+        return self._cast_scales[weight.scales]
 
     def _sequence_lengths(self) -> tuple[ir.Value, ir.Value]:
         """What GroupQueryAttention wants: tokens of each row less one [batch], and the longest row's."""
