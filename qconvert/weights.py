@@ -120,6 +120,18 @@ class DataFile:
         )
         return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
 
+    def view_rows(self, value: ir.Value, rows: slice) -> ir.Value:
+        """Some rows of a tensor that is already in the file, as an initializer of its own."""
+        tensor = value.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor.offset is not None
+        assert tensor.length is not None
+        count, *rest = tensor.shape.numpy()
+        row, start = tensor.length // count, rows.start
+        shape = (rows.stop - start, *rest)
+        name = f"{tensor.name}.from_{start}"
+        return self.view(name, tensor.dtype, shape, tensor.offset + start * row, shape[0] * row)
+
 
 def _ir_dtype(tensor: torch.Tensor) -> ir.DataType:
     import torch

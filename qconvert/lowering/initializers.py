@@ -189,6 +189,24 @@ class Initializers:
         ]
         return values, self._store(f"{name}.int8_scales", [scales])
 
+    def row_parts(self, packed: PackedValues, parts: int) -> list[PackedValues]:
+        """A packed matrix as several, each some of its rows: the same bytes under further names."""
+        step = -(-packed.rows // parts)
+        return [
+            PackedValues(
+                self._keep(self._data.view_rows(packed.data, rows)),
+                self._keep(self._data.view_rows(packed.scales, rows)),
+                None
+                if packed.zero_points is None
+                else self._keep(self._data.view_rows(packed.zero_points, rows)),
+                rows.stop - rows.start,
+                packed.columns,
+            )
+            for rows in (
+                slice(start, min(start + step, packed.rows)) for start in range(0, packed.rows, step)
+            )
+        ]
+
     def flat_view(self, packed: PackedValues) -> ir.Value:
         """The bytes of an 8-bit packed matrix as ``[rows, columns]``: a tied embedding is stored once."""
         tensor = packed.data.const_value

@@ -23,6 +23,8 @@ from qconvert.quantize import BlockFormat, Recipe
 OPSET = 21
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
+# Weights of the head that are multiplied at once: a fifth of a 0.5B model's.
+_HEAD_PART = 1 << 25
 _INT64_MAX = np.iinfo(np.int64).max
 
 
@@ -148,7 +150,7 @@ class OnnxRuntimeLowering:
             )
         else:
             packed = self._tied or self._initializers.packed([weight], fmt)
-            logits = self._multiply_packed(hidden, packed, fmt, None, "lm_head.weight")
+            logits = self._multiply_head(hidden, packed, fmt)
         if self._ir_dtype != ir.DataType.FLOAT:
             logits = self.op("Cast", [logits], {"to": ir.DataType.FLOAT})
         logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
@@ -206,6 +208,17 @@ class OnnxRuntimeLowering:
             cast = self.op("Cast", [weight.scales], {"to": self._ir_dtype}, name=name)
             self._cast_scales[weight.scales] = cast
         return self._cast_scales[weight.scales]
+
+    def _multiply_head(self, hidden: ir.Value, packed: PackedValues, fmt: BlockFormat) -> ir.Value:
+        """The largest product in parts: ONNX Runtime arranges one part's weights anew while it holds two."""
+        parts = -(-packed.rows * packed.columns // _HEAD_PART)
+        if parts == 1:
+            return self._multiply_packed(hidden, packed, fmt, None, "lm_head.weight")
+        products = [
+            self._multiply_packed(hidden, part, fmt, None, "lm_head.weight")
+            for part in self._initializers.row_parts(packed, parts)
+        ]
+        return self.op("Concat", products, {"axis": -1}, name="lm_head.weight")
 
     def _sequence_lengths(self) -> tuple[ir.Value, ir.Value]:
         """What GroupQueryAttention wants: tokens of each row less one [batch], and the longest row's."""
