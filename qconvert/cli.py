@@ -153,6 +153,13 @@ def _build_options(command: Any) -> Any:
     help="What reads prompts: the graph that decodes, or another with int8 products (fast, larger).",
 )
 @click.option(
+    "--kv-cache",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="How keys and values are kept: int8 takes a quarter of the memory, but reads prompts slowly.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -188,6 +195,7 @@ def export(
     target: str | None,
     block_size: str | None,
     prefill: str,
+    kv_cache: str,
     engine: bool,
     backend: BackendName | None,
     compute_capabilities: tuple[str, ...],
@@ -208,6 +216,7 @@ def export(
         target=target or "onnxruntime",
         block_size=int(block_size) if block_size else None,
         prefill=prefill == "int8",
+        int8_kv_cache=kv_cache == "int8",
         **options,
     )
     if engine:

@@ -20,12 +20,13 @@ from qconvert.forecast import export_bytes, parameter_count
 from qconvert.gptq import round_weights, write_record
 from qconvert.gptq.store import RoundedWeights
 from qconvert.hub import Hub
+from qconvert.kv_cache import KVScales, scales_for
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 from qconvert.quantize import PackedWeight, Recipe
 from qconvert.recipes import choose
 from qconvert.smoothing import folding_for
-from qconvert.targets import GRAPH_NAME, Target, target_named, with_prefill_graph
+from qconvert.targets import GRAPH_NAME, Target, target_named, with_int8_kv_cache, with_prefill_graph
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
@@ -46,6 +47,7 @@ class ExportOptions:
     max_length: int | None = None
     block_size: int | None = None
     prefill: bool = False  # a second graph that reads prompts
+    int8_kv_cache: bool = False
     output: Path | None = None
     force: bool = False
     verify: bool = True
@@ -75,6 +77,8 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     if options.prefill:
         recipe = with_prefill_graph(recipe, target)
     recipe, text, kind = choose(recipe, spec, options, checkpoint.folder)
+    if options.int8_kv_cache:
+        recipe = with_int8_kv_cache(recipe, target)
     output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{kind}")
     needed = int(export_bytes(spec, recipe) * 1.01) + (64 << 20)  # graph, tokenizer and reports
 
@@ -89,6 +93,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                 rounded = RoundedWeights(output, hashes.result(), recipe)
                 round_weights(model, recipe, text.sequences, rounded, progress)
                 write_record(folder.path, model, recipe, rounded)
+            kv_scales = scales_for(recipe, model, checkpoint.folder, progress)
             with progress.task("writing the graph", parameter_count(spec)) as advance:
                 write_graph(
                     model,
@@ -98,6 +103,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                     folder.path,
                     folding=folding,
                     rounded=rounded,
+                    kv_scales=kv_scales,
                     advance=advance,
                 )
             write_companions(checkpoint, spec, folder.path, for_genai=target.read_by_genai)
@@ -122,6 +128,7 @@ def write_graph(
     folder: Path,
     *,
     folding: Folding,
+    kv_scales: KVScales,
     advance: Any = None,
     rounded: Mapping[str, PackedWeight] | None = None,
 ) -> None:
@@ -133,6 +140,8 @@ def write_graph(
 
     with DataFile(folder / f"{GRAPH_NAME}.data") as data, piece_workers() as workers:
         initializers = Initializers(CheckpointWeights(model, advance), data, workers, folding, rounded)
+        for name, scale in kv_scales.items():
+            initializers.constant(name, scale.numpy())
         graphs = target.lower(spec, recipe, initializers, rope_tables(model.config, spec.context_length))
     for name, graph in graphs.items():
         onnx_ir.save(graph, folder / name)

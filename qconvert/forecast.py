@@ -5,7 +5,7 @@ from __future__ import annotations
 from qconvert.decoder import DecoderSpec
 from qconvert.quantize import BlockFormat, ChannelFormat, Recipe
 
-_ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def parameter_count(spec: DecoderSpec) -> int:
@@ -30,9 +30,9 @@ def export_bytes(spec: DecoderSpec, recipe: Recipe) -> int:
     return total
 
 
-def kv_bytes_per_token(spec: DecoderSpec, activations: str) -> int:
-    """Bytes of keys and values of all layers for one token."""
-    return 2 * spec.num_hidden_layers * spec.kv_size * _ITEM_SIZE[activations]
+def kv_bytes_per_token(spec: DecoderSpec, dtype: str) -> int:
+    """Bytes of keys and values of all layers for one token, kept in ``dtype``."""
+    return 2 * spec.num_hidden_layers * spec.kv_size * _ITEM_SIZE[dtype]
 
 
 def _shares(spec: DecoderSpec) -> tuple[int, int, int, int, int]:

@@ -76,7 +76,7 @@ def prove_prompts(
     case = max(cases.cases, key=lambda case: len(case.token_ids))
     case = replace(case, paths=(PROMPTED,))
     read = PromptWeights(prompt, prompt_length(len(case.token_ids)))
-    mixed = Reference(references["checkpoint"].model, own, read)
+    mixed = Reference(references["checkpoint"].model, own, read, references["own weights"].kv)
     return run_case(
         case,
         {

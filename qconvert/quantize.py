@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qconvert.errors import QconvertError
 
@@ -85,7 +85,8 @@ class Recipe:
     of the embedding as well: a tied one is stored once. ``prefill`` is the format of the linear layers
     in a second graph that reads prompts only, or None where one graph does both. ``exceptions`` are
     formats of single kinds of linear weights (``down_proj``). With a ``calibration``, 4-bit weights are
-    rounded by GPTQ on its text; all others, and without it all, are rounded to nearest.
+    rounded by GPTQ on its text; all others, and without it all, are rounded to nearest. ``kv_cache`` is None
+    where keys and values keep the activations' type.
     """
 
     precision: str
@@ -96,6 +97,7 @@ class Recipe:
     prefill: ChannelFormat | None = None
     exceptions: Mapping[str, BlockFormat] = field(default_factory=dict)
     calibration: Calibration | None = None
+    kv_cache: Literal["int8"] | None = None
 
     def format_of(self, name: str) -> BlockFormat | None:
         """The blocks of a linear weight in the graph that decodes, by its name in the checkpoint."""
@@ -103,6 +105,11 @@ class Recipe:
         fmt = next(special, self.linear)
         assert not isinstance(fmt, ChannelFormat), "int8.py has the integer products"
         return fmt
+
+    @property
+    def kv_dtype(self) -> str:
+        """Type of the keys and values in the cache."""
+        return self.kv_cache or self.activations
 
     @property
     def integer_products(self) -> ChannelFormat | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from transformers import Qwen2ForCausalLM
+    from transformers.cache_utils import Cache
 
 EMBEDDING = "model.embed_tokens.weight"
 # Elements of the head that are in float32 at a time: 64 MiB.
@@ -60,6 +61,14 @@ class CheckpointSource:
         self._weights.release(name)
 
 
+class KVObserver(Protocol):
+    """Stands between a layer's keys and values (rotated, float32) and its attention."""
+
+    def cache(self, lengths: Sequence[int]) -> Cache:
+        """A cache for one batch, rows of these many tokens; it says what attention gets to see."""
+        ...
+
+
 @dataclass(frozen=True)
 class PromptWeights:
     """Other weights for the linear layers of each sequence's first ``tokens`` positions."""
@@ -75,9 +84,11 @@ class Reference:
         model: in eval mode; its weights are untouched between calls.
         source: other weights to compute with, in place of the checkpoint's.
         prompt: yet others for the prompt, where a second graph reads it.
+        kv: looks at keys and values, or changes them as the export's KV cache does.
 
     Attributes:
         model: the model.
+        kv: as given.
         dtype: what it computes in, for people: "float32 (weights bfloat16, upcast layer by layer)".
     """
 
@@ -86,12 +97,14 @@ class Reference:
         model: Qwen2ForCausalLM,
         source: WeightSource | None = None,
         prompt: PromptWeights | None = None,
+        kv: KVObserver | None = None,
     ) -> None:
         import torch
 
         assert prompt is None or source is not None, "a second graph stands beside a first one"
         self.model = model
         self._prompt = prompt
+        self.kv = kv
         self._source = source or CheckpointSource(model)
         self.dtype = self._source.description
         # A float32 checkpoint needs no swapping: transformers runs as it is.
@@ -108,9 +121,11 @@ class Reference:
         longest = max(len(tokens) for tokens in sequences)
         batch = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences])
         handles = self._install_hooks() if self._swaps else []
+        cache = self.kv.cache([len(tokens) for tokens in sequences]) if self.kv else None
         try:
             with torch.no_grad():
-                hidden = self.model.model(input_ids=batch, use_cache=False).last_hidden_state
+                decoded = self.model.model(input_ids=batch, past_key_values=cache, use_cache=False)
+                hidden = decoded.last_hidden_state
         finally:
             for handle in handles:
                 handle.remove()

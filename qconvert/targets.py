@@ -230,6 +230,20 @@ def with_prefill_graph(recipe: Recipe, target: Target) -> Recipe:
     return replace(recipe, prefill=ChannelFormat())
 
 
+def with_int8_kv_cache(recipe: Recipe, target: Target) -> Recipe:
+    """The same recipe with keys and values of 8 bits.
+
+    Raises:
+        QconvertError: a target or precision whose attention cannot read them.
+    """
+    if target.name != "onnxruntime" or recipe.activations != "float32":
+        raise QconvertError(
+            f"--kv-cache int8 is not for --target {target.name} --precision {recipe.precision}",
+            hint="use it with --target onnxruntime and --precision fp32, int8 or int4",
+        )
+    return replace(recipe, kv_cache="int8")
+
+
 TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntimeTarget(), TensorRTTarget())}
 
 
@@ -246,7 +260,7 @@ def target_named(name: str) -> Target:
 
 def _kv_facts(spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:
     return {
-        "dtype": recipe.activations,
+        "dtype": recipe.kv_dtype,
         "layout": _LAYOUT,
-        "bytes_per_token": kv_bytes_per_token(spec, recipe.activations),
+        "bytes_per_token": kv_bytes_per_token(spec, recipe.kv_dtype),
     }

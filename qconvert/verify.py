@@ -23,6 +23,7 @@ from qconvert.compare import GreedyCheck, Rows, check_greedy, compare_rows, join
 from qconvert.errors import QconvertError
 from qconvert.exported_weights import ExportedWeights
 from qconvert.gptq import read_record
+from qconvert.kv_proof import KVProof
 from qconvert.limits import PRECISIONS, limit_value, limits_name
 from qconvert.prefill_proof import add_weights, prompt_weights, prove_prompts
 from qconvert.progress import Progress
@@ -57,9 +58,10 @@ def verify(path: Path, reference: Reference, progress: Progress) -> Report:
     started = perf_counter()
     manifest = read_manifest(path)
     _check_fits(manifest, reference)
-    limits = limits_name(manifest.precision, calibrated=_is_calibrated(manifest))
+    limits = limits_name(manifest.precision, calibrated=_is_calibrated(manifest), kv_dtype=manifest.kv.dtype)
     session = open_session(path, prefill_graph=False)
     exported = ExportedWeights(manifest.graph_path, reference.model)
+    kv = KVProof(exported, manifest.graph_path, reference) if manifest.kv.dtype == "int8" else None
     with progress.task(
         "checking the weights", sum(p.numel() for p in reference.model.parameters())
     ) as advance:
@@ -68,6 +70,7 @@ def verify(path: Path, reference: Reference, progress: Progress) -> Report:
         if (prefill := manifest.prefill_path) is not None:
             prompts = prompt_weights(prefill, reference.model)
             weights = add_weights(weights, prompts, prefill, reference.model, limit)
+            weights = kv.with_prompts(weights, prompts, prefill) if kv else weights
 
     facts, static = manifest.model, manifest.target == "tensorrt"
     cases = make_cases(
@@ -79,13 +82,14 @@ def verify(path: Path, reference: Reference, progress: Progress) -> Report:
     )
     with progress.task("answering greedily", cases.greedy_steps) as advance:
         answer, error = _answer(session, cases, advance)
-    references = {"checkpoint": reference}
-    if exported.rounded:
-        references["own weights"] = Reference(reference.model, exported)
+    references = {"checkpoint": kv.checkpoint if kv else reference}
+    if exported.rounded or kv:
+        references["own weights"] = Reference(reference.model, exported, kv=kv.rounded if kv else None)
     hidden = {}
     for name, source in references.items():
         with progress.task(f"PyTorch, {name}"):
             hidden[name] = _hidden_states(source, cases, answer)
+    weights = kv.with_faults(weights, limits) if kv else weights
 
     results: list[PathResult] = []
     with progress.task("comparing logits", sum(len(case.token_ids) for case in cases.cases)) as advance:

@@ -88,6 +88,10 @@ class Initializers:
             )
         return self._by_name[name]
 
+    def given(self, name: str) -> ir.Value:
+        """A constant that was put in before the graph was built."""
+        return self._by_name[name]
+
     def table(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """A large tensor that does not come from the checkpoint; the same name gives the same value."""
         if name not in self._by_name:

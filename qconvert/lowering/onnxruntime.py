@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from qconvert.decoder import DecoderSpec
+from qconvert.decoder import DecoderSpec, kv_scale_name
 from qconvert.lowering.initializers import Initializers, PackedValues, joined_name
 from qconvert.quantize import BlockFormat, Recipe
 
@@ -25,6 +25,7 @@ IR_VERSION = 10
 CONTRIB = "com.microsoft"
 # Weights of the head that are multiplied at once: a fifth of a 0.5B model's.
 _HEAD_PART = 1 << 25
+_IR_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
 _INT64_MAX = np.iinfo(np.int64).max
 
 
@@ -42,7 +43,7 @@ class OnnxRuntimeLowering:
         self._recipe = recipe
         self._initializers = initializers
         self._dtype = {"float32": torch.float32, "float16": torch.float16}[recipe.activations]
-        self._ir_dtype = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}[recipe.activations]
+        self._ir_dtype = _IR_TYPES[recipe.activations]
         self._nodes: list[ir.Node] = []
         self._labels: Counter[str] = Counter()
         self._tied: PackedValues | None = None
@@ -110,7 +111,7 @@ class OnnxRuntimeLowering:
 
     def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
         spec = self._spec
-        attributes = {
+        attributes: dict[str, Any] = {
             "num_heads": spec.num_attention_heads,
             "kv_num_heads": spec.num_key_value_heads,
             "scale": spec.head_size**-0.5,
@@ -123,6 +124,14 @@ class OnnxRuntimeLowering:
         context = ir.Value(name=f"{name}.output")
         past, present = self._past[2 * layer : 2 * layer + 2], self._present[2 * layer : 2 * layer + 2]
         inputs = [qkv, None, None, *past, self._total_minus_one, self._total, self._cos, self._sin]
+        if self._recipe.kv_cache is not None:
+            attributes |= {
+                "kv_cache_bit_width": 8,
+                "k_quant_type": "PER_CHANNEL",
+                "v_quant_type": "PER_CHANNEL",
+            }
+            scales = [self._initializers.given(kv_scale_name(layer, part)) for part in ("key", "value")]
+            inputs += [None, None, None, *scales]
         self._nodes.append(
             ir.node(
                 "GroupQueryAttention",
@@ -234,7 +243,7 @@ class OnnxRuntimeLowering:
         return [
             _value(
                 f"{prefix}.{layer}.{part}",
-                self._ir_dtype,
+                _IR_TYPES[self._recipe.kv_dtype],
                 "batch",
                 spec.num_key_value_heads,
                 length,

@@ -20,7 +20,7 @@ FORMAT_NAME = "qconvert-model"
 FORMAT_VERSION = 1
 PLAN_SUFFIX = ".plan"
 _COPY_AGAIN = "copy the folder again as a whole, or export it again with `qconvert export`"
-KV_DTYPES = ("float32", "float16", "bfloat16")
+KV_DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)

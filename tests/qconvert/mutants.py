@@ -85,12 +85,12 @@ def spec_with(**changes: Any) -> Any:
     return Changed
 
 
-def edit_graph(folder: Path, edit: Callable[[ir.Graph], None]) -> None:
-    """Change ``model.onnx`` of a finished folder; its manifest knows nothing of it."""
-    model = ir.load(folder / "model.onnx")
+def edit_graph(folder: Path, edit: Callable[[ir.Graph], None], name: str = "model.onnx") -> None:
+    """Change a graph of a finished folder; its manifest knows nothing of it."""
+    model = ir.load(folder / name)
     edit(model.graph)
     model.graph.sort()
-    ir.save(model, folder / "model.onnx")
+    ir.save(model, folder / name)
     reseal(folder)
 
 

@@ -25,9 +25,14 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
     made: dict[str, Path] = {}
 
     def make(
-        precision: str = "fp32", *, prefill: bool = False, block_size: int | None = None, **checkpoint: Any
+        precision: str = "fp32",
+        *,
+        prefill: bool = False,
+        block_size: int | None = None,
+        int8_kv_cache: bool = False,
+        **checkpoint: Any,
     ) -> Path:
-        key = f"{precision} {prefill} {block_size} {sorted(checkpoint.items())}"
+        key = f"{precision} {prefill} {block_size} {int8_kv_cache} {sorted(checkpoint.items())}"
         if key not in made:
             root = tmp_path_factory.mktemp("export")
             source = make_tiny_checkpoint(root / "tiny", **checkpoint)
@@ -35,6 +40,7 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
                 precision=precision,
                 prefill=prefill,
                 block_size=block_size,
+                int8_kv_cache=int8_kv_cache,
                 output=root / "model",
                 verify=False,
             )

@@ -80,6 +80,20 @@ def test_both_graphs_leave_the_same_keys_and_values(session, due, reads, sizes):
     assert close(keys_and_values(cache), due)
 
 
+def test_a_cache_of_8_bits_is_shared_too(exporter, reads):
+    """Codes of both graphs mean the same: another scale, or none, would be far off."""
+    folder = exporter("int8", prefill=True, block_size=64, int8_kv_cache=True, max_position_embeddings=1024)
+    session = open_session(folder, threads=2)
+    first, second = session.new_cache(), session.new_cache()
+    session.forward(TOKENS, first, "all")
+    session.forward(TOKENS, second, "none")
+    assert reads == [300]
+    codes = [keys_and_values(cache).astype(np.float32) for cache in (first, second)]
+    assert np.abs(codes[0]).max() <= 128
+    assert close(codes[1], codes[0])
+    assert not close(np.roll(codes[1], 1, axis=3), codes[0])
+
+
 def test_a_shifted_prompt_is_told_apart(session, due):
     """Otherwise the tolerance above would show nothing."""
     cache = session.new_cache()

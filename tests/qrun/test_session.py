@@ -16,9 +16,12 @@ TOKENS = np.random.default_rng(0).integers(0, 256, 40, dtype=np.int64)
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(scope="module")
-def session(tiny_export) -> OrtSession:
-    opened = open_session(tiny_export, threads=2)
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def session(exporter, request) -> OrtSession:
+    """With either type of KV cache."""
+    folder = exporter(max_position_embeddings=1024, int8_kv_cache=request.param == "int8")
+    opened = open_session(folder, threads=2)
+    assert opened.manifest.kv.dtype == request.param
     assert isinstance(opened, OrtSession)
     return opened
 
@@ -175,6 +178,7 @@ def test_too_little_memory_for_the_cache_is_told_before_it_is_taken(session, mon
 def test_the_forecast_is_what_the_buffers_take(session):
     cache = session.new_cache()
     session.forward(row(TOKENS), cache, "none")
+    assert {buffer.numpy().dtype.name for buffer in cache._buffers} == {session.manifest.kv.dtype}
     assert cache.nbytes == sum(buffer.numpy().nbytes for buffer in cache._buffers)
 
 
