@@ -36,7 +36,7 @@ def prepare(workshop: Workshop, chosen: list[Contender], shapes: list[str]) -> d
         made = workshop.checkpoint(shape)
         tell_failure(made)
         conversions[shape] = {}
-        for contender in chosen:
+        for contender in taking_part(chosen, shape):
             before = next((r for r in (environments[contender.peer.name], made) if "failed" in r), None)
             if before is None:
                 say(f"conversion {shape} {contender.title}")
@@ -44,6 +44,10 @@ def prepare(workshop: Workshop, chosen: list[Contender], shapes: list[str]) -> d
                 tell_failure(before)
             conversions[shape][contender.name] = before
     return conversions
+
+
+def taking_part(chosen: list[Contender], shape: str) -> list[Contender]:
+    return [contender for contender in chosen if shape == QUALITY_SHAPE or not contender.quality_only]
 
 
 def tell_failure(record: Result) -> None:
@@ -62,7 +66,7 @@ def measure_rounds(
 ) -> list[Result]:
     """Every contender once per round, in turn, so that a slow spell of the machine hits all of them."""
     measured = []
-    able = [contender for contender in chosen if "failed" not in conversions[contender.name]]
+    able = [c for c in taking_part(chosen, shape) if "failed" not in conversions[c.name]]
     for number in range(1, rounds + 1):
         for contender in able:
             started = time.monotonic()

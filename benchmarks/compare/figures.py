@@ -43,8 +43,9 @@ class Report:
         self.conversions = conversions
         prompts = facts["prompts"]
         self.headline = HEADLINE_PROMPT if HEADLINE_PROMPT in prompts else prompts[-1]
+        fast = [contender for contender in chosen if not contender.quality_only]
         self.rows = {
-            (shape, prompt): rows(chosen, shape, prompt, conversions[shape], measured)
+            (shape, prompt): rows(fast, shape, prompt, conversions[shape], measured)
             for shape in facts["shapes"]
             for prompt in prompts
         }
@@ -176,7 +177,7 @@ CONVERSION_HEADER = ["engine", "seconds", "peak memory GB", "model GB", "load av
 
 def conversion_table(chosen: Sequence[Contender], records: dict[str, Result]) -> list[list[str]]:
     lines = []
-    for contender in chosen:
+    for contender in (each for each in chosen if each.name in records):
         record = records[contender.name]
         if "failed" in record:
             lines.append(

@@ -139,7 +139,9 @@ def _quality(report: Report) -> list[str]:
     for shape in report.facts["shapes"]:
         speeds = {row.contender.name: row.median("decode") or 0 for row in report.headline_rows(shape)}
         by_speed = [
-            Point(e.contender.short, speeds[e.contender.name], e.mean("mean_kl") or 0, e.contender.ours)
+            Point(
+                e.contender.short, speeds.get(e.contender.name, 0), e.mean("mean_kl") or 0, e.contender.ours
+            )
             for e in known
         ]
         title = f"Quality against decode speed of {shape.upper()} (lower right is better)"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.peers.our_variants import QUALITY_ONLY
 from benchmarks.peers.our_variants import VARIANTS as OUR_VARIANTS
 
 PROGRAMS = Path(__file__).resolve().parent.parent / "peers"
@@ -62,6 +63,7 @@ class Contender:
 
     peer: Peer
     variant: str
+    quality_only: bool = False  # its speed is not measured
 
     @property
     def name(self) -> str:
@@ -95,10 +97,12 @@ def contenders(names: Sequence[str]) -> list[Contender]:
     """
     found: dict[str, Contender] = {}
     named = any(name.partition(":")[0] == OURS for name in names)
-    for name in PEERS if "all" in names else names if named else [OURS, *names]:
+    everyone = list(PEERS) if "all" in names else [] if named else [OURS]
+    for name in [*everyone, *(name for name in names if name != "all")]:
         peer, _, variant = name.partition(":")
         for each in [variant] if variant else PEERS[peer].variants:
-            contender = Contender(PEERS[peer], each)
+            costly = peer == OURS and each in QUALITY_ONLY and not variant
+            contender = Contender(PEERS[peer], each, quality_only=costly)
             if each not in contender.peer.variants:
                 raise KeyError(f"{peer} has no variant {each}: {', '.join(contender.peer.variants)}")
             found[contender.name] = contender

@@ -61,8 +61,9 @@ def test_markdown_says_why_a_peer_failed_and_where_we_are_behind(report: Path) -
 def test_json_has_a_row_for_everyone_and_paired_ratios(report: Path) -> None:
     found = json.loads((report / "report.json").read_text())
     assert [(row["peer"], row["variant"]) for row in found["rows"]] == [
-        (c.peer.name, c.variant) for c in CHOSEN
+        (c.peer.name, c.variant) for c in CHOSEN if not c.quality_only
     ]
+    assert len(found["quality"]) == len(CHOSEN)
     llama = next(row for row in found["rows"] if row["peer"] == "llama_cpp")
     assert llama["advantage"]["int4"]["prompt"] == 0.5
     assert llama["measures"]["prompt"]["rounds"] == {"1": 1024.0, "2": 1024.0}

@@ -128,6 +128,10 @@ def test_ours_take_part_without_being_named_and_unknown_names_are_refused() -> N
     names = [contender.name for contender in contenders(["llama_cpp:Q4_0"])]
     assert names == [*(f"qconvert {v}" for v in PEERS["qconvert"].variants), "llama_cpp Q4_0"]
     assert [contender.name for contender in contenders(["qconvert:int8"])] == ["qconvert int8"]
+    everyone = {c.name: c.quality_only for c in contenders(["all", "qconvert:int4-gptq"])}
+    assert len(everyone) == sum(len(peer.variants) for peer in PEERS.values())
+    assert not everyone["qconvert int4-gptq"], "who is named is measured in speed as well"
+    assert everyone["qconvert int4-gptq-mixed"]
     with pytest.raises(KeyError):
         contenders(["lama"])
     with pytest.raises(KeyError):
