@@ -9,6 +9,6 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "int4-gptq-mixed": (4, ["--precision", "int4", "--recipe", "gptq-mixed"]),
     "int8": (8, ["--precision", "int8"]),
 }
-# GPTQ takes long, and random weights have no use for it: exported from the sample model alone, unless they are
-# named (--peers all qconvert:int4-gptq).
+# GPTQ takes long, and random weights have no use for it: exported from the sample model alone, unless
+# they are named (--peers all qconvert:int4-gptq).
 QUALITY_ONLY = frozenset({"int4-gptq", "int4-gptq-mixed"})
