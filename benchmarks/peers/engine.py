@@ -23,6 +23,7 @@ import os
 import platform
 import random
 import resource
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -131,6 +132,13 @@ def measure(
             }
         )
     return result
+
+
+def call(command: list[str]) -> None:
+    """Run a converter; where it fails this program ends with its exit code, and its message is the last."""
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        sys.exit(code)
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from engine import Model, main
+from engine import Model, call, main
 
 
 def convert(source: Path, destination: Path, variant: str) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "model", "-i", str(source)]
     with tempfile.TemporaryDirectory(dir=destination.parent) as cache:
         command += ["-o", str(destination), "-p", variant, "-e", "cpu", "-c", cache]
-        subprocess.run(command, check=True)
+        call(command)
 
 
 class GenaiModel(Model):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from engine import Model, Timed, main
+from engine import Model, Timed, call, main
 
 
 def convert(source: Path, destination: Path, variant: str) -> None:
@@ -19,7 +18,7 @@ def convert(source: Path, destination: Path, variant: str) -> None:
     command += ["--model", str(source), "--task", "text-generation-with-past", "--weight-format", variant]
     if variant == "int4" and hidden % 128:  # the default size of a group, 128, has to divide every row
         command += ["--group-size", "64"]
-    subprocess.run([*command, str(destination)], check=True)
+    call([*command, str(destination)])
 
 
 def properties(threads: int) -> dict[str, Any]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engine import Model, main
+from engine import Model, call, main
 
 
 def convert(source: Path, destination: Path, variant: str) -> None:
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", str(source)]
     command += ["--task", "text-generation-with-past", "--no-post-process", "--dtype", variant]
-    subprocess.run([*command, str(destination)], check=True)
+    call([*command, str(destination)])
 
 
 class OptimumModel(Model):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from engine import Model, Timed, main
+from engine import Model, Timed, call, main
 from our_variants import VARIANTS
 
 LOGITS_CHUNK = 128
@@ -17,7 +16,7 @@ LOGITS_CHUNK = 128
 
 def convert(source: Path, destination: Path, variant: str) -> None:
     command = [sys.executable, "-m", "qconvert.cli", "export", str(source), *VARIANTS[variant][1]]
-    subprocess.run([*command, "--no-verify", "--force", "--output", str(destination)], check=True)
+    call([*command, "--no-verify", "--force", "--output", str(destination)])
 
 
 class QrunModel(Model):
