@@ -7,6 +7,7 @@ data file is written as the graph is described, so that no more than one packed 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-# ONNX Runtime maps external data; page-aligned tensors are mapped and not copied.
+# ONNX Runtime maps external data. A large tensor begins with a page, so that no two share one; small ones
+# only with a cache line: a page each would be most of a megabyte for a model of 135M.
 ALIGNMENT = 4096
+SMALL_ALIGNMENT = 64
+_LARGE = 1 << 20
 _MADV_DONTNEED = 4
 
 
@@ -103,13 +107,17 @@ class DataFile:
         Raises:
             OSError: no space left, or whatever else the disk says.
         """
-        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-        offset = self._file.tell()
+        sizes, offset = tuple(shape), None
         for piece in tensors:
+            if offset is None:
+                large = piece.element_size() * math.prod(sizes) >= _LARGE
+                self._file.write(b"\0" * (-self._file.tell() % (ALIGNMENT if large else SMALL_ALIGNMENT)))
+                offset = self._file.tell()
             dtype = dtype or _ir_dtype(piece)
             _as_numpy(piece.contiguous()).tofile(self._file)
         assert dtype is not None, f"{name} has no pieces"
-        return self.view(name, dtype, tuple(shape), offset, self._file.tell() - offset)
+        assert offset is not None, f"{name} has no pieces"
+        return self.view(name, dtype, sizes, offset, self._file.tell() - offset)
 
     def view(
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, length: int
