@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Factors beyond have no use, and could bring float32 arithmetic near its ends.
 _LARGEST_FACTOR = 2.0**12
 # Tokens of a passage that are read. It bounds time and memory where a tokenizer knows bytes only.
-_LONGEST = 512
+_LONGEST = 256
 
 
 def folding_for(
