@@ -26,9 +26,12 @@ class StepFailedError(RuntimeError):
 def file_name(kind: str, key: Key) -> str:
     """``measurement-llama_cpp-Q4_0-0.5b-1-4f2a90c1d2.json``: readable, and another one for any other key."""
     text = json.dumps(key, sort_keys=True)
+    return f"{_readable(kind, key)}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
+
+
+def _readable(kind: str, key: Key) -> str:
     words = [str(key[part]) for part in ("peer", "variant", "shape", "round", "text") if part in key]
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join([kind, *words]))
-    return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join([kind, *words]))
 
 
 class Records:
@@ -51,6 +54,11 @@ class Records:
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         return record if record.get("key") == key else None
+
+    def forget(self, kind: str, key: Key) -> None:
+        """Remove the records that differ from this key in what their names do not tell, and this one."""
+        for path in self.folder.glob(f"{_readable(kind, key)}-{'[0-9a-f]' * 10}.json"):
+            path.unlink()
 
     def once(self, kind: str, key: Key, work: Callable[[], Result]) -> Result:
         """The record of this key, made by ``work`` if there is none; a failed step's holds ``failed``."""

@@ -97,10 +97,13 @@ class Workshop:
 
     def conversion(self, contender: Contender, shape: str) -> Result:
         """The checkpoint in the engine's own format, with the seconds and the memory that it took."""
+        key = self.conversion_key(contender, shape)
 
         def convert() -> Result:
             destination = self.converted(contender, shape)
             log = self.folder / "logs" / f"conversion-{destination.name}.log"
+            # The folder is about to hold another export: what was recorded of the last one is no longer there.
+            self.records.forget("conversion", key)
             shutil.rmtree(destination, ignore_errors=True)
             read_once(self.model(shape))
             command = [str(self.python(contender.peer)), str(contender.peer.program), "convert"]
@@ -112,7 +115,7 @@ class Workshop:
                 raise
             return {**run, "model_bytes": model_bytes(destination)}
 
-        return self.records.once("conversion", self.conversion_key(contender, shape), convert)
+        return self.records.once("conversion", key, convert)
 
     @staticmethod
     def runtime_key(contender: Contender) -> dict[str, Any]:

@@ -66,3 +66,15 @@ def test_an_interruption_leaves_no_record(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Records(tmp_path).once("measurement", KEY, interrupted)
     assert Records(tmp_path).read("measurement", KEY) is None
+
+
+def test_a_new_export_forgets_what_was_recorded_of_the_one_that_it_replaces(tmp_path: Path) -> None:
+    """Two checkouts in turn over one folder: the older record stood for files of the newer export."""
+    key = {"peer": "qconvert", "variant": "int4", "shape": "0.5b", "source": "old"}
+    other = {**key, "variant": "int4-prefill8"}
+    records = Records(tmp_path)
+    for each in (key, other):
+        records.once("conversion", each, lambda: {})
+    records.forget("conversion", {**key, "source": "new"})
+    assert records.read("conversion", key) is None
+    assert records.read("conversion", other) is not None
