@@ -102,7 +102,7 @@ class Workshop:
         def convert() -> Result:
             destination = self.converted(contender, shape)
             log = self.folder / "logs" / f"conversion-{destination.name}.log"
-            # The folder is about to hold another export: what was recorded of the last one is no longer there.
+            # The folder is about to hold another export: the record of the last one no longer holds.
             self.records.forget("conversion", key)
             shutil.rmtree(destination, ignore_errors=True)
             read_once(self.model(shape))
