@@ -30,6 +30,7 @@ def main(checkpoint: Path, output: Path, kills: int, how: signal.Signals, seed: 
 
     import qconvert.lowering.onnxruntime  # noqa: F401 - imported here so that no child pays for it
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
     options = ExportOptions(precision="int4", output=output, force=True, verify=False)
     started = time.monotonic()
     child = os.fork()

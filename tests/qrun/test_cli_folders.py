@@ -134,8 +134,10 @@ def test_a_reader_that_leaves_early_hears_nothing_more(tiny_export):
     process.wait()
 
 
+# A job that a script started in the background ignores Ctrl-C, and its children with it: this one must not.
 ENDLESS = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from qrun import cli, options
 from tests.fakes import REPOSITORY, fake_manifest, fake_model, repeating, tiny_tokenizer
