@@ -132,7 +132,7 @@ def _build_options(command: Any) -> Any:
 @click.option(
     "--block-size",
     type=click.Choice([str(size) for size in BLOCK_SIZES]),
-    help="Weights that share a scale.  [default: 64 for int4, all of an output for int8]",
+    help="Weights that share a scale.  [default: 128 for int4, all of an output for int8]",
 )
 @click.option(
     "--recipe",

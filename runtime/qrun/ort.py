@@ -115,6 +115,9 @@ class OrtSession:
         options.log_severity_level = 3
         # Every shape is dynamic: remembered allocation patterns would be wrong at the next step.
         options.enable_mem_pattern = False
+        if self.manifest.prefill is not None:
+            # Each graph has threads of its own: those of the one that rests would spin on the other's cores.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if device != "cpu":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         providers = self.providers(device)
