@@ -28,7 +28,7 @@ from qrun.generate import Context
 from qrun.manifest import read_manifest
 from qrun.session import Session, open_session, usable_cores
 
-LENGTHS = (4, 8, 12, 16, 24, 32, 48, 64, 128)
+LENGTHS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192)
 PIECES = (32, 64, 128, 192, 256, 384, 512)
 DECODED = 24
 
@@ -67,15 +67,18 @@ def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, l
 
 def break_even(folder: Path, threads: int, tokens: list[int], rounds: int) -> dict[str, Any]:
     """Seconds for short prompts by either way, and the first length from which the second graph wins."""
-    alone = open_session(folder, threads=threads, prefill_graph=False)
-    both = open_session(folder, threads=threads)
-    both._prefill._min_tokens = 1  # type: ignore[attr-defined]
+    session = open_session(
+        folder, threads=threads
+    )  # one for both ways: another one's threads would disturb it
+
+    def read(length: int, least: int) -> float:
+        session._prefill._min_tokens = least  # type: ignore[attr-defined]
+        return read_prompt(session, tokens[:length], length)
+
     runs = {
-        f"{name} {length}": lambda session=session, length=length: read_prompt(
-            session, tokens[:length], length
-        )
+        f"{name} {length}": lambda length=length, least=least: read(length, least)
         for length in LENGTHS
-        for name, session in (("decode", alone), ("prefill", both))
+        for name, least in (("decode", 1 << 30), ("prefill", 1))
     }
     found = in_turn(runs, rounds)
     ratios = {

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GRAPH_NAME = "model.onnx"
 PREFILL_GRAPH_NAME = "prefill.onnx"
 # A prompt's piece of fewer tokens is read faster by the decode graph (benchmarks/README.md).
-PREFILL_MIN_TOKENS = 24
+PREFILL_MIN_TOKENS = 32
 STANDARD_GRAPH_NAME = "model.standard.onnx"
 PROVIDER_GRAPH_NAME = "model.provider.onnx"
 # Long enough for a conversation, and 32 MB a layer less than the 32,768 that Qwen2.5 could hold.
