@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from qconvert.decoder import DecoderSpec, lower_decoder
 from qconvert.errors import QconvertError
 from qconvert.folding import FoldedInput, Folding, folded_inputs
+from qconvert.halves import Halves
 from qconvert.int4_columns import Int4Columns
 from qconvert.int8_channels import LARGEST, Int8Channels
 from qconvert.lowering.initializers import joined_name
+from qconvert.lowering.shortlist import SHORTLIST_RANGES, SHORTLIST_SIZE
 from qconvert.quantize import BlockFormat, PackedWeight, unpack
+from qconvert.shortlist import Shortlist
 from qconvert.weights import CheckpointWeights
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ class _Stored:
 
     first_row: int
     shape: tuple[int, ...]
-    data: NDArray[Any]
+    data: NDArray[Any] | Halves
     scales: NDArray[Any] | None = None
     zero_points: NDArray[Any] | None = None
     fmt: BlockFormat | None = None
@@ -98,7 +101,7 @@ class ExportedWeights:
         else:
             wanted = stored.first_row + rows.numpy()
 
-        def part(array: NDArray[Any]) -> torch.Tensor:
+        def part(array: NDArray[Any] | Halves) -> torch.Tensor:
             return _as_tensor(np.array(array[wanted]))
 
         if stored.columns is not None:
@@ -109,6 +112,24 @@ class ExportedWeights:
         zeros = None if stored.zero_points is None else part(stored.zero_points)
         return unpack(
             PackedWeight(part(stored.data), part(stored.scales), zeros), stored.fmt, stored.shape[1]
+        )
+
+    @property
+    def shortlist(self) -> Shortlist | None:
+        """How the graph picks the tokens whose logits it computes from all bits of the head, if it does."""
+        if SHORTLIST_RANGES not in self._arrays:
+            return None
+        _, ranges, _ = self.array(SHORTLIST_RANGES)
+        return Shortlist(int(ranges), int(self.array(SHORTLIST_SIZE)[0]))
+
+    def coarse_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Like ``stored_rows`` of a tensor in halves, from the upper ones alone."""
+        stored = self._stored[name]
+        assert stored.scales is not None
+        assert stored.fmt is not None
+        codes = _as_tensor(Halves(self._upper(name), None)[rows])
+        return unpack(
+            PackedWeight(codes, _as_tensor(np.array(stored.scales[rows])), None), stored.fmt, stored.shape[1]
         )
 
     def release(self, name: str) -> None:
@@ -200,6 +221,13 @@ class ExportedWeights:
             channels = Int8Channels(matrices, self._parts(f"{joined}.int8_scales"))
             fmt = BlockFormat(8, channels.shape[1], symmetric=True)
             return (channels.data, None, None, fmt, channels), channels.shape
+        if f"{joined}.lower" in self._arrays:
+            scales, halves = (
+                self.array(f"{joined}.scales"),
+                Halves(self._upper(joined), self.array(f"{joined}.lower")),
+            )
+            fmt = BlockFormat(8, halves.shape[-1], True, scales.dtype.name, halves=True)
+            return (halves, scales, None, fmt), (halves.shape[0], halves.shape[1] * halves.shape[2])
         names = {bits: f"{joined}.q{bits}" for bits in (4, 8)}
         bits = next((bits for bits, name in names.items() if name in self._arrays), None)
         if bits is None and f"{joined}.q8.rows" not in self._arrays:
@@ -219,6 +247,12 @@ class ExportedWeights:
         fits = data.shape[1] == -(-columns[0] // fmt.block_size)
         width = columns[0] if fits else data.shape[1] * fmt.block_size
         return (data, scales, zero_points, fmt), (data.shape[0], width)
+
+    def _upper(self, name: str) -> NDArray[np.uint8]:
+        """The upper halves of a matrix in blocks, also where it is only looked up, as rows without blocks."""
+        if f"{name}.upper" in self._arrays:
+            return self.array(f"{name}.upper")
+        return self.array(f"{name}.upper.rows").reshape(*self.array(f"{name}.scales").shape, -1)
 
     def _parts(self, name: str) -> list[NDArray[Any]]:
         """An initializer that stands in one piece, or its numbered groups; none if there is neither."""

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from qconvert.errors import QconvertError
+from qconvert.halves import HIGHEST, LOWEST
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +33,15 @@ class BlockFormat:
     """``bits`` 4 or 8; ``block_size`` weights share a scale; asymmetric adds a zero point to each block.
 
     ``scale_dtype`` is the type in which scales are stored: float32, or bfloat16, which ONNX Runtime
-    turns into float32 when it loads the model.
+    turns into float32 when it loads the model. ``halves`` stores 8 bits as two matrices of 4 (``halves.py``);
+    scales are then negative where a block's largest value is positive.
     """
 
     bits: int
     block_size: int
     symmetric: bool
     scale_dtype: str = "float32"
+    halves: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -84,7 +87,9 @@ class Recipe:
 
     ``linear`` and ``head`` are None where weights keep the activations' type. ``head`` is the format
     of the embedding as well: a tied one is stored once. ``prefill`` is the format of the linear layers
-    in a second graph that reads prompts only, or None where one graph does both. ``exceptions`` are
+    in a second graph that reads prompts only, or None where one graph does both. With a ``shortlist`` logits
+    are computed from the upper halves of the head's weights, and again from all of them for that many of the
+    likeliest tokens (``lowering/shortlist.py``). ``exceptions`` are
     formats of single kinds of linear weights (``down_proj``). With a ``calibration``, 4-bit weights are
     rounded by GPTQ on its text; all others, and without it all, are rounded to nearest. ``kv_cache`` is None
     where keys and values keep the activations' type.
@@ -96,6 +101,7 @@ class Recipe:
     head: BlockFormat | None
     accuracy_level: int = 4  # MatMulNBits may quantise activations to int8, block by block
     prefill: ChannelFormat | None = None
+    shortlist: int | None = None
     exceptions: Mapping[str, BlockFormat] = field(default_factory=dict)
     calibration: Calibration | None = None
     kv_cache: Literal["int8"] | None = None
@@ -187,7 +193,8 @@ def row_ranges(weight: torch.Tensor) -> Iterator[slice]:
 def pack(weight: torch.Tensor, fmt: BlockFormat, workers: Executor | None = None) -> PackedWeight:
     """Quantise ``weight`` [N, K] (any float type) by rounding to nearest, block by block.
 
-    Symmetric: scale = max|w| / (2^(bits-1) - 1), zero at 2^(bits-1).
+    Symmetric: scale = max|w| / (2^(bits-1) - 1), zero at 2^(bits-1). In halves: the smallest scale of either
+    sign with which codes reach from -128 to 119.
     Asymmetric: the block's range, widened to contain 0, is divided into 2^bits - 1 steps.
 
     Args:
@@ -233,7 +240,13 @@ def _round_blocks(
     top = (1 << fmt.bits) - 1
     if zeros is None:
         middle = 1 << (fmt.bits - 1)
-        scales.copy_(_stored(torch.maximum(high, -low).div_(middle - 1), fmt))
+        if fmt.halves:
+            turned = torch.where(high > -low, -1.0, 1.0)  # the larger end takes the larger side
+            large, small = torch.maximum(high, -low), torch.minimum(high, -low)
+            scales.copy_(_stored(torch.maximum(large / -LOWEST, small / HIGHEST), fmt) * turned)
+            top = middle + HIGHEST
+        else:
+            scales.copy_(_stored(torch.maximum(high, -low).div_(middle - 1), fmt))
         offset: torch.Tensor | float = float(middle)
     else:
         low, high = low.clamp_(max=0), high.clamp_(min=0)

@@ -95,6 +95,7 @@ def calibrated(
         recipe,
         linear=BlockFormat(4, size, symmetric=False, scale_dtype="bfloat16"),
         head=head,
+        shortlist=None,
         exceptions={"down_proj": head} if name == "gptq-mixed" else {},
         calibration=text,
     )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
     from transformers.cache_utils import Cache
 
+    from qconvert.shortlist import Shortlist
+
 EMBEDDING = "model.embed_tokens.weight"
 # Elements of the head that are in float32 at a time: 64 MiB.
 _HEAD_PIECE = 1 << 24
@@ -30,6 +32,15 @@ class WeightSource(Protocol):
     """Where a reference takes its weights from, by their names in the checkpoint."""
 
     description: str
+
+    @property
+    def shortlist(self) -> Shortlist | None:
+        """Which logits are computed from all bits of the head, where the others are from half of them."""
+        ...
+
+    def coarse_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Rows of the head by that half, float32; only where there is a ``shortlist``."""
+        ...
 
     def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
         """The given rows of a tensor in float32; ``slice(None)`` is all of it."""
@@ -45,6 +56,8 @@ class WeightSource(Protocol):
 class CheckpointSource:
     """The checkpoint's own weights, upcast where they are not float32 already."""
 
+    shortlist = None
+
     def __init__(self, model: Qwen2ForCausalLM) -> None:
         self._weights = CheckpointWeights(model)
         stored = str(model.dtype).removeprefix("torch.")
@@ -56,6 +69,9 @@ class CheckpointSource:
 
     def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
         return self._weights[name][rows].float()
+
+    def coarse_rows(self, name: str, rows: slice) -> torch.Tensor:
+        raise AssertionError("a checkpoint has no shortlist")
 
     def release(self, name: str) -> None:
         self._weights.release(name)
@@ -135,18 +151,44 @@ class Reference:
         """Logits float32 ``[tokens, vocab]`` of some rows of ``hidden_states``."""
         import torch
 
-        name = EMBEDDING if self.model.config.tie_word_embeddings else "lm_head.weight"
+        if (steps := self.two_steps(hidden)) is not None:
+            assert self.shortlist is not None
+            return self.shortlist.apply(*steps)
         with torch.no_grad():
             if not self._swaps:
                 return torch.nn.functional.linear(hidden, self.model.lm_head.weight)
-            rows, columns = self.model.lm_head.weight.shape
-            logits = torch.empty(hidden.shape[0], rows)
-            step = max(1, _HEAD_PIECE // columns)
-            for start in range(0, rows, step):
-                piece = self._source.rows(name, slice(start, start + step))
-                logits[:, start : start + step] = torch.nn.functional.linear(hidden, piece)
-            self._source.release(name)
-            return logits
+            return self._multiply_head(hidden, self._source.rows)
+
+    def two_steps(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits by half of the head's bits, and by all of them; None where there is no ``shortlist``."""
+        import torch
+
+        if self.shortlist is None:
+            return None
+        with torch.no_grad():
+            coarse = self._multiply_head(hidden, self._source.coarse_rows)
+            return coarse, self._multiply_head(hidden, self._source.rows)
+
+    @property
+    def shortlist(self) -> Shortlist | None:
+        """As the source has it."""
+        return self._source.shortlist
+
+    def _multiply_head(
+        self, hidden: torch.Tensor, fetch: Callable[[str, slice], torch.Tensor]
+    ) -> torch.Tensor:
+        import torch
+
+        name = EMBEDDING if self.model.config.tie_word_embeddings else "lm_head.weight"
+
+        rows, columns = self.model.lm_head.weight.shape
+        logits = torch.empty(hidden.shape[0], rows)
+        step = max(1, _HEAD_PIECE // columns)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            logits[:, part] = torch.nn.functional.linear(hidden, fetch(name, part))
+        self._source.release(name)
+        return logits
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 ``[tokens, vocab]`` of one sequence.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qconvert import shortlist
 from qconvert.decoder import DecoderSpec, lower_decoder, lower_prompt
 from qconvert.errors import QconvertError
 from qconvert.forecast import kv_bytes_per_token
@@ -78,7 +79,7 @@ class OnnxRuntimeTarget:
     read_by_genai = True
 
     def recipe(self, precision: str, block_size: int | None, spec: DecoderSpec) -> Recipe:
-        return recipe_for(precision, spec.hidden_size, block_size)
+        return with_shortlist(recipe_for(precision, spec.hidden_size, block_size), spec)
 
     def fit(self, spec: DecoderSpec, max_length: int | None) -> DecoderSpec:
         if max_length is not None:
@@ -214,6 +215,13 @@ class TensorRTTarget:
             where="config.json" if names else None,
             hint=f"use --block-size {fitting[-1]}" if fitting else "use --precision bf16",
         )
+
+
+def with_shortlist(recipe: Recipe, spec: DecoderSpec) -> Recipe:
+    """The same recipe for 4 bits, its head read in two steps (``shortlist.py``); others as they are."""
+    if recipe.precision != "int4" or recipe.head is None or not shortlist.worth_it(spec.vocab_size):
+        return recipe
+    return replace(recipe, head=replace(recipe.head, halves=True), shortlist=shortlist.SIZE)
 
 
 def with_prefill_graph(recipe: Recipe, target: Target) -> Recipe:

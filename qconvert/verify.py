@@ -23,6 +23,7 @@ from qconvert.compare import GreedyCheck, Rows, check_greedy, compare_rows, join
 from qconvert.errors import QconvertError
 from qconvert.exported_weights import ExportedWeights
 from qconvert.gptq import read_record
+from qconvert.head_proof import HeadProof
 from qconvert.kv_proof import KVProof
 from qconvert.limits import PRECISIONS, limit_value, limits_name
 from qconvert.prefill_proof import add_weights, prompt_weights, prove_prompts
@@ -92,10 +93,11 @@ def verify(path: Path, reference: Reference, progress: Progress) -> Report:
     weights = kv.with_faults(weights, limits) if kv else weights
 
     results: list[PathResult] = []
+    head = HeadProof()
     with progress.task("comparing logits", sum(len(case.token_ids) for case in cases.cases)) as advance:
         for index, case in enumerate(cases.cases):
             states = {name: (references[name], found[index]) for name, found in hidden.items()}
-            results += _run_case(session, case, states, advance)
+            results += _run_case(session, case, states, head, advance)
     greedy = GreedyResult(
         tuple(cases.greedy_prompt),
         tuple(answer),
@@ -114,8 +116,9 @@ def verify(path: Path, reference: Reference, progress: Progress) -> Report:
                 references,
                 prompts,
                 exported,
-                lambda case, states: _run_case(both, case, states, advance),
+                lambda case, states: _run_case(both, case, states, head, advance),
             )
+    weights = head.with_faults(weights, limits)
     return Report(
         name=manifest.name,
         precision=limits,
@@ -257,6 +260,7 @@ def _run_case(
     session: Session,
     case: Case,
     states: dict[str, tuple[Reference, torch.Tensor]],
+    head: HeadProof,
     advance: Callable[..., None],
 ) -> list[PathResult]:
     """All paths of one case side by side, so that PyTorch's logits are computed once and held in pieces."""
@@ -269,13 +273,14 @@ def _run_case(
         stop = min(start + PIECE, len(tokens))
         true = {}
         for name, (reference, hidden) in states.items():
-            logits = reference.head(hidden[start:stop])
+            logits = head.logits(reference, hidden[start:stop])
             true[name] = (logits, torch.log_softmax(logits, -1))
         for index, reader in enumerate(readers):
             taken = reader.take(start, stop)
             if taken is None:
                 continue
             first, ours = taken
+            head.compare(ours)
             for name, (logits, log) in true.items():
                 rows = compare_rows(
                     first, logits[first - start :], ours, tokens[first + 1 : stop + 1], log[first - start :]

@@ -141,8 +141,9 @@ def check_weights(
 def error_in_steps(true: torch.Tensor, stored: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
     """Largest error in each block ``[rows, blocks]``, in steps of the format for the true values.
 
-    A symmetric step is max|w| / (2^(bits-1) - 1); an asymmetric one the range of the block, 0
-    included, / (2^bits - 1). NaN and Inf stay what they are.
+    A symmetric step is max|w| / (2^(bits-1) - 1); in halves, whose codes reach from -128 to 119, the larger
+    end / 128 or the other / 119; an asymmetric one the range of the block, 0 included, / (2^bits - 1).
+    NaN and Inf stay what they are.
     """
     import torch
 
@@ -153,7 +154,10 @@ def error_in_steps(true: torch.Tensor, stored: torch.Tensor, fmt: BlockFormat) -
         for values in ((stored - true).abs(), true)
     )
     low, high = torch.aminmax(true, dim=-1)
-    if fmt.symmetric:
+    if fmt.halves:
+        ends = torch.stack((high, -low))
+        steps = torch.maximum(ends.amax(0) / 128, ends.amin(0) / 119)
+    elif fmt.symmetric:
         steps = torch.maximum(high, -low) / ((1 << (fmt.bits - 1)) - 1)
     else:
         steps = (high.clamp(min=0) - low.clamp(max=0)) / ((1 << fmt.bits) - 1)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
 from qconvert.folding import NO_FOLDING, FoldedWeights, Folding, Weights
+from qconvert.halves import split_codes
 from qconvert.int4_columns import pack_int4_columns
 from qconvert.int8_channels import channel_groups, pack_int8_channels
 from qconvert.quantize import BlockFormat, NonFiniteWeightError, PackedWeight, pack, row_ranges
@@ -22,13 +23,17 @@ from qconvert.weights import DataFile
 
 @dataclass(frozen=True)
 class PackedValues:
-    """A packed weight ``[rows, columns]`` as initializers (see ``quantize.PackedWeight``)."""
+    """A packed weight ``[rows, columns]`` as initializers (see ``quantize.PackedWeight``).
+
+    Where it is stored in halves, ``data`` has the upper ones, ``lower`` the others ``[rows, columns / 2]``.
+    """
 
     data: ir.Value
     scales: ir.Value
     zero_points: ir.Value | None
     rows: int
     columns: int
+    lower: ir.Value | None = None
 
 
 class Initializers:
@@ -118,9 +123,12 @@ class Initializers:
             QconvertError: a value is NaN or Inf.
         """
         joined = joined_name(names)
-        if f"{joined}.q{fmt.bits}" in self._by_name:  # a tied embedding, or a graph beside this one has it
+        if f"{joined}.scales" in self._by_name:  # a tied embedding, or a graph beside this one has it
             return self._packed_before(joined, self._weights[names[0]], fmt)
         parts = [self._pack(name, fmt) for name in names]
+        if fmt.halves:
+            self._store_halves(joined, parts[0])
+            return self._packed_before(joined, self._weights[names[0]], fmt)
         rows = sum(part.scales.shape[0] for part in parts)
         return PackedValues(
             self._store(f"{joined}.q{fmt.bits}", [part.data for part in parts]),
@@ -212,11 +220,13 @@ class Initializers:
         ]
 
     def flat_view(self, packed: PackedValues) -> ir.Value:
-        """The bytes of an 8-bit packed matrix as ``[rows, columns]``: a tied embedding is stored once."""
+        """The bytes of a packed matrix, or of its upper halves, as rows: a tied embedding is stored once."""
         tensor = packed.data.const_value
         assert isinstance(tensor, ir.ExternalTensor)
         assert tensor.offset is not None
-        assert tensor.length == packed.rows * packed.columns, "padded rows cannot be viewed as a matrix"
+        assert tensor.length is not None
+        width = packed.columns if packed.lower is None else packed.columns // 2
+        assert tensor.length == packed.rows * width, "padded rows cannot be viewed as a matrix"
         name = f"{tensor.name}.rows"
         if name in self._by_name:
             return self._by_name[name]
@@ -224,16 +234,28 @@ class Initializers:
             self._data.view(
                 name,
                 tensor.dtype,
-                (packed.rows, packed.columns),
+                (packed.rows, width),
                 tensor.offset,
                 tensor.length,
             )
         )
 
     def _packed_before(self, joined: str, weight: torch.Tensor, fmt: BlockFormat) -> PackedValues:
-        zeros = None if fmt.symmetric else self._by_name[f"{joined}.zero_points"]
-        data, scales = (self._by_name[f"{joined}.{part}"] for part in (f"q{fmt.bits}", "scales"))
-        return PackedValues(data, scales, zeros, *weight.shape)
+        found, rows, columns = self._by_name, *weight.shape
+        scales = found[f"{joined}.scales"]
+        if fmt.halves:
+            upper, lower = found[f"{joined}.upper"], found[f"{joined}.lower"]
+            return PackedValues(upper, scales, None, rows, columns, lower)
+        zeros = None if fmt.symmetric else found[f"{joined}.zero_points"]
+        return PackedValues(found[f"{joined}.q{fmt.bits}"], scales, zeros, rows, columns)
+
+    def _store_halves(self, name: str, packed: PackedWeight) -> None:
+        rows, blocks, width = packed.data.shape
+        shapes = {"upper": (rows, blocks, width // 2), "lower": (rows, blocks * width // 2)}
+        for half, (part, shape) in enumerate(shapes.items()):
+            pieces = (split_codes(packed.data[piece])[half] for piece in row_ranges(packed.data))
+            self._keep(self._data.add(f"{name}.{part}", pieces, shape))
+        self._store(f"{name}.scales", [packed.scales])
 
     def _pack(self, name: str, fmt: BlockFormat) -> PackedWeight:
         with self._used(name) as weight:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from qconvert.decoder import DecoderSpec, kv_scale_name
+from qconvert.lowering import shortlist
 from qconvert.lowering.initializers import Initializers, PackedValues, joined_name
 from qconvert.quantize import BlockFormat, Recipe
 
@@ -41,9 +43,9 @@ class OnnxRuntimeLowering:
     ) -> None:
         self._spec = spec
         self._recipe = recipe
-        self._initializers = initializers
+        self.initializers = initializers
         self._dtype = {"float32": torch.float32, "float16": torch.float16}[recipe.activations]
-        self._ir_dtype = _IR_TYPES[recipe.activations]
+        self.dtype = _IR_TYPES[recipe.activations]
         self._nodes: list[ir.Node] = []
         self._labels: Counter[str] = Counter()
         self._tied: PackedValues | None = None
@@ -66,14 +68,18 @@ class OnnxRuntimeLowering:
     def embed(self, weight: str) -> ir.Value:
         head = self._recipe.head
         if head is None:
-            table = self._initializers.dense([weight], self._dtype)
+            table = self.initializers.dense([weight], self._dtype)
             hidden = self.op("Gather", [table, self._input_ids], name=weight)
         else:
-            packed = self._initializers.packed([weight], head)
-            self._tied = packed if self._spec.tie_word_embeddings else None
+            tied = self._spec.tie_word_embeddings
+            head = head if tied else replace(head, halves=False)
+            packed = self.initializers.packed([weight], head)
+            self._tied = packed if tied else None
+            if head.halves:
+                return shortlist.look_up(self, packed, self._input_ids, head.block_size, weight)
             hidden = self.op(
                 "GatherBlockQuantized",
-                [self._initializers.flat_view(packed), self._input_ids, self._scales(packed, weight)],
+                [self.initializers.flat_view(packed), self._input_ids, self.scales(packed, weight)],
                 {"bits": head.bits, "block_size": head.block_size, "gather_axis": 0, "quantize_axis": 1},
                 domain=CONTRIB,
                 name=weight,
@@ -83,14 +89,14 @@ class OnnxRuntimeLowering:
     def add_and_norm(
         self, residual: ir.Value, delta: ir.Value | None, weight: str
     ) -> tuple[ir.Value, ir.Value]:
-        scale = self._initializers.dense([weight], self._dtype)
+        scale = self.initializers.dense([weight], self._dtype)
         epsilon = {"epsilon": self._spec.rms_norm_eps}
         if delta is None:
             norm = self.op(
                 "SimplifiedLayerNormalization", [residual, scale], epsilon | {"axis": -1}, name=weight
             )
             return residual, norm
-        norm, _, _, total = self._ops(
+        norm, _, _, total = self.ops(
             "SkipSimplifiedLayerNormalization",
             [delta, residual, scale],
             epsilon,
@@ -101,12 +107,12 @@ class OnnxRuntimeLowering:
         return total, norm
 
     def linear(self, hidden: ir.Value, weights: Sequence[str], biases: Sequence[str] = ()) -> ir.Value:
-        bias = self._initializers.dense(biases, self._dtype) if biases else None
+        bias = self.initializers.dense(biases, self._dtype) if biases else None
         name = joined_name(weights)
         fmt = self._recipe.format_of(weights[0])
         if fmt is not None:
-            return self._multiply_packed(hidden, self._initializers.packed(weights, fmt), fmt, bias, name)
-        product = self._multiply_dense(hidden, self._initializers.dense(weights, self._dtype), name)
+            return self.multiply_packed(hidden, self.initializers.packed(weights, fmt), fmt, bias, name)
+        product = self._multiply_dense(hidden, self.initializers.dense(weights, self._dtype), name)
         return product if bias is None else self.op("Add", [product, bias], name=joined_name(biases))
 
     def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
@@ -130,7 +136,7 @@ class OnnxRuntimeLowering:
                 "k_quant_type": "PER_CHANNEL",
                 "v_quant_type": "PER_CHANNEL",
             }
-            scales = [self._initializers.given(kv_scale_name(layer, part)) for part in ("key", "value")]
+            scales = [self.initializers.given(kv_scale_name(layer, part)) for part in ("key", "value")]
             inputs += [None, None, None, *scales]
         self._nodes.append(
             ir.node(
@@ -155,12 +161,15 @@ class OnnxRuntimeLowering:
         fmt = self._recipe.head
         if fmt is None:
             logits = self._multiply_dense(
-                hidden, self._initializers.dense([weight], self._dtype), "lm_head.weight"
+                hidden, self.initializers.dense([weight], self._dtype), "lm_head.weight"
             )
         else:
-            packed = self._tied or self._initializers.packed([weight], fmt)
-            logits = self._multiply_head(hidden, packed, fmt)
-        if self._ir_dtype != ir.DataType.FLOAT:
+            packed = self._tied or self.initializers.packed([weight], fmt)
+            if self._recipe.shortlist is None:
+                logits = self._multiply_head(hidden, packed, fmt)
+            else:
+                logits = shortlist.multiply(self, hidden, packed, fmt, self._recipe.shortlist)
+        if self.dtype != ir.DataType.FLOAT:
             logits = self.op("Cast", [logits], {"to": ir.DataType.FLOAT})
         logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(("batch", "logits_sequence", self._spec.vocab_size))
@@ -172,7 +181,7 @@ class OnnxRuntimeLowering:
         Without a head its outputs are keys and values alone.
         """
         inputs, outputs = [self._input_ids, self._mask, *self._past], [*self._present]
-        initializers = self._initializers.values
+        initializers = self.initializers.values
         if self._logits is not None:
             inputs, outputs = [*inputs, self._logits_start], [self._logits, *outputs]
         else:  # the graph beside it has more than this one needs
@@ -194,7 +203,7 @@ class OnnxRuntimeLowering:
         # Weights stay [out, in] as in the checkpoint, so that a tied embedding serves as the head too.
         return self.op("FusedMatMul", [hidden, weight], {"transB": 1}, domain=CONTRIB, name=name)
 
-    def _multiply_packed(
+    def multiply_packed(
         self, hidden: ir.Value, weight: PackedValues, fmt: BlockFormat, bias: ir.Value | None, name: str
     ) -> ir.Value:
         attributes = {
@@ -204,17 +213,17 @@ class OnnxRuntimeLowering:
             "block_size": fmt.block_size,
             "accuracy_level": self._recipe.accuracy_level,
         }
-        inputs = [hidden, weight.data, self._scales(weight, name), weight.zero_points, None, bias]
+        inputs = [hidden, weight.data, self.scales(weight, name), weight.zero_points, None, bias]
         while inputs[-1] is None:
             inputs.pop()
         return self.op("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
 
-    def _scales(self, weight: PackedValues, name: str) -> ir.Value:
+    def scales(self, weight: PackedValues, name: str) -> ir.Value:
         """Scales in the activations' type: ONNX Runtime folds the cast away when it loads the model."""
-        if weight.scales.dtype == self._ir_dtype:
+        if weight.scales.dtype == self.dtype:
             return weight.scales
         if weight.scales not in self._cast_scales:  # a tied embedding's serve twice
-            cast = self.op("Cast", [weight.scales], {"to": self._ir_dtype}, name=name)
+            cast = self.op("Cast", [weight.scales], {"to": self.dtype}, name=name)
             self._cast_scales[weight.scales] = cast
         return self._cast_scales[weight.scales]
 
@@ -222,10 +231,10 @@ class OnnxRuntimeLowering:
         """The largest product in parts: ONNX Runtime arranges one part's weights anew while it holds two."""
         parts = -(-packed.rows * packed.columns // _HEAD_PART)
         if parts == 1:
-            return self._multiply_packed(hidden, packed, fmt, None, "lm_head.weight")
+            return self.multiply_packed(hidden, packed, fmt, None, "lm_head.weight")
         products = [
-            self._multiply_packed(hidden, part, fmt, None, "lm_head.weight")
-            for part in self._initializers.row_parts(packed, parts)
+            self.multiply_packed(hidden, part, fmt, None, "lm_head.weight")
+            for part in self.initializers.row_parts(packed, parts)
         ]
         return self.op("Concat", products, {"axis": -1}, name="lm_head.weight")
 
@@ -254,7 +263,7 @@ class OnnxRuntimeLowering:
         ]
 
     def _constant(self, name: str, value: int | list[int]) -> ir.Value:
-        return self._initializers.constant(name, np.array(value, dtype=np.int64))
+        return self.initializers.constant(name, np.array(value, dtype=np.int64))
 
     def op(
         self,
@@ -265,9 +274,9 @@ class OnnxRuntimeLowering:
         domain: str = "",
         name: str = "",
     ) -> ir.Value:
-        return self._ops(op_type, inputs, attributes, 1, domain=domain, name=name)[0]
+        return self.ops(op_type, inputs, attributes, 1, domain=domain, name=name)[0]
 
-    def _ops(
+    def ops(
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],

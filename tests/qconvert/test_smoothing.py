@@ -39,6 +39,7 @@ class FoldedSource:
     """The folded model's tensors, for PyTorch to compute with."""
 
     description = "folded"
+    shortlist = None
 
     def __init__(self, model, folding: Folding) -> None:
         self._weights = FoldedWeights(CheckpointWeights(model), folding)
