@@ -7,6 +7,8 @@ logits stay bound, only the attention mask (one longer at each step) is bound an
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from qrun.errors import QrunError
 from qrun.kvcache import KVCache
 from qrun.manifest import Manifest
+from qrun.ort_attention import most_tokens, scores_in_one_matrix
 from qrun.ort_cache import GrowingKVCache, InPlaceKVCache, OrtKVCache
 from qrun.ort_prefill import PrefillGraph
 from qrun.token_ids import check_token_ids
@@ -52,12 +55,13 @@ class OrtSession:
         self._ort = onnxruntime
         self._device_type = "cpu" if device == "cpu" else "cuda"
         self._check_provider(device, onnxruntime.get_available_providers())
-        self._inference = self._open(device, manifest.graph_path)
-        self._prefill = (
-            PrefillGraph(self._open(device, path), manifest.prefill.min_tokens)
-            if manifest.prefill and (path := manifest.prefill_path)
-            else None
-        )
+        self._prefill: PrefillGraph | None = None
+        # Opening is arranging weights, by one thread for each graph: two graphs are opened side by side.
+        with scores_in_one_matrix() if device == "cpu" else nullcontext(), ThreadPoolExecutor(1) as other:
+            prompts = other.submit(self._open, device, path) if (path := manifest.prefill_path) else None
+            self._inference = self._open(device, manifest.graph_path)
+            if prompts is not None and manifest.prefill is not None:
+                self._prefill = PrefillGraph(prompts.result(), manifest.prefill.min_tokens)
         self.device = (
             f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else "CUDA device 0"
         )
@@ -86,6 +90,11 @@ class OrtSession:
                 hint="give their prompts whole, and then one token at a time: "
                 "ONNX Runtime's GroupQueryAttention does nothing else for more than one sequence",
             )
+        if batch == 1 and logits != "all":
+            most = most_tokens(cache.length + new, self.manifest.model.num_attention_heads)
+            while new > most:
+                self.forward(token_ids[:, :most], cache, "none")
+                token_ids, new = token_ids[:, most:], new - most
         try:
             cache.reserve(new)
             if self._prefill is not None and (count := self._prefill.share(new, logits, cache)):

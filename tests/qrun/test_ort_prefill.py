@@ -220,3 +220,23 @@ def test_without_the_second_graph_nothing_of_it_is_opened(folder, reads):
     session = open_session(folder, prefill_graph=False)
     session.forward(TOKENS, session.new_cache(), "none")
     assert reads == []
+
+
+@pytest.mark.parametrize("graph", ["model.onnx", "prefill.onnx"])
+def test_either_graph_that_does_not_open_is_named(folder, tmp_path, graph) -> None:
+    """Both are opened side by side, by two threads."""
+    import onnx
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    model = onnx.load(broken / graph, load_external_data=False)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    (broken / graph).write_bytes(model.SerializeToString())
+    manifest = json.loads((broken / "qconvert.json").read_text())
+    for entry in manifest["files"]:
+        if entry["path"] == graph:
+            entry["size"] = (broken / graph).stat().st_size
+    (broken / "qconvert.json").write_text(json.dumps(manifest))
+    with pytest.raises(QrunError, match="cannot open the graph") as caught:
+        open_session(broken)
+    assert str(caught.value.where).endswith(graph)

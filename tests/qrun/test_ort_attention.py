@@ -1,0 +1,79 @@
+"""If these fail, long prompts take memory without bound, other logits, or the slower attention."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from qrun import ort_attention
+from qrun.errors import QrunError
+from qrun.ort import OrtSession
+from qrun.ort_attention import most_tokens, scores_in_one_matrix
+from qrun.session import open_session
+
+SWITCH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+TOKENS = np.random.default_rng(1).integers(0, 256, (1, 200), dtype=np.int64)
+
+
+def test_scores_stay_within_bounds() -> None:
+    assert most_tokens(512, 14) >= 512
+    for total in (4_000, 8_000, 16_000):
+        assert most_tokens(total, 14) * total * 14 * 4 <= 64 << 20
+    assert most_tokens(1_000_000, 64) == 64
+    assert most_tokens(0, 1) > 0
+
+
+def test_the_switch_is_on_while_sessions_open_and_off_again(monkeypatch) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    seen = []
+
+    def open_badly() -> None:
+        with scores_in_one_matrix():
+            seen.append(os.environ[SWITCH])
+            raise QrunError("a graph that does not open")
+
+    with pytest.raises(QrunError):
+        open_badly()
+    assert seen == ["1"]
+    assert SWITCH not in os.environ
+
+
+def test_whoever_has_set_the_switch_keeps_it(monkeypatch) -> None:
+    monkeypatch.setenv(SWITCH, "0")
+    with scores_in_one_matrix():
+        assert os.environ[SWITCH] == "0"
+    assert os.environ[SWITCH] == "0"
+
+
+@pytest.mark.parametrize("int8_kv_cache", [False, True])
+def test_both_ways_give_the_same_logits(exporter, monkeypatch, int8_kv_cache: bool) -> None:
+    folder = exporter(max_position_embeddings=1024, int8_kv_cache=int8_kv_cache)
+    found = []
+    for flag in ("0", "1"):
+        monkeypatch.setenv(SWITCH, flag)
+        session = open_session(folder, threads=2)
+        found.append(session.forward(TOKENS, session.new_cache(), "all").copy())
+    np.testing.assert_allclose(found[0], found[1], atol=0.3 if int8_kv_cache else 2e-4)
+
+
+def test_a_prompt_beyond_the_bound_goes_in_pieces(exporter, monkeypatch) -> None:
+    session = open_session(exporter(max_position_embeddings=1024), threads=2)
+    assert isinstance(session, OrtSession)
+    whole = session.forward(TOKENS, session.new_cache()).copy()
+    monkeypatch.setattr(ort_attention, "_MOST_SCORE_BYTES", 0)
+    sizes = []
+    forward = OrtSession.forward
+
+    def counted(self, token_ids, cache, logits="last"):
+        before = cache.length
+        found = forward(self, token_ids, cache, logits)
+        sizes.append((before, cache.length))
+        return found
+
+    monkeypatch.setattr(OrtSession, "forward", counted)
+    cache = session.new_cache()
+    np.testing.assert_allclose(session.forward(TOKENS, cache), whole, atol=2e-4)
+    assert sizes == [(0, 64), (64, 128), (128, 192), (0, 200)]  # the last entry is the whole call
+    assert cache.length == 200
