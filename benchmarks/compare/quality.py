@@ -34,7 +34,7 @@ def measure_quality(workshop: Workshop, contender: Contender, text: str) -> Resu
     key = {**workshop.conversion_key(contender, QUALITY_SHAPE), "text": text}
     key["text_hash"] = hash_text(FOLDER / f"{text}.txt")
     if contender.ours:
-        key |= workshop.runtime_key()
+        key |= workshop.runtime_key(contender)
 
     def compare() -> Result:
         tokens, reference = _files(workshop, text)
