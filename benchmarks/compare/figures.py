@@ -207,7 +207,9 @@ def quality_table(entries: Sequence[Quality]) -> tuple[list[str], list[list[str]
         lines.append([entry.contender.title, size, *figures])
     first = next((entry for entry in entries if entry.by_text), None)
     if first is not None:
-        reference = [number(first.by_text[text]["reference_perplexity"], 2) for text in first.by_text]
+        reference = [
+            number(first.by_text[text]["reference_perplexity"], 2) for text in texts if text in first.by_text
+        ]
         blank = ["", "0", "1", *[""] * len(texts)]
         lines.append(["PyTorch fp32 (reference)", *blank, *reference] if len(reference) == len(texts) else [])
     return header, [line for line in lines if line]

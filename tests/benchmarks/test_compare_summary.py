@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.compare.figures import quality_table
 from benchmarks.compare.peers import PEERS, Contender, contenders
 from benchmarks.compare.summary import (
+    Quality,
     advantage,
     behind_in_quality,
     behind_in_speed,
@@ -144,3 +146,17 @@ def test_every_peer_has_its_program_and_its_pins() -> None:
         pins = [line for line in peer.requirements.read_text().splitlines() if line and line[0] not in "#-"]
         assert pins
         assert all("==" in line for line in pins), peer.name
+
+
+def test_the_references_perplexities_stand_below_their_texts() -> None:
+    """They once stood in the order in which the texts were measured."""
+    figures = {"mean_kl": 0.1, "top1": 0.9, "perplexity": 20.0}
+    by_text = {
+        "prose": {**figures, "reference_perplexity": 3.0},
+        "code": {**figures, "reference_perplexity": 1.0},
+        "german": {**figures, "reference_perplexity": 2.0},
+    }
+    entry = Quality(Contender(PEERS["openvino"], "int8"), 1_000_000, by_text)
+    header, lines = quality_table([entry])
+    assert header[-3:] == ["perplexity code", "perplexity german", "perplexity prose"]
+    assert lines[-1][-3:] == ["1.00", "2.00", "3.00"]
