@@ -90,13 +90,13 @@ class OrtSession:
                 hint="give their prompts whole, and then one token at a time: "
                 "ONNX Runtime's GroupQueryAttention does nothing else for more than one sequence",
             )
-        if batch == 1 and logits != "all":
-            most = most_tokens(cache.length + new, self.manifest.model.num_attention_heads)
-            while new > most:
-                self.forward(token_ids[:, :most], cache, "none")
-                token_ids, new = token_ids[:, most:], new - most
         try:
-            cache.reserve(new)
+            cache.reserve(new)  # for all of them, before the first is read
+            if batch == 1 and logits != "all":
+                most = most_tokens(cache.length + new, self.manifest.model.num_attention_heads)
+                while new > most:
+                    self.forward(token_ids[:, :most], cache, "none")
+                    token_ids, new = token_ids[:, most:], new - most
             if self._prefill is not None and (count := self._prefill.share(new, logits, cache)):
                 self._prefill.read(token_ids[:, :count], cache)
                 token_ids, new = token_ids[:, count:], new - count

@@ -77,3 +77,12 @@ def test_a_prompt_beyond_the_bound_goes_in_pieces(exporter, monkeypatch) -> None
     np.testing.assert_allclose(session.forward(TOKENS, cache), whole, atol=2e-4)
     assert sizes == [(0, 64), (64, 128), (128, 192), (0, 200)]  # the last entry is the whole call
     assert cache.length == 200
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_any_of_it_is_read(exporter, monkeypatch) -> None:
+    session = open_session(exporter(max_position_embeddings=1024), threads=2)
+    monkeypatch.setattr(ort_attention, "_MOST_SCORE_BYTES", 0)
+    cache = session.new_cache()
+    with pytest.raises(QrunError):
+        session.forward(np.repeat(TOKENS, 6, 1), cache)
+    assert cache.length == 0
