@@ -217,10 +217,12 @@ class ExportedWeights:
                 self._arrays[f"{joined}.int4"], _as_tensor(np.array(self.array(f"{joined}.int4_scales")))
             )
             return (turned.data, None, None, BlockFormat(4, turned.block_size, True), turned), turned.shape
-        if matrices := self._parts(f"{joined}.int8"):
-            channels = Int8Channels(matrices, self._parts(f"{joined}.int8_scales"))
-            fmt = BlockFormat(8, channels.shape[1], symmetric=True)
-            return (channels.data, None, None, fmt, channels), channels.shape
+        for cut in ("int8", "int8_inputs"):
+            if matrices := self._parts(f"{joined}.{cut}"):
+                steps = self._parts(f"{joined}.{cut}_scales")
+                channels = Int8Channels(matrices, steps, by_input=cut == "int8_inputs")
+                fmt = BlockFormat(8, channels.inputs, symmetric=True)
+                return (channels.data, None, None, fmt, channels), channels.shape
         if f"{joined}.lower" in self._arrays:
             scales, halves = (
                 self.array(f"{joined}.scales"),

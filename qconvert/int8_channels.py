@@ -6,7 +6,6 @@ VNNI that is two to three times as fast as any kernel with blocks (docs/life-of-
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.quantize import NonFiniteWeightError, row_ranges
+from qconvert.quantize import ChannelFormat, NonFiniteWeightError, row_ranges
 
 if TYPE_CHECKING:
     import torch
@@ -55,10 +54,15 @@ def pack_int8_channels(
 
 
 def channel_groups(channels: int, groups: int) -> list[slice]:
-    """Cut channels into groups of about equal size, all but the last a multiple of 16 (a kernel's tile)."""
-    width = max(16, -(-channels // groups) // 16 * 16)
-    cuts = [min(width * group, channels) for group in range(groups)] + [channels]
-    return [slice(start, stop) for start, stop in itertools.pairwise(cuts) if stop > start]
+    """Cut channels into groups of one size, a multiple of 16 (a kernel's tile); the last may be smaller."""
+    width = -(-channels // (groups * 16)) * 16
+    return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
+
+
+def groups_in_a_part(channels: int, fmt: ChannelFormat) -> int:
+    """Into how many groups each of the MLP's parts is cut: one, where they would not be of one size."""
+    groups = max(1, fmt.mlp_groups // fmt.mlp_parts)
+    return groups if channels % (fmt.mlp_parts * groups * 16) == 0 else 1
 
 
 def unpack_int8_channels(data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -71,36 +75,42 @@ class Int8Channels:
 
     Args:
         matrices: int8 ``[K, N]`` cut along one axis, mapped.
-        scales: float32, one array for each matrix cut along N, or one ``[N]`` for all that are cut along K.
+        scales: float32, one array for each matrix.
+        by_input: they are cut along K, not along N.
+
+    Attributes:
+        inputs: how many input channels share a scale; the last of several groups may have fewer.
     """
 
-    def __init__(self, matrices: Sequence[NDArray[np.int8]], scales: Sequence[NDArray[np.float32]]) -> None:
+    def __init__(
+        self, matrices: Sequence[NDArray[np.int8]], scales: Sequence[NDArray[np.float32]], *, by_input: bool
+    ) -> None:
         self.data = matrices[0]
         self._matrices = matrices
         self._scales = scales
-        self._by_output = len(scales) == len(matrices)
-        inputs, outputs = matrices[0].shape
-        if self._by_output:
-            self.shape = (sum(matrix.shape[1] for matrix in matrices), inputs)
-        else:
+        self._by_input = by_input
+        self.inputs, outputs = matrices[0].shape
+        if by_input:
             self.shape = (outputs, sum(matrix.shape[0] for matrix in matrices))
+        else:
+            self.shape = (sum(matrix.shape[1] for matrix in matrices), self.inputs)
 
     @property
     def scales(self) -> torch.Tensor:
-        """The scales ``[N]`` of all output channels."""
+        """The scales ``[N]`` of all output channels, of a matrix that is not cut along its inputs."""
         import torch
 
+        assert not self._by_input, "each group of inputs has its own"
         return torch.from_numpy(np.concatenate(self._scales))
 
     def rows(self, wanted: slice) -> torch.Tensor:
         """Some rows of the checkpoint's matrix, as float32 ``[rows, K]``."""
         import torch
 
-        if not self._by_output:
-            data = np.concatenate([matrix[:, wanted] for matrix in self._matrices])
-            return unpack_int8_channels(
-                torch.from_numpy(data), torch.from_numpy(self._scales[0][wanted].copy())
-            )
+        if self._by_input:
+            groups = zip(self._matrices, self._scales)
+            cuts = [(np.array(matrix[:, wanted]), np.array(scales[wanted])) for matrix, scales in groups]
+            return torch.cat([unpack_int8_channels(*map(torch.from_numpy, cut)) for cut in cuts], 1)
         parts, first = [], 0
         for matrix, scales in zip(self._matrices, self._scales):
             part = slice(max(0, wanted.start - first), max(0, wanted.stop - first))

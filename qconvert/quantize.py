@@ -63,16 +63,19 @@ class Calibration:
 class ChannelFormat:
     """8 bits with one scale per output channel, for products of integers with integers.
 
-    Activations become 8-bit integers too, with one scale per token, and within the MLP one per token
-    and group: ``mlp_groups`` parts of the intermediate channels are multiplied one after the other,
-    so that an outlier spoils the resolution of its own part only, and a part stays in the processor's cache.
+    Activations become 8-bit integers too, with one scale per token. The MLP's intermediate channels are
+    computed in ``mlp_parts``, one after the other, so that a part stays in the processor's cache, and
+    ``mlp_groups`` of them have scales of their own, both as activations and as weights of ``down_proj``: an
+    outlier spoils the resolution of its own group only. Mean KL of the sample over prose, code and German:
+    0.0113 with 4 groups of activations, 0.0105 if they are the weights' as well, 0.0093 with 8.
 
     ``smoothing`` (0 to 1) is how much of the inputs' unevenness is folded into weights, see ``smoothing.py``;
-    None is nothing. Mean KL of the sample's integer products: 0.026 without, 0.0069 with 0.65 (0.0077
-    with 0.5 for ``down_proj``; weights alone cost 0.0032).
+    None is nothing. Mean KL on prose: 0.026 without, 0.0069 with 0.65 (0.0077 with 0.5 for ``down_proj``;
+    weights alone cost 0.0032), with 4 groups.
     """
 
-    mlp_groups: int = 4
+    mlp_parts: int = 4
+    mlp_groups: int = 8
     smoothing: float | None = 0.65
 
     @property

@@ -104,13 +104,20 @@ class OnnxRuntimeTarget:
         graphs = {GRAPH_NAME: lowering.model("qwen2")}
         if recipe.prefill is not None:
             with initializers.in_another_file(f"{PREFILL_GRAPH_NAME}.data") as others:
-                prompts = IntegerLowering(spec, recipe, recipe.prefill, others.folded(), rope)
+                prompts = IntegerLowering(spec, recipe, recipe.prefill, others.folded(), rope, prompts=True)
                 lower_prompt(spec, prompts)
             graphs[PREFILL_GRAPH_NAME] = prompts.model("qwen2_prefill")
         return graphs
 
     def facts(self, spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:
-        prefill = {"prefill": {"file": PREFILL_GRAPH_NAME, "min_tokens": PREFILL_MIN_TOKENS}}
+        returned = "present" if recipe.kv_cache is None else "new"  # lowering/rounded_kv.py
+        prefill = {
+            "prefill": {
+                "file": PREFILL_GRAPH_NAME,
+                "min_tokens": PREFILL_MIN_TOKENS,
+                "outputs": [f"{returned}.{{layer}}.{{key|value}}"],
+            }
+        }
         return {
             "graph": {
                 "file": GRAPH_NAME,

@@ -212,9 +212,9 @@ def hash_text(path: Path) -> str:
 
 
 def source_hash(folder: str) -> str:
-    """Of all Python files of a folder of this repository, names and contents."""
+    """Of all Python files and texts of a folder of this repository, names and contents."""
     digest = hashlib.sha256()
-    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+    for path in sorted(p for p in (REPOSITORY / folder).rglob("*") if p.suffix in (".py", ".txt")):
         digest.update(f"{path.relative_to(REPOSITORY)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 VARIANTS: dict[str, tuple[int, list[str]]] = {
     "int4": (4, ["--precision", "int4"]),
     "int4-prefill8": (4, ["--precision", "int4", "--prefill", "int8"]),
+    "int4-prefill8-kv8": (4, ["--precision", "int4", "--prefill", "int8", "--kv-cache", "int8"]),
     "int4-gptq": (4, ["--precision", "int4", "--recipe", "gptq"]),
     "int4-gptq-mixed": (4, ["--precision", "int4", "--recipe", "gptq-mixed"]),
     "int8": (8, ["--precision", "int8"]),

@@ -187,19 +187,24 @@ class Initializers:
             )
         return values
 
-    def int8_channels_by_input(self, name: str, groups: int) -> tuple[list[ir.Value], ir.Value]:
-        """A checkpoint matrix as ``int8_channels``, its input channels cut into groups, one scale for all.
+    def int8_channels_by_input(self, name: str, groups: int) -> list[tuple[ir.Value, ir.Value]]:
+        """A checkpoint matrix as ``int8_channels``, each group of its inputs with scales of its own.
 
         Raises:
             QconvertError: a value is NaN or Inf.
         """
         with self._used(name) as weight:
-            data, scales = pack_int8_channels(weight, self._workers)
-        values = [
-            self._store(f"{name}.int8.{group}", [data[rows]])
-            for group, rows in enumerate(channel_groups(len(data), groups))
+            packed = [
+                pack_int8_channels(weight[:, columns], self._workers)
+                for columns in channel_groups(weight.shape[1], groups)
+            ]
+        return [
+            (
+                self._store(f"{name}.int8_inputs.{group}", [data]),
+                self._store(f"{name}.int8_inputs_scales.{group}", [scales]),
+            )
+            for group, (data, scales) in enumerate(packed)
         ]
-        return values, self._store(f"{name}.int8_scales", [scales])
 
     def row_parts(self, packed: PackedValues, parts: int) -> list[PackedValues]:
         """A packed matrix as several, each some of its rows: the same bytes under further names."""

@@ -16,10 +16,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qconvert.decoder import DecoderSpec, kv_scale_name
 from qconvert.lowering import shortlist
 from qconvert.lowering.initializers import Initializers, PackedValues, joined_name
+from qconvert.lowering.rounded_kv import RoundedKV
 from qconvert.quantize import BlockFormat, Recipe
 
 OPSET = 21
@@ -32,7 +34,15 @@ _INT64_MAX = np.iinfo(np.int64).max
 
 
 class OnnxRuntimeLowering:
-    """Builds one ONNX graph for ONNX Runtime; see ``decoder.Lowering`` for the verbs."""
+    """Builds one ONNX graph for ONNX Runtime; see ``decoder.Lowering`` for the verbs.
+
+    Args:
+        spec: the decoder's sizes.
+        recipe: what becomes of its weights, and of keys and values.
+        initializers: where they are kept.
+        rope: tables of cosines and sines ``[positions, head_size / 2]``.
+        prompts: the graph fills another one's KV cache and has no logits.
+    """
 
     def __init__(
         self,
@@ -40,6 +50,8 @@ class OnnxRuntimeLowering:
         recipe: Recipe,
         initializers: Initializers,
         rope: tuple[NDArray[np.float32], NDArray[np.float32]],
+        *,
+        prompts: bool = False,
     ) -> None:
         self._spec = spec
         self._recipe = recipe
@@ -62,6 +74,15 @@ class OnnxRuntimeLowering:
             initializers.table(name, torch.from_numpy(table).to(self._dtype))
             for name, table in zip(("cos_cache", "sin_cache"), rope)
         )
+        self._rounded_kv: RoundedKV | None = None
+        if prompts and recipe.kv_cache is not None:
+            self._rounded_kv = RoundedKV(
+                self,
+                spec,
+                inputs=(self._input_ids, self._mask),
+                lengths=(self._total_minus_one, self._total),
+                rope=(self._cos, self._sin),
+            )
 
     # The verbs.
 
@@ -127,8 +148,10 @@ class OnnxRuntimeLowering:
         if window is not None:
             attributes["local_window_size"] = window
         name = f"/model/layers.{layer}/self_attn/attention"
-        context = ir.Value(name=f"{name}.output")
         past, present = self._past[2 * layer : 2 * layer + 2], self._present[2 * layer : 2 * layer + 2]
+        if self._rounded_kv is not None:
+            return self._rounded_kv.attention(qkv, past, layer, attributes)
+        context = ir.Value(name=f"{name}.output")
         inputs = [qkv, None, None, *past, self._total_minus_one, self._total, self._cos, self._sin]
         if self._recipe.kv_cache is not None:
             attributes |= {
@@ -180,22 +203,22 @@ class OnnxRuntimeLowering:
 
         Without a head its outputs are keys and values alone.
         """
-        inputs, outputs = [self._input_ids, self._mask, *self._past], [*self._present]
-        initializers = self.initializers.values
+        inputs = [self._input_ids, self._mask, *self._past]
+        outputs = self._present if self._rounded_kv is None else self._rounded_kv.codes
         if self._logits is not None:
             inputs, outputs = [*inputs, self._logits_start], [self._logits, *outputs]
-        else:  # the graph beside it has more than this one needs
-            used = {value for node in self._nodes for value in node.inputs}
-            initializers = [value for value in initializers if value in used]
         graph = ir.Graph(
             inputs,
             outputs,
             nodes=self._nodes,
-            initializers=initializers,
+            initializers=self.initializers.values,
             opset_imports={"": OPSET, CONTRIB: 1},
             name=name,
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="qconvert")
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qconvert")
+        if self._logits is None:  # the graph beside it has more than this one needs
+            RemoveUnusedNodesPass()(model)
+        return model
 
     # Pieces of them.
 

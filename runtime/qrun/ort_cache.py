@@ -87,11 +87,23 @@ class InPlaceKVCache(OrtKVCache):
                 self._buffers.append(value)
         self.bind_buffers(self._binding)
 
-    def bind_buffers(self, binding: Any) -> None:
-        """Bind the present buffers as past and as present of any graph that shares this cache."""
+    def bind_buffers(self, binding: Any, *, present: bool = True) -> None:
+        """Bind the buffers as past, and as present too, of any graph that shares this cache."""
         for name, value in zip(self.session.kv_names, self._buffers):
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
+            if present:
+                binding.bind_ortvalue_output(f"present.{name}", value)
+
+    def write(self, states: list[NDArray[Any]]) -> None:
+        """Put keys and values ``[batch, new, kv_heads x head_size]`` behind those that are there.
+
+        They come in the order of ``kv_names``; the caller counts them.
+        """
+        facts, filled = self.manifest.model, self.length
+        for value, rows in zip(self._buffers, states):
+            batch, new, _ = rows.shape
+            heads = rows.reshape(batch, new, facts.num_key_value_heads, facts.head_size)
+            _as_array(value)[:, :, filled : filled + new] = heads.transpose(0, 2, 1, 3)
 
 
 class GrowingKVCache(OrtKVCache):

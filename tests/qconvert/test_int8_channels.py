@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qconvert.int8_channels import channel_groups, pack_int8_channels, unpack_int8_channels
+from qconvert.int8_channels import (
+    Int8Channels,
+    channel_groups,
+    groups_in_a_part,
+    pack_int8_channels,
+    unpack_int8_channels,
+)
 from qconvert.parallel import piece_workers
-from qconvert.quantize import NonFiniteWeightError
+from qconvert.quantize import ChannelFormat, NonFiniteWeightError
 
 
 def test_every_weight_is_within_half_a_step_of_its_channel():
@@ -49,3 +55,28 @@ def test_groups_cover_all_channels_once(channels, groups):
     assert [index for cut in cuts for index in range(channels)[cut]] == list(range(channels))
     assert len(cuts) <= groups
     assert all((cut.stop - cut.start) % 16 == 0 for cut in cuts[:-1])
+
+
+def test_only_the_last_group_is_smaller():
+    assert [cut.stop - cut.start for cut in channel_groups(100, 3)] == [48, 48, 4]
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(4864, 2), (8960, 2), (1536, 2), (64, 1), (128, 2), (144, 1)]
+)
+def test_parts_are_cut_into_groups_of_one_size_or_not_at_all(channels, groups):
+    assert groups_in_a_part(channels, ChannelFormat()) == groups
+
+
+def test_groups_of_inputs_have_scales_of_their_own():
+    """An outlier spoils the steps of its own group only."""
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(2))
+    weight[:, 5] *= 1000
+    packed = [pack_int8_channels(weight[:, cut]) for cut in channel_groups(96, 3)]
+    matrices, scales = ([part[index].numpy() for part in packed] for index in (0, 1))
+    stored = Int8Channels(matrices, scales, by_input=True)
+    assert stored.shape == (8, 96)
+    assert stored.inputs == 32
+    error = (stored.rows(slice(2, 7)) - weight[2:7]).abs()
+    assert float(error[:, :32].max()) > 1
+    assert float(error[:, 32:].max()) < 0.02

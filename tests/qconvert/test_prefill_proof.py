@@ -50,7 +50,9 @@ def test_an_honest_second_graph_passes(made):
 
 def test_a_wrong_weight_is_named(made, broken):
     graph = onnx.load(broken / "prefill.onnx", load_external_data=False).graph
-    (matrix,) = (t for t in graph.initializer if t.name == "model.layers.1.mlp.down_proj.weight.int8.2")
+    (matrix,) = (
+        t for t in graph.initializer if t.name == "model.layers.1.mlp.down_proj.weight.int8_inputs.2"
+    )
     offset = next(int(entry.value) for entry in matrix.external_data if entry.key == "offset")
     data = np.memmap(broken / "prefill.onnx.data", np.int8, "r+")
     data[offset] += 9
@@ -65,7 +67,7 @@ def test_a_wrong_weight_is_named(made, broken):
         ("model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj.weight"),
         ("model.layers.0.post_attention_layernorm.weight", "model.layers.0.mlp.gate_proj.weight"),
         ("model.layers.1.mlp.up_proj.weight.int8_scales.1", "model.layers.1.mlp.down_proj.weight"),
-        ("model.layers.1.mlp.down_proj.weight.int8_scales", "model.layers.1.mlp.down_proj.weight"),
+        ("model.layers.1.mlp.down_proj.weight.int8_inputs_scales.1", "model.layers.1.mlp.down_proj.weight"),
     ],
 )
 def test_a_factor_that_its_readers_do_not_have_is_noticed(made, broken, tensor, named):

@@ -80,10 +80,58 @@ def test_both_graphs_leave_the_same_keys_and_values(session, due, reads, sizes):
     assert close(keys_and_values(cache), due)
 
 
-def test_a_cache_of_8_bits_is_shared_too(exporter, reads):
-    """Codes of both graphs mean the same: another scale, or none, would be far off."""
+@pytest.fixture
+def of_8_bits(exporter) -> OrtSession:
+    """A session whose prompts are read by the float kernel, and whose cache holds codes."""
     folder = exporter("int8", prefill=True, block_size=64, int8_kv_cache=True, max_position_embeddings=1024)
-    session = open_session(folder, threads=2)
+    opened = open_session(folder, threads=2)
+    assert isinstance(opened, OrtSession)
+    return opened
+
+
+def codes_of(session, sizes, tokens=TOKENS, cache=None) -> np.ndarray:
+    cache, start = session.new_cache(len(tokens)) if cache is None else cache, 0
+    for size in sizes:
+        session.forward(tokens[:, start : start + size], cache, "none")
+        start += size
+    return keys_and_values(cache).astype(np.float32)
+
+
+@pytest.mark.parametrize("sizes", [[100, 200], [40, 5, 255], [256, 44]], ids=str)
+def test_a_cache_of_8_bits_is_read_back_between_pieces(of_8_bits, reads, sizes):
+    """New tokens see the rounded keys of their own piece, so that pieces and a whole give the same."""
+    whole, pieces = codes_of(of_8_bits, [300]), codes_of(of_8_bits, sizes)
+    assert reads == [300, *(size for size in sizes if size >= 32)]
+    first = slice(sizes[0]) if min(sizes) >= 32 else slice(40)  # the graph that decodes rounds otherwise
+    assert np.abs(pieces[:, :, :, first] - whole[:, :, :, first]).max() <= 1
+    if min(sizes) >= 32:
+        assert (pieces == whole).mean() > 0.98
+    turned = np.concatenate([TOKENS[:, : sizes[0]][:, ::-1], TOKENS[:, sizes[0] :]], 1)
+    other = codes_of(of_8_bits, sizes, turned)
+    layers = slice(2, None)  # the first layer's keys and values do not depend on other tokens
+    assert (other[layers, :, :, sizes[0] :] == whole[layers, :, :, sizes[0] :]).mean() < 0.5
+
+
+def test_a_cache_of_8_bits_is_cut_back_and_grows(of_8_bits):
+    cache = of_8_bits.new_cache()
+    codes_of(of_8_bits, [300], TOKENS[:, ::-1], cache)
+    cache.trim(0)
+    codes_of(of_8_bits, [200], TOKENS, cache)
+    of_8_bits.forward(TOKENS[:, :40], cache, "none")
+    cache.trim(200)
+    of_8_bits.forward(TOKENS[:, 200:], cache, "none")
+    assert (keys_and_values(cache) == codes_of(of_8_bits, [300])).mean() > 0.98
+
+
+def test_two_sequences_at_once_in_8_bits(of_8_bits):
+    both = codes_of(of_8_bits, [300], np.concatenate([TOKENS, TOKENS[:, ::-1]]))
+    for row, tokens in enumerate((TOKENS, TOKENS[:, ::-1])):
+        assert (both[:, row : row + 1] == codes_of(of_8_bits, [300], tokens)).mean() > 0.98
+
+
+def test_a_cache_of_8_bits_is_shared_too(of_8_bits, reads):
+    """Codes of both graphs mean the same: another scale, or none, would be far off."""
+    session = of_8_bits
     first, second = session.new_cache(), session.new_cache()
     session.forward(TOKENS, first, "all")
     session.forward(TOKENS, second, "none")
