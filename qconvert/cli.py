@@ -132,13 +132,15 @@ def _build_options(command: Any) -> Any:
 @click.option(
     "--block-size",
     type=click.Choice([str(size) for size in BLOCK_SIZES]),
-    help="Weights that share a scale.  [default: 128 for int4, all of an output for int8]",
+    help="Weights that share a scale.  [default: at most 256 for int4, whatever a matrix is a multiple of; "
+    "all of an output for int8]",
 )
 @click.option(
     "--recipe",
     type=click.Choice(RECIPES),
-    help="How int4 is rounded: to nearest; by GPTQ in about 4.3 bits a weight; or with down_proj in 8 "
-    "bits.  [default: rtn, with --calibrate gptq]",
+    help="How int4 is rounded: to nearest, at once; by GPTQ, for the same speed and size, a third of the "
+    "error and minutes of work; or by GPTQ in shorter blocks, with down_proj and head in 8 bits.  "
+    "[default: rtn, with --calibrate gptq]",
 )
 @click.option(
     "--calibrate",
@@ -157,7 +159,8 @@ def _build_options(command: Any) -> Any:
     type=click.Choice(["float", "int8"]),
     default="float",
     show_default=True,
-    help="How keys and values are kept: int8 takes a quarter of the memory, but reads prompts slowly.",
+    help="How keys and values are kept: int8 takes a quarter of the memory and decodes faster, but reads "
+    "prompts slowly unless --prefill int8 does it.",
 )
 @click.option(
     "-o",

@@ -20,6 +20,7 @@ RECIPES = ("rtn", "gptq", "gptq-mixed")
 DEFAULT_TEXT = "default"
 _SEQUENCE_TOKENS = 512
 _MOST_TOKENS = 32 * _SEQUENCE_TOKENS
+_MIXED_BLOCK = 32  # weights in a block of "gptq-mixed"
 _TEXTS = ("text.txt", "more.txt")
 
 
@@ -87,18 +88,29 @@ def calibrated(
             f"--recipe {name} is for --precision int4 and --target onnxruntime",
             hint="leave --recipe and --calibrate out, or choose these",
         )
-    size = block_size or {"gptq": 64, "gptq-mixed": 32}[name]
+    if name == "gptq":  # the graph of plain int4, and its speed, with other codes in it
+        return replace(
+            recipe,
+            linear=_short_scales(linear),
+            head=_short_scales(head),
+            exceptions={part: _short_scales(fmt) for part, fmt in recipe.exceptions.items()},
+            calibration=text,
+        )
     eight = [size for size in (64, 32, 16) if spec.hidden_size % size == 0]
     assert eight, "recipe_for has refused a model that cannot be cut into blocks"
     head = BlockFormat(8, eight[0], symmetric=True, scale_dtype="bfloat16")
     return replace(
         recipe,
-        linear=BlockFormat(4, size, symmetric=False, scale_dtype="bfloat16"),
+        linear=BlockFormat(4, block_size or _MIXED_BLOCK, symmetric=False, scale_dtype="bfloat16"),
         head=head,
         shortlist=None,
-        exceptions={"down_proj": head} if name == "gptq-mixed" else {},
+        exceptions={"down_proj": head},
         calibration=text,
     )
+
+
+def _short_scales(fmt: BlockFormat) -> BlockFormat:
+    return replace(fmt, scale_dtype="bfloat16")
 
 
 def calibration_text(

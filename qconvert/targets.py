@@ -10,7 +10,7 @@ from qconvert.decoder import DecoderSpec, lower_decoder, lower_prompt
 from qconvert.errors import QconvertError
 from qconvert.forecast import kv_bytes_per_token
 from qconvert.int4_columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
-from qconvert.quantize import PRECISIONS, BlockFormat, ChannelFormat, Recipe, recipe_for
+from qconvert.quantize import BLOCK_SIZES, PRECISIONS, BlockFormat, ChannelFormat, Recipe, recipe_for
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -79,7 +79,8 @@ class OnnxRuntimeTarget:
     read_by_genai = True
 
     def recipe(self, precision: str, block_size: int | None, spec: DecoderSpec) -> Recipe:
-        return with_shortlist(recipe_for(precision, spec.hidden_size, block_size), spec)
+        recipe = recipe_for(precision, spec.hidden_size, block_size)
+        return with_shortlist(recipe if block_size else with_fitting_blocks(recipe, spec), spec)
 
     def fit(self, spec: DecoderSpec, max_length: int | None) -> DecoderSpec:
         if max_length is not None:
@@ -222,6 +223,26 @@ class TensorRTTarget:
             where="config.json" if names else None,
             hint=f"use --block-size {fitting[-1]}" if fitting else "use --precision bf16",
         )
+
+
+def with_fitting_blocks(recipe: Recipe, spec: DecoderSpec) -> Recipe:
+    """The same recipe for 4 bits, with shorter blocks rather than padded ones where they do not fit a matrix.
+
+    Qwen2.5's matrices all are multiples of 128.
+    """
+    linear = recipe.linear
+    if recipe.precision != "int4" or not isinstance(linear, BlockFormat):
+        return recipe
+
+    def fitting(columns: int) -> BlockFormat:
+        sizes = [size for size in BLOCK_SIZES if size <= linear.block_size and columns % size == 0]
+        return replace(linear, block_size=sizes[-1]) if sizes else linear
+
+    inputs = {"o_proj": spec.query_size, "down_proj": spec.intermediate_size}
+    hidden = fitting(spec.hidden_size)
+    others = {part: fitting(columns) for part, columns in inputs.items()}
+    exceptions = {part: fmt for part, fmt in others.items() if fmt != hidden}
+    return replace(recipe, linear=hidden, exceptions={**exceptions, **recipe.exceptions})
 
 
 def with_shortlist(recipe: Recipe, spec: DecoderSpec) -> Recipe:

@@ -18,8 +18,9 @@ from qconvert.decoder import DecoderSpec
 from qconvert.forecast import export_bytes
 from qconvert.gptq import RECORD_NAME
 from qconvert.gptq.store import RoundedWeights
-from qconvert.quantize import BlockFormat, Recipe, pack, recipe_for
+from qconvert.quantize import BlockFormat, Recipe, pack
 from qconvert.recipes import calibrated, calibration_text
+from qconvert.targets import target_named
 from qrun.manifest import read_manifest
 from tests.qconvert.mutants import Exporter, overwrite, reseal, stored_at
 from tests.tiny import make_tiny_checkpoint
@@ -64,7 +65,10 @@ def test_the_command_publishes_a_verified_folder_and_nothing_else(
     assert stated["calibration"]["text"] == "calibration.txt"
     assert stated["calibration"]["tokens"] % 256 == 0
     assert stated["linear"]["bits"] == 4
-    assert set(stated["exceptions"]) == ({"down_proj"} if recipe == "gptq-mixed" else set())
+    bits, block_size = (8, 64) if recipe == "gptq-mixed" else (4, 128)
+    assert set(stated["exceptions"]) == {"down_proj"}
+    assert stated["exceptions"]["down_proj"]["bits"] == bits
+    assert stated["exceptions"]["down_proj"]["block_size"] == block_size
     rounded = json.loads((folder / RECORD_NAME).read_text())["float32_sha256"]
     # Three layers of seven matrices; down_proj is not rounded on purpose where it has 8 bits.
     assert len(rounded) == (18 if recipe == "gptq-mixed" else 21)
@@ -117,12 +121,27 @@ def test_weights_that_are_not_finite(tmp_path: Path, text: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_gptq_has_the_graph_and_the_speed_of_plain_int4(exporter: Exporter, text: Path) -> None:
+    """But for the type of the scales, which become float32 when the graph is opened."""
+
+    def products(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+        graph = ir.load(folder / "model.onnx").graph
+        return [
+            (node.op_type, {name: attribute.value for name, attribute in node.attributes.items()})
+            for node in graph
+            if node.op_type != "Cast"
+        ]
+
+    plain = products(exporter.export("int4"))
+    assert plain == products(exporter.export("int4", recipe="gptq", calibrate=str(text), force=True))
+
+
 @GPTQ
 def test_the_forecast_is_what_is_written(exporter: Exporter, text: Path, recipe: str) -> None:
     folder = exporter.export("int4", recipe=recipe, calibrate=str(text))
     spec = DecoderSpec.from_config(exporter.reference.model.config)
     facts = calibration_text(text, exporter.checkpoint, 320, 256).facts
-    chosen = calibrated(recipe_for("int4", 64), recipe, spec, None, facts)
+    chosen = calibrated(target_named("onnxruntime").recipe("int4", None, spec), recipe, spec, None, facts)
     tensors = [tensor for tensor in external_tensors(folder) if not str(tensor.name).endswith(".rows")]
     assert sum(tensor.length or 0 for tensor in tensors) == pytest.approx(
         export_bytes(spec, chosen), rel=0.02

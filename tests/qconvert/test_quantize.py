@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
+from qconvert.decoder import DecoderSpec
 from qconvert.errors import QconvertError
 from qconvert.quantize import (
     PIECE,
@@ -20,6 +21,7 @@ from qconvert.quantize import (
     row_ranges,
     unpack,
 )
+from qconvert.targets import target_named
 
 FORMATS = [
     BlockFormat(bits, size, symmetric)
@@ -134,6 +136,30 @@ def test_the_embedding_takes_the_largest_block_that_divides_its_rows() -> None:
     recipe = recipe_for("int4", hidden_size=576, block_size=128)
     assert recipe.linear == BlockFormat(4, 128, symmetric=False)
     assert recipe.head == BlockFormat(8, 64, symmetric=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "linear", "exceptions"),
+    [
+        ((896, 14, 4864), 128, {"down_proj": 256}),  # Qwen2.5 0.5B
+        ((1536, 12, 8960), 256, {}),  # 1.5B
+        ((576, 9, 1536), 64, {"down_proj": 256}),
+    ],
+    ids=str,
+)
+def test_int4_takes_the_longest_blocks_that_divide_each_matrix(
+    sizes: tuple[int, int, int], linear: int, exceptions: dict[str, int]
+) -> None:
+    hidden, heads, intermediate = sizes
+    spec = DecoderSpec(
+        2, heads, 2, hidden // heads, hidden, intermediate, 9999, 1e-6, True, 256, (None, None)
+    )
+    recipe = target_named("onnxruntime").recipe("int4", None, spec)
+    assert isinstance(recipe.linear, BlockFormat)
+    assert recipe.linear.block_size == linear
+    assert {part: fmt.block_size for part, fmt in recipe.exceptions.items()} == exceptions
+    asked = target_named("onnxruntime").recipe("int4", 32, spec)
+    assert (asked.linear, asked.exceptions) == (BlockFormat(4, 32, symmetric=False), {})
 
 
 def test_bad_options_name_themselves() -> None:
