@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 
 from qconvert import __version__
+from qconvert.formats import BLOCK_SIZES
 from qconvert.progress import Progress
-from qconvert.quantize import BLOCK_SIZES
 from qconvert.recipes import RECIPES
 from qconvert.targets import TARGETS
 from qrun.errors import QrunError

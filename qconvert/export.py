@@ -17,13 +17,14 @@ from qconvert.decoder import DecoderSpec, rope_tables
 from qconvert.errors import QconvertError
 from qconvert.folding import Folding
 from qconvert.forecast import export_bytes, parameter_count
+from qconvert.formats import Recipe
 from qconvert.gptq import round_weights, write_record
 from qconvert.gptq.store import RoundedWeights
 from qconvert.hub import Hub
 from qconvert.kv_cache import KVScales, scales_for
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
-from qconvert.quantize import PackedWeight, Recipe
+from qconvert.quantize import PackedWeight
 from qconvert.recipes import choose
 from qconvert.smoothing import folding_for
 from qconvert.targets import GRAPH_NAME, Target, target_named, with_int8_kv_cache, with_prefill_graph

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from qconvert.decoder import DecoderSpec, lower_decoder
 from qconvert.errors import QconvertError
 from qconvert.folding import FoldedInput, Folding, folded_inputs
+from qconvert.formats import BlockFormat
 from qconvert.halves import Halves
 from qconvert.int4_columns import Int4Columns
 from qconvert.int8_channels import LARGEST, Int8Channels
 from qconvert.lowering.initializers import joined_name
 from qconvert.lowering.shortlist import SHORTLIST_RANGES, SHORTLIST_SIZE
-from qconvert.quantize import BlockFormat, PackedWeight, unpack
+from qconvert.quantize import PackedWeight, unpack
 from qconvert.shortlist import Shortlist
 from qconvert.weights import CheckpointWeights
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qconvert.decoder import DecoderSpec
-from qconvert.quantize import BlockFormat, ChannelFormat, Recipe
+from qconvert.formats import BlockFormat, ChannelFormat, Recipe
 
 _ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 

@@ -11,8 +11,8 @@ from qconvert.checkpoint import FileState, TensorInfo, checkpoint_name
 from qconvert.decoder import DecoderSpec
 from qconvert.errors import QconvertError
 from qconvert.forecast import export_bytes, kv_bytes_per_token, parameter_count
+from qconvert.formats import PRECISIONS, recipe_for
 from qconvert.modelconfig import load_config, tensor_problems
-from qconvert.quantize import PRECISIONS, recipe_for
 from qconvert.weightfiles import read_json_object, read_weight_files, text_file_states
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.quantize import ChannelFormat, NonFiniteWeightError, row_ranges
+from qconvert.formats import ChannelFormat
+from qconvert.quantize import NonFiniteWeightError, row_ranges
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qconvert.calibration import calibration_ids
 from qconvert.decoder import kv_scale_name
+from qconvert.formats import Recipe
 from qconvert.progress import Progress
-from qconvert.quantize import Recipe
 from qconvert.reference import Reference
 
 if TYPE_CHECKING:

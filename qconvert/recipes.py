@@ -13,7 +13,7 @@ import numpy as np
 from qconvert.calibration import SEPARATOR, calibration_ids
 from qconvert.decoder import DecoderSpec
 from qconvert.errors import QconvertError
-from qconvert.quantize import BlockFormat, Calibration, Recipe
+from qconvert.formats import BlockFormat, Calibration, Recipe
 
 # Round to nearest; GPTQ in few bits; GPTQ with more bits where they matter most.
 RECIPES = ("rtn", "gptq", "gptq-mixed")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from qconvert.calibration import calibration_ids
 from qconvert.folding import NO_FOLDING, FoldedInput, Folding, folded_inputs
+from qconvert.formats import Recipe
 from qconvert.progress import Progress
-from qconvert.quantize import Recipe
 from qconvert.reference import Reference
 from qconvert.weights import CheckpointWeights
 

@@ -9,8 +9,8 @@ from qconvert import shortlist
 from qconvert.decoder import DecoderSpec, lower_decoder, lower_prompt
 from qconvert.errors import QconvertError
 from qconvert.forecast import kv_bytes_per_token
+from qconvert.formats import BLOCK_SIZES, PRECISIONS, BlockFormat, ChannelFormat, Recipe, recipe_for
 from qconvert.int4_columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
-from qconvert.quantize import BLOCK_SIZES, PRECISIONS, BlockFormat, ChannelFormat, Recipe, recipe_for
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -11,8 +11,9 @@ import numpy as np
 
 from qconvert.decoder import rope_tables
 from qconvert.exported_weights import ExportedWeights
+from qconvert.formats import BlockFormat
 from qconvert.gptq import Digest
-from qconvert.quantize import PIECE, BlockFormat
+from qconvert.quantize import PIECE
 from qconvert.weights import CheckpointWeights
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qconvert.errors import QconvertError
+from qconvert.formats import Recipe
 from qconvert.gptq.store import RoundedWeights
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
-from qconvert.quantize import NonFiniteWeightError, Recipe, unpack
+from qconvert.quantize import NonFiniteWeightError, unpack
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
-from qconvert.quantize import BlockFormat, PackedWeight, assemble
+from qconvert.formats import BlockFormat
+from qconvert.quantize import PackedWeight, assemble
 
 if TYPE_CHECKING:
     import torch

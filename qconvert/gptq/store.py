@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qconvert import __version__
-from qconvert.quantize import PackedWeight, Recipe
+from qconvert.formats import Recipe
+from qconvert.quantize import PackedWeight
 
 _PARTS = ("data", "scales", "zero_points")
 

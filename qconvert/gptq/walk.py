@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qconvert.formats import BlockFormat, Recipe
 from qconvert.gptq.layer import STAGES, Layer, Reads
 from qconvert.gptq.solve import Means
 from qconvert.parallel import all_threads
-from qconvert.quantize import BlockFormat, NonFiniteWeightError, PackedWeight, Recipe, pack, unpack
+from qconvert.quantize import NonFiniteWeightError, PackedWeight, pack, unpack
 from qconvert.weights import CheckpointWeights
 
 if TYPE_CHECKING:

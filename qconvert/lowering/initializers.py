@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
 from qconvert.folding import NO_FOLDING, FoldedWeights, Folding, Weights
+from qconvert.formats import BlockFormat
 from qconvert.halves import split_codes
 from qconvert.int4_columns import pack_int4_columns
 from qconvert.int8_channels import channel_groups, pack_int8_channels
-from qconvert.quantize import BlockFormat, NonFiniteWeightError, PackedWeight, pack, row_ranges
+from qconvert.quantize import NonFiniteWeightError, PackedWeight, pack, row_ranges
 from qconvert.weights import DataFile
 
 

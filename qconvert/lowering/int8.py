@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from qconvert.decoder import DecoderSpec
+from qconvert.formats import ChannelFormat, Recipe
 from qconvert.int8_channels import LARGEST, groups_in_a_part
 from qconvert.lowering.initializers import Initializers, joined_name
 from qconvert.lowering.onnxruntime import CONTRIB, OnnxRuntimeLowering
-from qconvert.quantize import ChannelFormat, Recipe
 
 _ZERO_POINT = 128
 _SPLIT = (".gate_proj.weight", ".up_proj.weight")

@@ -1,4 +1,4 @@
-"""The nodes of one graph, named after the checkpoint's layers, each output with its type."""
+"""The nodes of one graph, named after the checkpoint's layers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Nodes:
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],
-        dtype: ir.DataType,
+        dtype: ir.DataType | None,
         attributes: Mapping[str, Any] | None = None,
         *,
         domain: str = "",
         name: str = "",
     ) -> ir.Value:
-        """A node with one output of type ``dtype``.
+        """A node with one output of type ``dtype``; None where nobody asks for it.
 
         ``name`` is the tensor or module that it belongs to: by default that of its first input.
         """
@@ -36,14 +36,14 @@ class Nodes:
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],
-        dtypes: Sequence[ir.DataType],
+        dtypes: Sequence[ir.DataType | None],
         attributes: Mapping[str, Any] | None = None,
         *,
         domain: str = "",
         name: str = "",
     ) -> list[ir.Value]:
         """A node with one output for each of ``dtypes``."""
-        outputs = [ir.Value(type=ir.TensorType(dtype)) for dtype in dtypes]
+        outputs = [ir.Value(type=None if dtype is None else ir.TensorType(dtype)) for dtype in dtypes]
         node = self.add(op_type, inputs, outputs, attributes, domain=domain, name=name)
         for index, output in enumerate(outputs):
             output.name = f"{node.name}.output_{index}"

@@ -7,7 +7,6 @@ that do not know it get logits for every position, qrun asks for the last one wi
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,10 +18,11 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qconvert.decoder import DecoderSpec, kv_scale_name
+from qconvert.formats import BlockFormat, Recipe
 from qconvert.lowering import shortlist
 from qconvert.lowering.initializers import Initializers, PackedValues, joined_name
+from qconvert.lowering.nodes import Nodes
 from qconvert.lowering.rounded_kv import RoundedKV
-from qconvert.quantize import BlockFormat, Recipe
 
 OPSET = 21
 IR_VERSION = 10
@@ -58,8 +58,7 @@ class OnnxRuntimeLowering:
         self.initializers = initializers
         self._dtype = {"float32": torch.float32, "float16": torch.float16}[recipe.activations]
         self.dtype = _IR_TYPES[recipe.activations]
-        self._nodes: list[ir.Node] = []
-        self._labels: Counter[str] = Counter()
+        self._nodes = Nodes()
         self._tied: PackedValues | None = None
         self._cast_scales: dict[ir.Value, ir.Value] = {}
 
@@ -147,11 +146,11 @@ class OnnxRuntimeLowering:
         window = spec.sliding_windows[layer]
         if window is not None:
             attributes["local_window_size"] = window
-        name = f"/model/layers.{layer}/self_attn/attention"
+        name = f"model.layers.{layer}.self_attn.attention"
         past, present = self._past[2 * layer : 2 * layer + 2], self._present[2 * layer : 2 * layer + 2]
         if self._rounded_kv is not None:
             return self._rounded_kv.attention(qkv, past, layer, attributes)
-        context = ir.Value(name=f"{name}.output")
+        context = ir.Value(name=f"{name}.context")
         inputs = [qkv, None, None, *past, self._total_minus_one, self._total, self._cos, self._sin]
         if self._recipe.kv_cache is not None:
             attributes |= {
@@ -161,15 +160,8 @@ class OnnxRuntimeLowering:
             }
             scales = [self.initializers.given(kv_scale_name(layer, part)) for part in ("key", "value")]
             inputs += [None, None, None, *scales]
-        self._nodes.append(
-            ir.node(
-                "GroupQueryAttention",
-                inputs,
-                attributes,
-                domain=CONTRIB,
-                outputs=[context, *present],
-                name=name,
-            )
+        self._nodes.add(
+            "GroupQueryAttention", inputs, [context, *present], attributes, domain=CONTRIB, name=name
         )
         return context
 
@@ -210,7 +202,7 @@ class OnnxRuntimeLowering:
         graph = ir.Graph(
             inputs,
             outputs,
-            nodes=self._nodes,
+            nodes=self._nodes.all,
             initializers=self.initializers.values,
             opset_imports={"": OPSET, CONTRIB: 1},
             name=name,
@@ -309,20 +301,7 @@ class OnnxRuntimeLowering:
         domain: str = "",
         name: str = "",
     ) -> Sequence[ir.Value]:
-        # "model.layers.0.mlp.up_proj.weight" becomes "/model/layers.0/mlp/up_proj", so that a profile
-        # or an error of the runtime names the layer as the checkpoint does.
-        path = "/" + name.removesuffix(".weight").removesuffix(".bias").replace(".", "/").replace(
-            "layers/", "layers."
-        )
-        label = f"{path}/{op_type}" if name else f"/{op_type}_{len(self._nodes)}"
-        self._labels[label] += 1
-        if (count := self._labels[label]) > 1:
-            label = f"{label}_{count}"
-        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=num_outputs, name=label)
-        for index, output in enumerate(node.outputs):
-            output.name = f"{label}.output_{index}"
-        self._nodes.append(node)
-        return node.outputs
+        return self._nodes.ops(op_type, inputs, [None] * num_outputs, attributes, domain=domain, name=name)
 
 
 def _value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from qconvert.quantize import BlockFormat
+from qconvert.formats import BlockFormat
 from qconvert.shortlist import Shortlist
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from qconvert.decoder import DecoderSpec
+from qconvert.formats import ChannelFormat, Recipe
 from qconvert.lowering.initializers import Initializers, joined_name
 from qconvert.lowering.nodes import Nodes
-from qconvert.quantize import ChannelFormat, Recipe
 
 Spelling = Literal["standard", "trt"]
 SPELLINGS: tuple[Spelling, ...] = ("standard", "trt")

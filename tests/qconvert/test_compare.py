@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qconvert.compare import check_greedy, compare_rows, measure
-from qconvert.quantize import BlockFormat, pack, unpack
+from qconvert.formats import BlockFormat
+from qconvert.quantize import pack, unpack
 from qconvert.weight_check import error_in_steps
 
 

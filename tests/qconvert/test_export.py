@@ -73,7 +73,7 @@ def test_the_forecast_is_what_is_written(tmp_path: Path, precision: str, tied_he
     ).folder
     from qconvert.checkpoint import open_checkpoint
     from qconvert.decoder import DecoderSpec
-    from qconvert.quantize import recipe_for
+    from qconvert.formats import recipe_for
 
     spec = DecoderSpec.from_config(open_checkpoint(checkpoint).config)
     expected = export_bytes(spec, recipe_for(precision, spec.hidden_size))

@@ -16,9 +16,10 @@ import qconvert.gptq.walk
 from qconvert.cli import main
 from qconvert.decoder import DecoderSpec
 from qconvert.forecast import export_bytes
+from qconvert.formats import BlockFormat, Recipe
 from qconvert.gptq import RECORD_NAME
 from qconvert.gptq.store import RoundedWeights
-from qconvert.quantize import BlockFormat, Recipe, pack
+from qconvert.quantize import pack
 from qconvert.recipes import calibrated, calibration_text
 from qconvert.targets import target_named
 from qrun.manifest import read_manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qconvert.formats import ChannelFormat
 from qconvert.int8_channels import (
     Int8Channels,
     channel_groups,
@@ -13,7 +14,7 @@ from qconvert.int8_channels import (
     unpack_int8_channels,
 )
 from qconvert.parallel import piece_workers
-from qconvert.quantize import ChannelFormat, NonFiniteWeightError
+from qconvert.quantize import NonFiniteWeightError
 
 
 def test_every_weight_is_within_half_a_step_of_its_channel():

@@ -12,15 +12,8 @@ import torch
 
 from qconvert.decoder import DecoderSpec
 from qconvert.errors import QconvertError
-from qconvert.quantize import (
-    PIECE,
-    BlockFormat,
-    NonFiniteWeightError,
-    pack,
-    recipe_for,
-    row_ranges,
-    unpack,
-)
+from qconvert.formats import BlockFormat, recipe_for
+from qconvert.quantize import PIECE, NonFiniteWeightError, pack, row_ranges, unpack
 from qconvert.targets import target_named
 
 FORMATS = [

@@ -14,9 +14,10 @@ from qconvert import shortlist
 from qconvert.decoder import DecoderSpec
 from qconvert.export import ExportOptions, export
 from qconvert.forecast import export_bytes
+from qconvert.formats import BlockFormat
 from qconvert.halves import HIGHEST, LOWEST, join_codes, split_codes
 from qconvert.progress import Progress
-from qconvert.quantize import BlockFormat, pack, unpack
+from qconvert.quantize import pack, unpack
 from qconvert.shortlist import Shortlist
 from qconvert.targets import target_named
 from qconvert.weight_check import error_in_steps

@@ -16,10 +16,10 @@ from qconvert.checkpoint import load_model, open_checkpoint
 from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
+from qconvert.formats import PRECISIONS
 from qconvert.limits import ENOUGH_FOR_SHARES, LIMITS, limits_table
 from qconvert.progress import Progress
 from qconvert.prompt_paths import STEPS
-from qconvert.quantize import PRECISIONS
 from qconvert.reference import Reference
 from qconvert.verify import Report, verify
 from qrun.manifest import read_manifest
