@@ -75,7 +75,8 @@ def chat(system: str | None, **options: Any) -> None:
     Lines come from a pipe or a terminal; /help lists the commands.
     """
     sampling = take_sampling(options)
-    model = open_model(**options)
+    # Meanwhile the first question is typed.
+    model = open_model(**options | {"prefill_graph": options["prefill_graph"] and "later"})
     conversation = Chat(model, system, **sampling)
     if options["verbose"]:
         tell_sampling(*model.resolve(sampling))

@@ -26,7 +26,7 @@ from qrun.answer import Answering, Event
 from qrun.generate import Context, check_prompt
 from qrun.manifest import Manifest, find_model_folder
 from qrun.sampling_params import SamplingParams, resolve
-from qrun.session import Device, Session, open_session
+from qrun.session import Device, PromptGraph, Session, open_session
 from qrun.text import ChatTemplate, Tokenizer
 from qrun.tokenizer import read_json_object, read_tokenizer_config
 
@@ -64,7 +64,7 @@ class Model:
         device: Device = "cpu",
         threads: int | None = None,
         check_hashes: bool = False,
-        prefill_graph: bool = True,
+        prefill_graph: PromptGraph = True,
         cuda_graph: bool = True,
     ) -> Model:
         """Open a model folder, or the .onnx or .plan inside one.
@@ -74,7 +74,7 @@ class Model:
             device: "cpu" or "cuda"; there is no silent fall-back from one to the other.
             threads: threads within an operator; by default the cores that the process may use.
             check_hashes: hash every file against the manifest first (sizes are always checked).
-            prefill_graph: open a folder's second graph for prompts as well.
+            prefill_graph: open a folder's second graph for prompts as well; "later": see ``open_session``.
             cuda_graph: launch a plan's decode step as a whole.
 
         Raises:

@@ -14,7 +14,7 @@ from qrun.kvcache import available_memory, forecast_bytes
 from qrun.manifest import names_plan, read_manifest
 from qrun.model import Model
 from qrun.sampling_params import SamplingParams, resolve, unsupported_settings
-from qrun.session import Device, Session, open_session
+from qrun.session import Device, PromptGraph, Session, open_session
 from qrun.terminal import note, size, warn, working
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -174,7 +174,7 @@ def open_model(
     threads: int | None,
     check_hashes: bool,
     verbose: bool,
-    prefill_graph: bool,
+    prefill_graph: PromptGraph,
     cuda_graph: bool,
 ) -> Model:
     """Open what the model options name, and tell about it where that was asked.

@@ -42,11 +42,18 @@ _SHAPE_OPERATORS = frozenset({"Shape", "Gather", "ReduceSum", "Sub", "Cast", "Sl
 class OrtSession:
     """A model folder opened by ONNX Runtime; see ``session.Session`` for the protocol.
 
+    Args:
+        manifest: the folder's facts.
+        device: "cpu", "cuda" or "tensorrt".
+        threads: threads within an operator.
+        prompts_later: do not wait for the folder's second graph, which another thread opens; the first prompt
+            that needs it does, and meets its errors.
+
     Raises:
         QrunError: wrong ONNX Runtime wheels, a graph that does not load, or a device that is not there.
     """
 
-    def __init__(self, manifest: Manifest, *, device: str, threads: int) -> None:
+    def __init__(self, manifest: Manifest, *, device: str, threads: int, prompts_later: bool = False) -> None:
         check_onnxruntime_wheels(device)
         import onnxruntime
 
@@ -57,11 +64,13 @@ class OrtSession:
         self._check_provider(device, onnxruntime.get_available_providers())
         self._prefill: PrefillGraph | None = None
         # Opening is arranging weights, by one thread for each graph: two graphs are opened side by side.
-        with scores_in_one_matrix() if device == "cpu" else nullcontext(), ThreadPoolExecutor(1) as other:
-            prompts = other.submit(self._open, device, path) if (path := manifest.prefill_path) else None
-            self._inference = self._open(device, manifest.graph_path)
-            if prompts is not None and manifest.prefill is not None:
-                self._prefill = PrefillGraph(prompts.result(), manifest.prefill.min_tokens)
+        if manifest.prefill is not None and (path := manifest.prefill_path) is not None:
+            other = ThreadPoolExecutor(1, "open-prefill")
+            self._prefill = PrefillGraph(other.submit(self._open, device, path), manifest.prefill.min_tokens)
+            other.shutdown(wait=False)
+        self._inference = self._open(device, manifest.graph_path)
+        if self._prefill is not None and not prompts_later:
+            self._prefill.wait()
         self.device = (
             f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else "CUDA device 0"
         )
@@ -131,10 +140,11 @@ class OrtSession:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         providers = self.providers(device)
         try:
-            # Its own fall-back would print, and try another device than the one that was asked for.
-            inference = self._ort.InferenceSession(
-                str(graph), options, providers=providers, enable_fallback=False
-            )
+            with scores_in_one_matrix() if device == "cpu" else nullcontext():
+                # Its own fall-back would print, and try another device than the one that was asked for.
+                inference = self._ort.InferenceSession(
+                    str(graph), options, providers=providers, enable_fallback=False
+                )
         except Exception as error:  # ONNX Runtime has no base class for its errors
             raise QrunError(
                 f"ONNX Runtime {self._ort.__version__} cannot open the graph: {_reason(error)}",

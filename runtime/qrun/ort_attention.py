@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 # Read by ONNX Runtime while it makes a session's kernels.
 _SWITCH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -19,17 +20,40 @@ _MOST_SCORE_BYTES = 64 << 20
 _LEAST_TOKENS = 64  # matrix products of fewer are slow
 
 
+class _Switch:
+    """It is the process's own, and several threads may be opening sessions: the last one puts it back."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._openings = 0
+        self._ours = False
+
+    def set(self) -> None:
+        with self._lock:
+            if self._openings == 0 and _SWITCH not in os.environ:
+                os.environ[_SWITCH] = "1"
+                self._ours = True
+            self._openings += 1
+
+    def put_back(self) -> None:
+        with self._lock:
+            self._openings -= 1
+            if self._openings == 0 and self._ours:
+                os.environ.pop(_SWITCH, None)
+                self._ours = False
+
+
+_switch = _Switch()
+
+
 @contextmanager
 def scores_in_one_matrix() -> Iterator[None]:
     """Sessions that are opened inside compute a whole matrix; whoever has set the switch keeps his choice."""
-    if _SWITCH in os.environ:
-        yield
-        return
-    os.environ[_SWITCH] = "1"
+    _switch.set()
     try:
         yield
     finally:
-        os.environ.pop(_SWITCH, None)
+        _switch.put_back()
 
 
 def most_tokens(total: int, heads: int) -> int:

@@ -6,6 +6,7 @@ alone knows the last MLP and the head; so do short prompts, for which another gr
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,24 @@ from qrun.ort_cache import InPlaceKVCache, OrtKVCache
 
 
 class PrefillGraph:
-    """The opened graph.
+    """The graph, opened or about to be.
 
     Args:
-        inference: ONNX Runtime's session.
+        opening: of ONNX Runtime's session.
         min_tokens: fewest tokens that it is given at once.
     """
 
-    def __init__(self, inference: Any, min_tokens: int) -> None:
-        self._inference = inference
+    def __init__(self, opening: Future[Any], min_tokens: int) -> None:
+        self._opening = opening
         self._min_tokens = min_tokens
+
+    def wait(self) -> None:
+        """Return once it is open.
+
+        Raises:
+            QrunError: it could not be opened.
+        """
+        self._opening.result()
 
     def share(self, new: int, logits: str, cache: OrtKVCache) -> int:
         """How many of ``new`` tokens it should read: from the first one on, or none of them."""
@@ -37,7 +46,7 @@ class PrefillGraph:
         """Append tokens ``[batch, new]`` to a cache that has room for them."""
         assert isinstance(cache, InPlaceKVCache), "share() has told so"
         if cache.prefill is None:
-            cache.prefill = PrefillBinding(self._inference, cache.batch)
+            cache.prefill = PrefillBinding(self._opening.result(), cache.batch)
         cache.prefill.run(token_ids, cache)
         cache.advance(token_ids.shape[1])
 

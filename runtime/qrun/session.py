@@ -23,10 +23,11 @@ from qrun.kvcache import KVCache
 from qrun.manifest import Manifest, names_plan, read_manifest
 from qrun.processor import check_integer_products, usable_cores
 
-__all__ = ["Device", "LogitsFor", "Session", "open_session", "usable_cores"]
+__all__ = ["Device", "LogitsFor", "PromptGraph", "Session", "open_session", "usable_cores"]
 
 LogitsFor = Literal["last", "all", "none"]
 Device = Literal["cpu", "cuda", "tensorrt"]
+PromptGraph = bool | Literal["later"]
 
 
 class Session(Protocol):
@@ -76,7 +77,7 @@ def open_session(
     device: Device = "cpu",
     threads: int | None = None,
     check_hashes: bool = False,
-    prefill_graph: bool = True,
+    prefill_graph: PromptGraph = True,
     cuda_graph: bool = True,
 ) -> Session:
     """Open a model folder, or a .onnx file or a .plan inside one.
@@ -87,7 +88,9 @@ def open_session(
             from one to the other. A plan runs on the GPU that it was built for, whatever stands here.
         threads: threads within an operator; by default the cores that the process may use.
         check_hashes: hash every file against the manifest first (sizes are always checked).
-        prefill_graph: open a folder's second graph for prompts as well; without it less memory is used.
+        prefill_graph: open a folder's second graph for prompts as well; without it less memory is used. With
+            "later" another thread opens it, and the first prompt that needs it waits for it (and meets its
+            errors): for whoever gives a person time to type.
         cuda_graph: record a plan's decode step and launch it as a whole; for other models it means nothing.
 
     Raises:
@@ -119,10 +122,10 @@ def open_session(
         return _open_standard_graph(manifest, device, threads)
     check_external_data(manifest)
     if device == "cpu":
-        check_integer_products(manifest, prefill_graph=prefill_graph)
+        check_integer_products(manifest, prefill_graph=bool(prefill_graph))
     from qrun.ort import OrtSession
 
-    return OrtSession(manifest, device=device, threads=threads)
+    return OrtSession(manifest, device=device, threads=threads, prompts_later=prefill_graph == "later")
 
 
 def _open_plan(path: str | Path, check_hashes: bool, cuda_graph: bool) -> Session:

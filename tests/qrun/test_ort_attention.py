@@ -40,6 +40,17 @@ def test_the_switch_is_on_while_sessions_open_and_off_again(monkeypatch) -> None
     assert SWITCH not in os.environ
 
 
+def test_the_switch_stays_on_until_the_last_of_several_openings(monkeypatch) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    first, second = scores_in_one_matrix(), scores_in_one_matrix()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert os.environ[SWITCH] == "1"
+    second.__exit__(None, None, None)
+    assert SWITCH not in os.environ
+
+
 def test_whoever_has_set_the_switch_keeps_it(monkeypatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
     with scores_in_one_matrix():

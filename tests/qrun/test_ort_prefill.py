@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from threading import Event, Timer
 
 import numpy as np
 import pytest
@@ -288,3 +289,68 @@ def test_either_graph_that_does_not_open_is_named(folder, tmp_path, graph) -> No
     with pytest.raises(QrunError, match="cannot open the graph") as caught:
         open_session(broken)
     assert str(caught.value.where).endswith(graph)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Until it is set, no second graph is opened."""
+    release, really = Event(), OrtSession._open
+
+    def open_when_released(self, device, graph):
+        if graph.name == "prefill.onnx":
+            assert release.wait(60)
+        return really(self, device, graph)
+
+    monkeypatch.setattr(OrtSession, "_open", open_when_released)
+    yield release
+    release.set()
+
+
+def test_opened_later_it_makes_only_the_prompts_wait_that_need_it(folder, due, held):
+    session = open_session(folder, prefill_graph="later")
+    short = session.new_cache()
+    session.forward(TOKENS[:, :8], short)  # too short for the second graph
+    assert short.length == 8
+    Timer(0.3, held.set).start()
+    cache = session.new_cache()
+    session.forward(TOKENS, cache, "none")
+    assert held.is_set()
+    assert close(keys_and_values(cache), due)
+
+
+def test_opened_later_its_errors_come_with_the_first_prompt_that_needs_it(folder, monkeypatch):
+    really = OrtSession._open
+
+    def fails(self, device, graph):
+        if graph.name == "prefill.onnx":
+            raise QrunError("cannot open the graph", where=graph)
+        return really(self, device, graph)
+
+    monkeypatch.setattr(OrtSession, "_open", fails)
+    session = open_session(folder, prefill_graph="later")
+    cache = session.new_cache()
+    for _ in range(2):
+        with pytest.raises(QrunError, match="cannot open the graph"):
+            session.forward(TOKENS, cache, "none")
+        assert cache.length == 0
+    session.forward(TOKENS[:, :8], cache)
+    with pytest.raises(QrunError, match="cannot open the graph"):
+        open_session(folder)
+
+
+def test_the_chat_does_not_wait_for_it(folder, monkeypatch):
+    asked = []
+
+    def record(*args, **options):
+        asked.append(options["prefill_graph"])
+        return open_session(*args, **options)
+
+    monkeypatch.setattr("qrun.model.open_session", record)
+    runner = CliRunner()
+    for arguments in (
+        ["chat"],
+        ["chat", "--no-prefill-graph"],
+        ["generate", "--prompt", "a", "--max-tokens", "1"],
+    ):
+        assert runner.invoke(main, [*arguments, "--engine", str(folder)], input="").exit_code == 0
+    assert asked == ["later", False, True]
