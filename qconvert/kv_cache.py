@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qconvert.calibration import calibration_ids
+from qconvert.calibration import batches, calibration_ids
 from qconvert.decoder import kv_scale_name
 from qconvert.formats import Recipe
 from qconvert.progress import Progress
@@ -46,7 +46,7 @@ def scales_for(
 ) -> KVScales:
     """The scales that a recipe needs: none, unless its KV cache is of 8 bits.
 
-    They come from the package's own text, read one sequence at a time, in float32.
+    They come from the package's own text, read some sequences at a time, in float32.
     """
     if recipe.kv_cache is None:
         return {}
@@ -55,9 +55,9 @@ def scales_for(
     observed = Observed()
     reference = Reference(model, kv=observed)
     with progress.task("looking at keys and values", sum(map(len, sequences))) as advance:
-        for sequence in sequences:
-            reference.hidden_states([sequence])
-            advance(len(sequence))
+        for batch in batches(sequences):
+            reference.hidden_states(batch)
+            advance(sum(map(len, batch)))
     return {
         kv_scale_name(*place): scale_of(largest)[None, :, None, :].contiguous()
         for place, largest in observed.largest.items()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconvert.calibration import calibration_ids
+from qconvert.calibration import batches, calibration_ids
 from qconvert.folding import NO_FOLDING, FoldedInput, Folding, folded_inputs
 from qconvert.formats import Recipe
 from qconvert.progress import Progress
@@ -56,9 +56,9 @@ def smooth(
 
     Args:
         model: the checkpoint; its weights are untouched, and upcast one module at a time.
-        sequences: token ids; each runs by itself, so that memory is bounded by the longest.
+        sequences: token ids; some run together (see ``calibration.batches``).
         strength: 0 to 1: how much goes from inputs into weights.
-        advance: told the number of tokens after each sequence.
+        advance: told the number of tokens after each batch.
     """
     import torch
 
@@ -100,10 +100,11 @@ def column_sizes(
 
     inputs = [found for layer in range(model.config.num_hidden_layers) for found in folded_inputs(layer)]
     totals: dict[FoldedInput, torch.Tensor] = {}
+    real = torch.empty(0)  # bool [batch, tokens]: where there is no padding
 
     def watch(found: FoldedInput) -> Callable[..., None]:
         def look(module: Any, arguments: tuple[torch.Tensor]) -> None:
-            tokens = arguments[0].flatten(0, -2)
+            tokens = arguments[0][real]
             power = tokens.square()
             mean = power.mean(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
             total = power.div_(mean).square_().sum(0)
@@ -117,10 +118,12 @@ def column_sizes(
     ]
     reference = Reference(model)
     try:
-        for sequence in sequences:
-            reference.hidden_states([sequence])
+        for batch in batches(sequences):
+            lengths = torch.tensor([len(sequence) for sequence in batch])
+            real = torch.arange(int(lengths.max())) < lengths[:, None]
+            reference.hidden_states(batch)
             if advance is not None:
-                advance(len(sequence))
+                advance(int(lengths.sum()))
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qconvert.calibration import SEPARATOR, calibration_ids
+from qconvert.calibration import SEPARATOR, batches, calibration_ids
 from qconvert.errors import QconvertError
 from tests.tiny import write_tiny_tokenizer
 
@@ -59,3 +59,13 @@ def test_ones_own_text_and_an_empty_one(tokenizer_folder: Path) -> None:
     assert calibration_ids(tokenizer_folder, 320, text=f"ab{SEPARATOR}c") == [[97 - 33, 98 - 33], [99 - 33]]
     with pytest.raises(QconvertError, match="empty"):
         calibration_ids(tokenizer_folder, 320, text=f" {SEPARATOR}\n")
+
+
+def test_batches_hold_every_sequence_once_and_are_bounded() -> None:
+    sequences = [[number] * length for number, length in enumerate([3, 700, 256, 256, 5000, 1, 300, 256, 2])]
+    found = list(batches(sequences))
+    assert sorted(sequence for batch in found for sequence in batch) == sorted(sequences)
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 2048
+    assert len(found) < len(sequences)
+    assert list(batches([])) == []

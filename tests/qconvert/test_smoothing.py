@@ -166,6 +166,18 @@ def test_one_huge_token_does_not_decide(model):
     torch.testing.assert_close(sizes, with_huge)
 
 
+def test_padding_counts_for_nothing(model):
+    """Sequences of unlike lengths run together; each gives what it gives alone."""
+    sequences = [[7, 8, 9] * 40, [20, 21, 22, 23], [5] * 30]
+    together, totals = column_sizes(model, sequences), {}
+    for sequence in sequences:
+        for found, size in column_sizes(model, [sequence]).items():
+            totals[found] = totals.get(found, 0) + size**4 * len(sequence)
+    count = sum(map(len, sequences))
+    for found, size in together.items():
+        torch.testing.assert_close(size, (totals[found] / count) ** 0.25, rtol=1e-4, atol=1e-6)
+
+
 def test_calibration_leaves_the_model_as_it_was(model, tiny):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     smooth(model, calibration_ids(tiny, 320, limit=50), 0.65)
