@@ -69,7 +69,7 @@ def split(session: OrtSession, calls: list[tuple[float, float]]) -> dict[str, fl
     """Seconds a call of each share, over calls of which begin and end are known, in ``time()`` seconds."""
     graphs = [session._inference]
     if session._prefill is not None:
-        graphs.append(session._prefill._inference)
+        graphs.append(session._prefill.inference)
     shares: dict[str, float] = defaultdict(float)
     runs = 0.0
     for graph in graphs:

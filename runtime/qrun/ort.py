@@ -70,7 +70,7 @@ class OrtSession:
             other.shutdown(wait=False)
         self._inference = self._open(device, manifest.graph_path)
         if self._prefill is not None and not prompts_later:
-            self._prefill.wait()
+            _ = self._prefill.inference  # waits, and raises what opening it has raised
         self.device = (
             f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else "CUDA device 0"
         )

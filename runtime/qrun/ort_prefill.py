@@ -27,13 +27,14 @@ class PrefillGraph:
         self._opening = opening
         self._min_tokens = min_tokens
 
-    def wait(self) -> None:
-        """Return once it is open.
+    @property
+    def inference(self) -> Any:
+        """ONNX Runtime's session, once it is open.
 
         Raises:
             QrunError: it could not be opened.
         """
-        self._opening.result()
+        return self._opening.result()
 
     def share(self, new: int, logits: str, cache: OrtKVCache) -> int:
         """How many of ``new`` tokens it should read: from the first one on, or none of them."""
@@ -46,7 +47,7 @@ class PrefillGraph:
         """Append tokens ``[batch, new]`` to a cache that has room for them."""
         assert isinstance(cache, InPlaceKVCache), "share() has told so"
         if cache.prefill is None:
-            cache.prefill = PrefillBinding(self._opening.result(), cache.batch)
+            cache.prefill = PrefillBinding(self.inference, cache.batch)
         cache.prefill.run(token_ids, cache)
         cache.advance(token_ids.shape[1])
 
