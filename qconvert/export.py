@@ -25,9 +25,10 @@ from qconvert.kv_cache import KVScales, scales_for
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 from qconvert.quantize import PackedWeight
+from qconvert.recipe_options import with_int8_kv_cache, with_prefill_graph
 from qconvert.recipes import choose
 from qconvert.smoothing import folding_for
-from qconvert.targets import GRAPH_NAME, Target, target_named, with_int8_kv_cache, with_prefill_graph
+from qconvert.targets import GRAPH_NAME, Target, target_named
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
@@ -76,7 +77,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     spec = target.fit(DecoderSpec.from_config(checkpoint.config), options.max_length)
     recipe = target.recipe(options.precision or target.precisions[0], options.block_size, spec)
     if options.prefill:
-        recipe = with_prefill_graph(recipe, target)
+        recipe = with_prefill_graph(recipe, target, spec)
     recipe, text, kind = choose(recipe, spec, options, checkpoint.folder)
     if options.int8_kv_cache:
         recipe = with_int8_kv_cache(recipe, target)

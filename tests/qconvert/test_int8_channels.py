@@ -69,6 +69,15 @@ def test_parts_are_cut_into_groups_of_one_size_or_not_at_all(channels, groups):
     assert groups_in_a_part(channels, ChannelFormat()) == groups
 
 
+@pytest.mark.parametrize(
+    ("channels", "parts"), [(1536, 2), (4864, 2), (8960, 4), (11008, 4), (18944, 8), (29568, 16)]
+)
+def test_a_part_is_as_long_as_it_may_be(channels, parts):
+    fmt = ChannelFormat(mlp_groups=8).fitted(channels)
+    assert (fmt.mlp_parts, fmt.mlp_groups) == (parts, max(8, parts))
+    assert ChannelFormat(mlp_groups=2).fitted(channels).mlp_groups == parts
+
+
 def test_groups_of_inputs_have_scales_of_their_own():
     """An outlier spoils the steps of its own group only."""
     weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(2))

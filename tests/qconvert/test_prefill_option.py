@@ -30,6 +30,6 @@ def test_the_recipe_and_the_second_graph_stand_in_the_folder(tied, tmp_path):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     facts = json.loads((output / "qconvert.json").read_text())
-    assert facts["recipe"]["prefill"] == {"mlp_parts": 4, "mlp_groups": 8, "smoothing": 0.65}
+    assert facts["recipe"]["prefill"] == {"mlp_parts": 2, "mlp_groups": 2, "smoothing": 0.65}
     assert facts["graph"]["prefill"]["file"] == "prefill.onnx"
     assert facts["verification"]["status"] == "passed"
