@@ -51,7 +51,7 @@ def test_an_honest_second_graph_passes(made):
 def test_a_wrong_weight_is_named(made, broken):
     graph = onnx.load(broken / "prefill.onnx", load_external_data=False).graph
     (matrix,) = (
-        t for t in graph.initializer if t.name == "model.layers.1.mlp.down_proj.weight.int8_inputs.2"
+        t for t in graph.initializer if t.name == "model.layers.1.mlp.down_proj.weight.int8_inputs.1"
     )
     offset = next(int(entry.value) for entry in matrix.external_data if entry.key == "offset")
     data = np.memmap(broken / "prefill.onnx.data", np.int8, "r+")
@@ -98,17 +98,14 @@ def test_the_second_graph_is_folded_and_the_first_is_not(made):
 
 def swapped_inputs(graph: onnx.GraphProto) -> None:
     """Gate and up multiplied by each other's weights: every stored tensor stays right."""
-    for layer in range(2):
-        for group in range(4):
-            nodes = {
-                tensor: next(node for node in graph.node if tensor in node.input)
-                for tensor in (
-                    f"model.layers.{layer}.mlp.{part}_proj.weight.int8.{group}" for part in ("gate", "up")
-                )
-            }
-            (gate, one), (up, other) = nodes.items()
-            one.input[1], other.input[1] = up, gate
-            one.input[3], other.input[3] = other.input[3], one.input[3]
+    readers = {node.input[1]: node for node in graph.node if node.op_type == "MatMulIntegerToFloat"}
+    gates = [tensor for tensor in readers if ".gate_proj.weight.int8." in tensor]
+    assert len(gates) == 4, "two layers of two parts; the last layer ends before its MLP"
+    for gate in gates:
+        up = gate.replace("gate_proj", "up_proj")
+        one, other = readers[gate], readers[up]
+        one.input[1], other.input[1] = up, gate
+        one.input[3], other.input[3] = other.input[3], one.input[3]
 
 
 def test_a_wrong_graph_over_right_weights_fails(made, broken):
