@@ -24,6 +24,7 @@ _SHORT_PATHS = {
     "cut back and continued": "cut back",
     "cut back and continued, growing cache": "cut back, growing",
     "last position only": "last only",
+    "prompt by its own graph": "prompt graph",
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 
 from qconvert.checkpoint import load_model, open_checkpoint
 from qconvert.export import ExportOptions, export
@@ -46,6 +48,9 @@ def test_an_honest_second_graph_passes(made):
     report = verify(made[1], made[0], QUIET)
     assert report.passed, report.failures()
     assert [path.case for path in report.paths if path.path == "prompt by its own graph"] == ["long"]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.summary)
+    assert "…" not in console.export_text()  # no cell was cut
 
 
 def test_a_wrong_weight_is_named(made, broken):
