@@ -22,11 +22,11 @@ import numpy as np
 
 from benchmarks.report import conditions, conditions_text, publish, spread, summary, table
 from benchmarks.shapes import SHAPES
-from qrun.generate import Context, Token, generate
-from qrun.manifest import read_manifest
-from qrun.ort import OrtSession
-from qrun.sampling import SamplingParams
-from qrun.session import open_session, usable_cores
+from qrun.backends.ort.session import OrtSession
+from qrun.backends.session import open_session, usable_cores
+from qrun.decoding.generate import Context, Token, generate
+from qrun.folder.manifest import read_manifest
+from qrun.sampling.sampler import SamplingParams
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET = 0.97

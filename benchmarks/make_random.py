@@ -34,7 +34,7 @@ def make_random(shape: str, folder: Path, *, seed: int = 0) -> Path:
         return folder
     from transformers import Qwen2Config
 
-    from qconvert.modelconfig import expected_tensors
+    from qconvert.checkpoint.config import expected_tensors
     from tests.tiny import write_tiny_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 1. Break-even: prompts of few tokens, by the decode graph alone and by the prefill graph before it. Where the
    second becomes the faster one is ``PREFILL_MIN_TOKENS`` of qconvert/targets.py.
 2. Pieces: a long prompt in pieces of several sizes, and the memory that each takes. The best is
-   ``PREFILL_CHUNK`` of runtime/qrun/generate.py.
+   ``PREFILL_CHUNK`` of runtime/qrun/decoding/generate.py.
 3. Threads: prompt and decode with 1 thread up to all cores; the default is all that the process may use.
 
 All settings of one part are run in turn, round after round; figures are medians. One session of each kind
@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import conditions, conditions_text, publish, summary, table
-from qrun.generate import Context
-from qrun.manifest import read_manifest
-from qrun.session import Session, open_session, usable_cores
+from qrun.backends.session import Session, open_session, usable_cores
+from qrun.decoding.generate import Context
+from qrun.folder.manifest import read_manifest
 
 LENGTHS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192)
 PIECES = (32, 64, 128, 192, 256, 384, 512)

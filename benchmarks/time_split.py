@@ -26,8 +26,8 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.report import conditions, conditions_text, publish, table
-from qrun.ort import OrtSession
-from qrun.session import open_session, usable_cores
+from qrun.backends.ort.session import OrtSession
+from qrun.backends.session import open_session, usable_cores
 
 _PRODUCTS = {"MatMulNBits", "MatMulIntegerToFloat", "FusedMatMul", "MatMul", "DynamicQuantizeMatMul"}
 _NORMS = {"SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"}

@@ -12,15 +12,15 @@ import click
 from rich.console import Console
 
 from qconvert import __version__
-from qconvert.formats import BLOCK_SIZES
+from qconvert.formats.recipe import BLOCK_SIZES
 from qconvert.progress import Progress
-from qconvert.recipes import RECIPES
+from qconvert.recipes.choose import RECIPES
 from qconvert.targets import TARGETS
 from qrun.errors import QrunError
 
 if TYPE_CHECKING:
-    from qconvert.backends import BackendName
-    from qconvert.engine import Plan
+    from qconvert.tensorrt.backends import BackendName
+    from qconvert.tensorrt.plan import Plan
 
 _EXPORT_LIBRARIES = (
     "accelerate",
@@ -75,8 +75,8 @@ def inspect(folder: Path, as_json: bool) -> None:
 
     Works on absent or broken weights too, and loads none. Exit code 0: whole; 1: not whole or not supported.
     """
-    from qconvert.inspection import describe
-    from qconvert.inspection_view import render
+    from qconvert.inspection.inspection import describe
+    from qconvert.inspection.view import render
 
     inspection = describe(folder)
     if as_json:
@@ -207,10 +207,10 @@ def export(
     **options: Any,
 ) -> None:
     """Convert SOURCE, a checkpoint folder or a model id, into a verified ONNX model folder."""
-    from qconvert.engine import BuildOptions
     from qconvert.export import ExportOptions
     from qconvert.export import export as run
     from qconvert.export_engine import build_exported, prepare
+    from qconvert.tensorrt.plan import BuildOptions
 
     build = BuildOptions(backend, compute_capabilities, prompt_length)
     if not engine and build != BuildOptions():
@@ -248,7 +248,7 @@ def verify(path: Path, reference: str, as_json: bool, write: bool, quiet: bool) 
 
     Exit code 0: passed; 1: failed.
     """
-    from qconvert.verify import verify_folder
+    from qconvert.proof.verify import verify_folder
 
     report = verify_folder(path, reference, Progress(quiet=quiet), record=write)
     if as_json:
@@ -273,8 +273,8 @@ def verify(path: Path, reference: str, as_json: bool, write: bool, quiet: bool) 
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def build(folder: Path, quiet: bool, **options: Any) -> None:
     """Build FOLDER/model.plan from a folder that was exported with --target tensorrt."""
-    from qconvert.engine import BuildOptions
-    from qconvert.engine import build as run
+    from qconvert.tensorrt.plan import BuildOptions
+    from qconvert.tensorrt.plan import build as run
 
     _show_plan(run(folder, BuildOptions(**options), Progress(quiet=quiet)))
 

@@ -10,30 +10,30 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconvert.artifact import ModelFolder, new_model_folder
-from qconvert.checkpoint import Checkpoint, hash_files, load_model, open_checkpoint, resolve_source
-from qconvert.companions import end_token_ids, write_companions
-from qconvert.decoder import DecoderSpec, rope_tables
+from qconvert.calibration.gptq.rounding import round_weights, write_record
+from qconvert.calibration.gptq.store import RoundedWeights
+from qconvert.calibration.kv_scales import KVScales, scales_for
+from qconvert.calibration.smoothing import folding_for
+from qconvert.checkpoint.hub import Hub
+from qconvert.checkpoint.load import Checkpoint, hash_files, load_model, open_checkpoint, resolve_source
 from qconvert.errors import QconvertError
-from qconvert.folding import Folding
-from qconvert.forecast import export_bytes, parameter_count
-from qconvert.formats import Recipe
-from qconvert.gptq import round_weights, write_record
-from qconvert.gptq.store import RoundedWeights
-from qconvert.hub import Hub
-from qconvert.kv_cache import KVScales, scales_for
+from qconvert.folder.artifact import ModelFolder, new_model_folder
+from qconvert.folder.companions import end_token_ids, write_companions
+from qconvert.formats.blocks import PackedWeight
+from qconvert.formats.folding import Folding
+from qconvert.formats.recipe import Recipe
+from qconvert.models.decoder import DecoderSpec, rope_tables
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
-from qconvert.quantize import PackedWeight
-from qconvert.recipe_options import with_int8_kv_cache, with_prefill_graph
-from qconvert.recipes import choose
-from qconvert.smoothing import folding_for
+from qconvert.recipes.choose import choose
+from qconvert.recipes.forecast import export_bytes, parameter_count
+from qconvert.recipes.options import with_int8_kv_cache, with_prefill_graph
 from qconvert.targets import GRAPH_NAME, Target, target_named
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
 
-    from qconvert.verify import Report
+    from qconvert.proof.verify import Report
 
 _LIBRARIES = ("qconvert", "torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 
@@ -137,8 +137,8 @@ def write_graph(
     """Lower the decoder and write the target's graphs and ``model.onnx.data``."""
     import onnx_ir
 
+    from qconvert.checkpoint.weights import CheckpointWeights, DataFile
     from qconvert.lowering.initializers import Initializers
-    from qconvert.weights import CheckpointWeights, DataFile
 
     with DataFile(folder / f"{GRAPH_NAME}.data") as data, piece_workers() as workers:
         initializers = Initializers(CheckpointWeights(model, advance), data, workers, folding, rounded)
@@ -161,8 +161,8 @@ def prove(
     Raises:
         QconvertError: the verification failed; the folder is kept aside with ``--keep-failed``.
     """
-    from qconvert.reference import Reference
-    from qconvert.verify import verify
+    from qconvert.checkpoint.reference import Reference
+    from qconvert.proof.verify import verify
 
     report = verify(folder.path, Reference(model), progress)
     report.write(folder.path)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from qconvert.backends import choose_backend
-from qconvert.engine import BuildOptions, Plan, build, check_options
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions
 from qconvert.progress import Progress
 from qconvert.targets import DEFAULT_STATIC_LENGTH
+from qconvert.tensorrt.backends import choose_backend
+from qconvert.tensorrt.plan import BuildOptions, Plan, build, check_options
 from qrun.errors import QrunError
 
 

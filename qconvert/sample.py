@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconvert.artifact import new_model_folder
-from qconvert.checkpoint import open_checkpoint
+from qconvert.checkpoint.config import quiet_transformers
+from qconvert.checkpoint.load import open_checkpoint
 from qconvert.errors import QconvertError
-from qconvert.modelconfig import quiet_transformers
+from qconvert.folder.artifact import new_model_folder
 
 if TYPE_CHECKING:
     import torch

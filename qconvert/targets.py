@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qconvert.decoder import DecoderSpec, lower_decoder, lower_prompt
 from qconvert.errors import QconvertError
-from qconvert.forecast import kv_bytes_per_token
-from qconvert.formats import (
+from qconvert.formats.columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
+from qconvert.formats.recipe import (
     PRECISIONS,
     BlockFormat,
     ChannelFormat,
     Recipe,
     recipe_for,
 )
-from qconvert.int4_columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
-from qconvert.recipe_options import with_fitting_blocks, with_shortlist
+from qconvert.models.decoder import DecoderSpec, lower_decoder, lower_prompt
+from qconvert.recipes.forecast import kv_bytes_per_token
+from qconvert.recipes.options import with_fitting_blocks, with_shortlist
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -101,8 +101,8 @@ class OnnxRuntimeTarget:
     def lower(
         self, spec: DecoderSpec, recipe: Recipe, initializers: Initializers, rope: Any
     ) -> dict[str, ir.Model]:
-        from qconvert.lowering.int8 import IntegerLowering
-        from qconvert.lowering.onnxruntime import OnnxRuntimeLowering
+        from qconvert.lowering.ort.decoder import OnnxRuntimeLowering
+        from qconvert.lowering.ort.integers import IntegerLowering
 
         if isinstance(recipe.linear, ChannelFormat):
             integers = IntegerLowering(spec, recipe, recipe.linear, initializers.folded(), rope)
@@ -178,8 +178,8 @@ class TensorRTTarget:
     def lower(
         self, spec: DecoderSpec, recipe: Recipe, initializers: Initializers, rope: Any
     ) -> dict[str, ir.Model]:
-        from qconvert.lowering.float32_kernels import compute_in_float32
-        from qconvert.lowering.tensorrt import Spelling, TensorRTLowering
+        from qconvert.lowering.trt.decoder import Spelling, TensorRTLowering
+        from qconvert.lowering.trt.float32_kernels import compute_in_float32
 
         spellings: dict[str, Spelling] = {STANDARD_GRAPH_NAME: "standard"}
         if recipe.activations != "float32":

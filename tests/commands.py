@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from click.testing import CliRunner, Result
 
-from qrun import cli
+from qrun.cli import main as cli
 
 
 def qrun(*arguments: object, stdin: str | bytes | None = None) -> Result:

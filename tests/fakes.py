@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qrun.backends.kvcache import KVCache
+from qrun.backends.session import LogitsFor
 from qrun.errors import QrunError
-from qrun.kvcache import KVCache
-from qrun.manifest import MANIFEST_NAME, Manifest, read_manifest
+from qrun.folder.manifest import MANIFEST_NAME, Manifest, read_manifest
 from qrun.model import Model
-from qrun.session import LogitsFor
-from qrun.text import ChatTemplate, Tokenizer
+from qrun.text.streaming import ChatTemplate, Tokenizer
 from tests.tiny import CHAT_TEMPLATE, write_tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qrun.manifest import read_manifest
+from qrun.folder.manifest import read_manifest
 from tests.tiny import write_tiny_tokenizer
 
 PLAN_BYTES = b"vtrt" + bytes(range(256)) * 8

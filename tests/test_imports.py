@@ -47,7 +47,7 @@ def test_importing_qrun_and_its_help_import_nothing_that_converts():
         import json, sys
         import qrun
         light = sorted(sys.modules)
-        from qrun.cli import main
+        from qrun.cli.main import main
         try:
             main(["--help"])
         except SystemExit as leaving:
@@ -59,7 +59,7 @@ def test_importing_qrun_and_its_help_import_nothing_that_converts():
     assert done.returncode == 0, done.stderr
     modules = json.loads(done.stdout.splitlines()[-1])
     assert not set(CONVERTERS) & set(modules["all"])
-    assert "qrun.cli" in modules["all"]
+    assert "qrun.cli.main" in modules["all"]
     assert not {"onnxruntime", "numpy", "tokenizers"} & set(modules["light"])
     assert "onnxruntime" not in modules["all"], "--help need not wait for ONNX Runtime"
 
@@ -82,7 +82,7 @@ def test_generate_and_chat_run_where_nothing_that_converts_is_installed(tmp_path
     source = make_tiny_checkpoint(tmp_path / "tiny")
     options = ExportOptions(precision="int8", output=tmp_path / "model", verify=False)
     folder = export(str(source), options, Progress(quiet=True)).folder
-    run = BLOCK + "from qrun.cli import main; main()"
+    run = BLOCK + "from qrun.cli.main import main; main()"
     given = ("--engine", folder, "--greedy", "--max-tokens", 4, "--threads", 1)
 
     done = python(run, "generate", *given, "--prompt", "hi", "--json")

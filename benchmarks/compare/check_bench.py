@@ -58,7 +58,15 @@ def check_bench(workshop: Workshop, shape: str, settings: Settings, rounds: int)
 
 def _qrun_bench(workshop: Workshop, contender: Contender, shape: str, settings: Settings) -> dict[str, Any]:
     folder = str(workshop.converted(contender, shape))
-    command = [str(workshop.python(contender.peer)), "-m", "qrun.cli", "bench", "--engine", folder, "--json"]
+    command = [
+        str(workshop.python(contender.peer)),
+        "-m",
+        "qrun.cli",
+        "bench",
+        "--engine",
+        folder,
+        "--json",
+    ]
     command += ["-p", ",".join(map(str, settings.prompts)), "-n", str(settings.generate), "-r", "1"]
     command += ["--threads", str(settings.threads)]
     done = subprocess.run(command, stdout=subprocess.PIPE, cwd=REPOSITORY, env=our_environment(), check=True)

@@ -21,8 +21,8 @@ def convert(source: Path, destination: Path, variant: str) -> None:
 
 class QrunModel(Model):
     def __init__(self, folder: Path, variant: str, threads: int) -> None:
-        from qrun.generate import Context
-        from qrun.session import open_session
+        from qrun.backends.session import open_session
+        from qrun.decoding.generate import Context
 
         self.session = open_session(folder, threads=threads)
         self.context = Context(self.session)
@@ -33,9 +33,9 @@ class QrunModel(Model):
         self.context.token_ids.clear()
 
     def run(self, ids: list[int], generate: int) -> Timed:
-        from qrun.generate import Token
-        from qrun.generate import generate as events
-        from qrun.sampling_params import SamplingParams
+        from qrun.decoding.generate import Token
+        from qrun.decoding.generate import generate as events
+        from qrun.sampling.params import SamplingParams
 
         tokens: list[int] = []
         started = first = last = perf_counter()
@@ -68,6 +68,11 @@ if __name__ == "__main__":
     main(
         convert,
         QrunModel,
-        libraries=("onnxruntime", "qrun.generate", "qrun.ort", "qrun.session"),
+        libraries=(
+            "onnxruntime",
+            "qrun.decoding.generate",
+            "qrun.backends.ort.session",
+            "qrun.backends.session",
+        ),
         packages=("onnxruntime", "numpy", "torch", "transformers"),
     )

@@ -12,14 +12,14 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from qconvert.checkpoint.weights import DataFile
 from qconvert.errors import QconvertError
-from qconvert.folding import NO_FOLDING, FoldedWeights, Folding, Weights
-from qconvert.formats import BlockFormat
-from qconvert.halves import split_codes
-from qconvert.int4_columns import pack_int4_columns
-from qconvert.int8_channels import channel_groups, pack_int8_channels
-from qconvert.quantize import NonFiniteWeightError, PackedWeight, pack, row_ranges
-from qconvert.weights import DataFile
+from qconvert.formats.blocks import NonFiniteWeightError, PackedWeight, pack, row_ranges
+from qconvert.formats.channels import channel_groups, pack_int8_channels
+from qconvert.formats.columns import pack_int4_columns
+from qconvert.formats.folding import NO_FOLDING, FoldedWeights, Folding, Weights
+from qconvert.formats.halves import split_codes
+from qconvert.formats.recipe import BlockFormat
 
 
 @dataclass(frozen=True)

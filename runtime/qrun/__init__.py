@@ -20,11 +20,11 @@ from qrun.errors import QrunError
 
 if TYPE_CHECKING:
     from qrun.answer import Answer, Event, Piece
+    from qrun.backends.session import Device
     from qrun.chat import Chat
-    from qrun.generate import Prefilled
+    from qrun.decoding.generate import Prefilled
     from qrun.model import Model
-    from qrun.sampling_params import SamplingParams
-    from qrun.session import Device
+    from qrun.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,8 +45,8 @@ _HOMES = {
     "Event": "qrun.answer",
     "Model": "qrun.model",
     "Piece": "qrun.answer",
-    "Prefilled": "qrun.generate",
-    "SamplingParams": "qrun.sampling_params",
+    "Prefilled": "qrun.decoding.generate",
+    "SamplingParams": "qrun.sampling.params",
 }
 
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
-from qrun.generate import Context, Finished, FinishReason, Prefilled, Token, generate
-from qrun.sampling_params import SamplingParams
-from qrun.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from qrun.decoding.generate import Context, Finished, FinishReason, Prefilled, Token, generate
+from qrun.sampling.params import SamplingParams
+from qrun.text.streaming import IncrementalDetokenizer, StopStrings, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

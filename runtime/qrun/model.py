@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.answer import Answering, Event
-from qrun.generate import Context, check_prompt
-from qrun.manifest import Manifest, find_model_folder
-from qrun.sampling_params import SamplingParams, resolve
-from qrun.session import Device, PromptGraph, Session, open_session
-from qrun.text import ChatTemplate, Tokenizer
-from qrun.tokenizer import read_json_object, read_tokenizer_config
+from qrun.backends.session import Device, PromptGraph, Session, open_session
+from qrun.decoding.generate import Context, check_prompt
+from qrun.folder.manifest import Manifest, find_model_folder
+from qrun.sampling.params import SamplingParams, resolve
+from qrun.text.streaming import ChatTemplate, Tokenizer
+from qrun.text.tokenizer import read_json_object, read_tokenizer_config
 
 if TYPE_CHECKING:
     from qrun.chat import Chat

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from qconvert import engine
-from qconvert.backends import Backend
-from qconvert.engine_build import BuilderSettings, Built
 from qconvert.progress import Progress
+from qconvert.tensorrt import plan as engine
+from qconvert.tensorrt.backends import Backend
+from qconvert.tensorrt.build import BuilderSettings, Built
 from tests.emulated import cuda_runtime, tensorrt_rtx
 from tests.emulated.device import EmulatedDevice, use
 from tests.emulated.graph import StandardGraph

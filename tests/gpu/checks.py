@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from qconvert.compare import Rows, compare_rows
-from qconvert.limits import limit_value
-from qrun import cuda
-from qrun.bench import Measured, Workload, conditions, measure
-from qrun.generate import Context, Token, generate
-from qrun.sampling_params import SamplingParams
-from qrun.session import Session, open_session
-from qrun.trt import TrtSession
+from qconvert.proof.compare import Rows, compare_rows
+from qconvert.proof.limits import limit_value
+from qrun.backends.session import Session, open_session
+from qrun.backends.trt import cuda
+from qrun.backends.trt.session import TrtSession
+from qrun.cli.bench import Measured, Workload, conditions, measure
+from qrun.decoding.generate import Context, Token, generate
+from qrun.sampling.params import SamplingParams
 
 # The CPU's margin, in logits, between its choice and another of the plan's. Both compute in bfloat16 with
 # other orders of sums, so this is the verification's own limit for bf16.

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qconvert.checkpoint import load_model, open_checkpoint
-from qconvert.engine import BuildOptions, build
+from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.export import ExportOptions, export
-from qconvert.limits import LIMITS, limit_value
 from qconvert.progress import Progress
-from qconvert.verify import verify_folder
-from qrun.bench import Workload
-from qrun.session import open_session
-from qrun.tokenizer import Tokenizer
+from qconvert.proof.limits import LIMITS, limit_value
+from qconvert.proof.verify import verify_folder
+from qconvert.tensorrt.plan import BuildOptions, build
+from qrun.backends.session import open_session
+from qrun.cli.bench import Workload
+from qrun.text.tokenizer import Tokenizer
 from tests.gpu.checks import NEAR_TIE, against_pytorch, exchanged_choices, greedy, open_plan, speed_and_memory
 
 # PyTorch's side runs on the CPU, which takes its time.

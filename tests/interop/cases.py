@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from qrun.tokenizer import Tokenizer
+from qrun.text.tokenizer import Tokenizer
 
 NEW_TOKENS = 96
 

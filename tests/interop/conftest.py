@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qrun.generate import Context, Token, generate
-from qrun.sampling import SamplingParams
-from qrun.session import open_session
-from qrun.tokenizer import Tokenizer
+from qrun.backends.session import open_session
+from qrun.decoding.generate import Context, Token, generate
+from qrun.sampling.sampler import SamplingParams
+from qrun.text.tokenizer import Tokenizer
 from tests.interop.cases import CASES, NEW_TOKENS, Case, Exported
 
 # qrun opens its sessions with this switch on, which is the faster attention. The other programs leave ONNX

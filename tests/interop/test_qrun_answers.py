@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qrun.generate import PREFILL_CHUNK
+from qrun.decoding.generate import PREFILL_CHUNK
 from tests.interop.cases import NEW_TOKENS, Case, Exported
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qconvert.checkpoint import open_checkpoint
+from qconvert.checkpoint.load import open_checkpoint
 from qconvert.errors import QconvertError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 3087467144\n"

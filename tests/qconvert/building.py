@@ -13,11 +13,11 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
-from qconvert import backends
 from qconvert.cli import main
-from qconvert.engine import BuildOptions
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
+from qconvert.tensorrt import backends
+from qconvert.tensorrt.plan import BuildOptions
 from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)

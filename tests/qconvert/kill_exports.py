@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
-from qrun.manifest import read_manifest
+from qrun.folder.manifest import read_manifest
 
 
 def state_of(output: Path) -> str:
@@ -28,7 +28,7 @@ def state_of(output: Path) -> str:
 def main(checkpoint: Path, output: Path, kills: int, how: signal.Signals, seed: int) -> None:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-    import qconvert.lowering.onnxruntime  # noqa: F401 - imported here so that no child pays for it
+    import qconvert.lowering.ort.decoder  # noqa: F401 - imported here so that no child pays for it
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
     options = ExportOptions(precision="int4", output=output, force=True, verify=False)

@@ -13,13 +13,13 @@ import onnx_ir as ir
 import pytest
 
 import qconvert.export as flow
-from qconvert.checkpoint import load_model, open_checkpoint
+from qconvert.checkpoint.load import load_model, open_checkpoint
+from qconvert.checkpoint.reference import Reference
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
-from qconvert.reference import Reference
-from qconvert.report import Report
-from qconvert.verify import verify
-from qrun.manifest import read_manifest, sha256_of
+from qconvert.proof.report import Report
+from qconvert.proof.verify import verify
+from qrun.folder.manifest import read_manifest, sha256_of
 
 QUIET = Progress(quiet=True)
 
@@ -65,7 +65,7 @@ def wrong_rope_base(config: Any, length: int) -> Any:
     """``decoder.rope_tables`` with five times the base."""
     from copy import deepcopy
 
-    from qconvert.decoder import rope_tables
+    from qconvert.models.decoder import rope_tables
 
     config = deepcopy(config)
     config.rope_parameters["rope_theta"] *= 5
@@ -74,7 +74,7 @@ def wrong_rope_base(config: Any, length: int) -> Any:
 
 def spec_with(**changes: Any) -> Any:
     """A ``DecoderSpec`` class whose specs come out with other sizes."""
-    from qconvert.decoder import DecoderSpec
+    from qconvert.models.decoder import DecoderSpec
 
     class Changed(DecoderSpec):
         @classmethod

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert.artifact import new_model_folder
+from qconvert.checkpoint.weights import DataFile
 from qconvert.errors import QconvertError
-from qconvert.weights import DataFile
-from qrun.manifest import MANIFEST_NAME
+from qconvert.folder.artifact import new_model_folder
+from qrun.folder.manifest import MANIFEST_NAME
 
 
 def names(folder: Path) -> list[str]:

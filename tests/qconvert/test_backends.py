@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from qconvert import backends
 from qconvert.export import ExportOptions, export
+from qconvert.tensorrt import backends
 from tests.qconvert.building import QUIET, TinyExports, names, needs_rtx, no_gpu, refused, run
 from tests.tiny import make_tiny_checkpoint
 

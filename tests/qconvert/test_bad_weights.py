@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qconvert.checkpoint import load_model, open_checkpoint
+from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.errors import QconvertError
 from tests.qconvert.breaking import POINTER, edit_json, edit_weights, refusal
 

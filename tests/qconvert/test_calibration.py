@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qconvert.calibration import SEPARATOR, batches, calibration_ids
+from qconvert.calibration.text import SEPARATOR, batches, calibration_ids
 from qconvert.errors import QconvertError
 from tests.tiny import write_tiny_tokenizer
 

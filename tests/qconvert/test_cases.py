@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qconvert.cases import LONG_TOKENS, make_cases
-from qconvert.prompt_paths import CHUNKED, CHUNKED_GROWING, LAST, STEPPED, TRIMMED_BACK, PathReader
-from qrun.session import open_session
+from qconvert.proof.cases import LONG_TOKENS, make_cases
+from qconvert.proof.paths import CHUNKED, CHUNKED_GROWING, LAST, STEPPED, TRIMMED_BACK, PathReader
+from qrun.backends.session import open_session
 from tests.qconvert.mutants import Exporter
 from tests.tiny import make_tiny_checkpoint
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qconvert.checkpoint import checkpoint_name, hash_files, inspect_files, load_model, open_checkpoint
-from qconvert.modelconfig import expected_tensors
+from qconvert.checkpoint.config import expected_tensors
+from qconvert.checkpoint.load import checkpoint_name, hash_files, inspect_files, load_model, open_checkpoint
 from tests.qconvert.breaking import edit_json, edit_weights
 from tests.tiny import make_tiny_checkpoint
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from qconvert.compare import check_greedy, compare_rows, measure
-from qconvert.formats import BlockFormat
-from qconvert.quantize import pack, unpack
-from qconvert.weight_check import error_in_steps
+from qconvert.formats.blocks import pack, unpack
+from qconvert.formats.recipe import BlockFormat
+from qconvert.proof.compare import check_greedy, compare_rows, measure
+from qconvert.proof.weight_check import error_in_steps
 
 
 def test_measures_of_known_distributions() -> None:

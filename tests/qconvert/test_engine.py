@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from qconvert import engine
-from qconvert.engine import BuildOptions, build
-from qrun.manifest import read_manifest
+from qconvert.tensorrt import plan as engine
+from qconvert.tensorrt.plan import BuildOptions, build
+from qrun.folder.manifest import read_manifest
 from tests.qconvert.building import (
     FOR_89,
     LENGTH,

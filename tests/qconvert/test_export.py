@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from qconvert.cli import main
 from qconvert.export import ExportOptions, export
-from qconvert.forecast import export_bytes
 from qconvert.progress import Progress
-from qrun.manifest import read_manifest
-from qrun.session import open_session
+from qconvert.recipes.forecast import export_bytes
+from qrun.backends.session import open_session
+from qrun.folder.manifest import read_manifest
 from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)
@@ -71,9 +71,9 @@ def test_the_forecast_is_what_is_written(tmp_path: Path, precision: str, tied_he
     folder = export(
         str(checkpoint), ExportOptions(precision=precision, output=tmp_path / "m", verify=False), QUIET
     ).folder
-    from qconvert.checkpoint import open_checkpoint
-    from qconvert.decoder import DecoderSpec
-    from qconvert.formats import recipe_for
+    from qconvert.checkpoint.load import open_checkpoint
+    from qconvert.formats.recipe import recipe_for
+    from qconvert.models.decoder import DecoderSpec
 
     spec = DecoderSpec.from_config(open_checkpoint(checkpoint).config)
     expected = export_bytes(spec, recipe_for(precision, spec.hidden_size))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qconvert import engine
 from qconvert.errors import QconvertError
-from qconvert.graph_traps import check_graph
-from qrun.manifest import read_manifest
+from qconvert.tensorrt import plan as engine
+from qconvert.tensorrt.traps import check_graph
+from qrun.folder.manifest import read_manifest
 from tests.qconvert.building import names, needs_rtx, refused, run
 
 

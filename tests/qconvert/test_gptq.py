@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qconvert.formats import BlockFormat
-from qconvert.gptq.solve import Means, inverse_factor, search_steps, solve
-from qconvert.quantize import pack, unpack
+from qconvert.calibration.gptq.solve import Means, inverse_factor, search_steps, solve
+from qconvert.formats.blocks import pack, unpack
+from qconvert.formats.recipe import BlockFormat
 
 FORMATS = [
     BlockFormat(4, size, symmetric, scale_dtype)

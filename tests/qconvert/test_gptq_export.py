@@ -12,17 +12,17 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-import qconvert.gptq.walk
+import qconvert.calibration.gptq.walk
+from qconvert.calibration.gptq.rounding import RECORD_NAME
+from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.cli import main
-from qconvert.decoder import DecoderSpec
-from qconvert.forecast import export_bytes
-from qconvert.formats import BlockFormat, Recipe
-from qconvert.gptq import RECORD_NAME
-from qconvert.gptq.store import RoundedWeights
-from qconvert.quantize import pack
-from qconvert.recipes import calibrated, calibration_text
+from qconvert.formats.blocks import pack
+from qconvert.formats.recipe import BlockFormat, Recipe
+from qconvert.models.decoder import DecoderSpec
+from qconvert.recipes.choose import calibrated, calibration_text
+from qconvert.recipes.forecast import export_bytes
 from qconvert.targets import target_named
-from qrun.manifest import read_manifest
+from qrun.folder.manifest import read_manifest
 from tests.qconvert.mutants import Exporter, overwrite, reseal, stored_at
 from tests.tiny import make_tiny_checkpoint
 
@@ -190,12 +190,12 @@ def test_wrong_rounding_is_beyond_the_limit_of_steps(
     exporter: Exporter, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A solver that exchanges rows would record what it has done: the checkpoint tells."""
-    true_solve = qconvert.gptq.walk.Means.solve
+    true_solve = qconvert.calibration.gptq.walk.Means.solve
 
     def exchanged(self: Any, weight: torch.Tensor, *rest: Any) -> Any:
         return true_solve(self, weight.flip(0), *rest)
 
-    monkeypatch.setattr(qconvert.gptq.walk.Means, "solve", exchanged)
+    monkeypatch.setattr(qconvert.calibration.gptq.walk.Means, "solve", exchanged)
     report = exporter.verify(exporter.export("int4", recipe="gptq", calibrate=str(text)))
     assert not report.passed
     assert len(report.weights.faults) > 15

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from qconvert.errors import QconvertError
-from qconvert.graph_traps import check_graph
+from qconvert.tensorrt.traps import check_graph
 from tests.qconvert.building import TinyExports, dynamic_cache, edit_graph
 
 

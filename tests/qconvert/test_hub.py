@@ -20,14 +20,14 @@ from typing import ClassVar
 
 import pytest
 
+from qconvert.checkpoint.hub import resolve_source
 from qconvert.errors import QconvertError
-from qconvert.hub import resolve_source
 from tests.tiny import make_tiny_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FETCH = """
 import sys
-from qconvert.checkpoint import load_model, open_checkpoint, resolve_source
+from qconvert.checkpoint.load import load_model, open_checkpoint, resolve_source
 from qconvert.errors import QconvertError
 try:
     revision = sys.argv[2] if len(sys.argv) > 2 else None

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file
 
+from qconvert.checkpoint.config import expected_tensors, load_config
 from qconvert.cli import main
-from qconvert.inspection import describe
-from qconvert.inspection_view import readable_bytes, render
-from qconvert.modelconfig import expected_tensors, load_config
+from qconvert.inspection.inspection import describe
+from qconvert.inspection.view import readable_bytes, render
 from tests.qconvert.breaking import POINTER, edit_json
 from tests.tiny import make_tiny_checkpoint
 

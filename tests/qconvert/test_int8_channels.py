@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qconvert.formats import ChannelFormat
-from qconvert.int8_channels import (
+from qconvert.formats.blocks import NonFiniteWeightError
+from qconvert.formats.channels import (
     Int8Channels,
     channel_groups,
     groups_in_a_part,
     pack_int8_channels,
     unpack_int8_channels,
 )
+from qconvert.formats.recipe import ChannelFormat
 from qconvert.parallel import piece_workers
-from qconvert.quantize import NonFiniteWeightError
 
 
 def test_every_weight_is_within_half_a_step_of_its_channel():

@@ -12,12 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from qconvert.calibration.kv_scales import LARGEST, MARGIN, Observed, Rounded, scale_of
+from qconvert.checkpoint.reference import Reference
 from qconvert.cli import main
-from qconvert.decoder import kv_scale_name, rope_tables
 from qconvert.errors import QconvertError
-from qconvert.kv_cache import LARGEST, MARGIN, Observed, Rounded, scale_of
-from qconvert.reference import Reference
-from qconvert.report import Report
+from qconvert.models.decoder import kv_scale_name, rope_tables
+from qconvert.proof.report import Report
 from tests.qconvert.mutants import Exporter, edit_graph
 from tests.tiny import make_tiny_checkpoint
 

@@ -16,13 +16,13 @@ from transformers import Qwen2ForCausalLM
 from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
-from qconvert.int4_columns import pack_int4_columns, unpack_int4_columns
-from qconvert.lowering.float32_kernels import compute_in_float32
+from qconvert.formats.blocks import NonFiniteWeightError
+from qconvert.formats.columns import pack_int4_columns, unpack_int4_columns
+from qconvert.lowering.trt.float32_kernels import compute_in_float32
 from qconvert.progress import Progress
-from qconvert.quantize import NonFiniteWeightError
+from qrun.backends.session import open_session
 from qrun.errors import QrunError
-from qrun.manifest import read_manifest
-from qrun.session import open_session
+from qrun.folder.manifest import read_manifest
 from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)
@@ -139,7 +139,7 @@ def standard_before_casts(checkpoint: Path, output: Path, precision: str) -> ir.
         ir.save(model, kept[0])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qconvert.lowering.float32_kernels.compute_in_float32", keep)
+        patch.setattr("qconvert.lowering.trt.float32_kernels.compute_in_float32", keep)
         output.parent.mkdir(exist_ok=True)
         export_tiny(checkpoint, output, precision)
     return ir.load(kept[0])

@@ -11,14 +11,14 @@ import onnx
 import pytest
 from rich.console import Console
 
-from qconvert.checkpoint import load_model, open_checkpoint
+from qconvert.checkpoint.load import load_model, open_checkpoint
+from qconvert.checkpoint.reference import Reference
 from qconvert.export import ExportOptions, export
-from qconvert.exported_weights import ExportedWeights
-from qconvert.prefill_proof import prompt_weights
 from qconvert.progress import Progress
-from qconvert.reference import Reference
-from qconvert.verify import verify
-from qrun.ort_prefill import PrefillBinding
+from qconvert.proof.exported_weights import ExportedWeights
+from qconvert.proof.prefill_proof import prompt_weights
+from qconvert.proof.verify import verify
+from qrun.backends.ort.prefill import PrefillBinding
 from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)

@@ -10,10 +10,10 @@ import onnxruntime
 import pytest
 import torch
 
-from qconvert.decoder import DecoderSpec
 from qconvert.errors import QconvertError
-from qconvert.formats import BlockFormat, recipe_for
-from qconvert.quantize import PIECE, NonFiniteWeightError, pack, row_ranges, unpack
+from qconvert.formats.blocks import PIECE, NonFiniteWeightError, pack, row_ranges, unpack
+from qconvert.formats.recipe import BlockFormat, recipe_for
+from qconvert.models.decoder import DecoderSpec
 from qconvert.targets import target_named
 
 FORMATS = [

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert.checkpoint import load_model, open_checkpoint
-from qconvert.reference import CheckpointSource, Reference
+from qconvert.checkpoint.load import load_model, open_checkpoint
+from qconvert.checkpoint.reference import CheckpointSource, Reference
 from tests.tiny import make_tiny_checkpoint
 
 TOKENS = [(7 * index + 3) % 320 for index in range(90)]
@@ -88,7 +88,7 @@ def test_the_head_is_multiplied_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
                 asked.append(rows)
             return super().rows(name, rows)
 
-    monkeypatch.setattr("qconvert.reference._HEAD_PIECE", 64 * 50)
+    monkeypatch.setattr("qconvert.checkpoint.reference._HEAD_PIECE", 64 * 50)
     logits = Reference(model, Watching(model)).logits(TOKENS)
     assert [piece.start for piece in asked] == [0, 50, 100, 150, 200, 250, 300]
     assert abs(logits - due).max() < 1e-5

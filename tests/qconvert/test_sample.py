@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from qconvert import sample
-from qconvert.checkpoint import load_model, open_checkpoint
+from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.cli import main
 
 TEXTS = [

@@ -10,19 +10,19 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from qconvert import shortlist
-from qconvert.decoder import DecoderSpec
 from qconvert.export import ExportOptions, export
-from qconvert.forecast import export_bytes
-from qconvert.formats import BlockFormat
-from qconvert.halves import HIGHEST, LOWEST, join_codes, split_codes
+from qconvert.formats import shortlist
+from qconvert.formats.blocks import pack, unpack
+from qconvert.formats.halves import HIGHEST, LOWEST, join_codes, split_codes
+from qconvert.formats.recipe import BlockFormat
+from qconvert.formats.shortlist import Shortlist
+from qconvert.models.decoder import DecoderSpec
 from qconvert.progress import Progress
-from qconvert.quantize import pack, unpack
-from qconvert.shortlist import Shortlist
+from qconvert.proof.weight_check import error_in_steps
+from qconvert.recipes.forecast import export_bytes
 from qconvert.targets import target_named
-from qconvert.weight_check import error_in_steps
-from qrun.manifest import read_manifest
-from qrun.session import open_session
+from qrun.backends.session import open_session
+from qrun.folder.manifest import read_manifest
 from tests.qconvert.mutants import Exporter, edit_graph, overwrite
 from tests.tiny import make_tiny_checkpoint
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert.calibration import calibration_ids
-from qconvert.checkpoint import load_model, open_checkpoint
-from qconvert.folding import FoldedWeights, Folding, folded_inputs
-from qconvert.reference import Reference
-from qconvert.smoothing import column_sizes, factors_for, smooth
-from qconvert.weights import CheckpointWeights
+from qconvert.calibration.smoothing import column_sizes, factors_for, smooth
+from qconvert.calibration.text import calibration_ids
+from qconvert.checkpoint.load import load_model, open_checkpoint
+from qconvert.checkpoint.reference import Reference
+from qconvert.checkpoint.weights import CheckpointWeights
+from qconvert.formats.folding import FoldedWeights, Folding, folded_inputs
 from tests.tiny import make_tiny_checkpoint
 
 TOKENS = [3, 17, 200, 45, 9, 120, 77, 31, 256, 8, 64, 90]

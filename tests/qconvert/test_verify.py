@@ -11,18 +11,18 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from qconvert.cases import GREEDY_STEPS, LONG_TOKENS
-from qconvert.checkpoint import load_model, open_checkpoint
+from qconvert.checkpoint.load import load_model, open_checkpoint
+from qconvert.checkpoint.reference import Reference
 from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
-from qconvert.formats import PRECISIONS
-from qconvert.limits import ENOUGH_FOR_SHARES, LIMITS, limits_table
+from qconvert.formats.recipe import PRECISIONS
 from qconvert.progress import Progress
-from qconvert.prompt_paths import STEPS
-from qconvert.reference import Reference
-from qconvert.verify import Report, verify
-from qrun.manifest import read_manifest
+from qconvert.proof.cases import GREEDY_STEPS, LONG_TOKENS
+from qconvert.proof.limits import ENOUGH_FOR_SHARES, LIMITS, limits_table
+from qconvert.proof.paths import STEPS
+from qconvert.proof.verify import Report, verify
+from qrun.folder.manifest import read_manifest
 from tests.qconvert.mutants import Exporter, overwrite
 from tests.tiny import make_tiny_checkpoint
 

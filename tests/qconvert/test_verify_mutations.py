@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from qconvert.report import Report
-from qrun.kvcache import KVCache
-from qrun.ort_cache import InPlaceKVCache
+from qconvert.proof.report import Report
+from qrun.backends.kvcache import KVCache
+from qrun.backends.ort.cache import InPlaceKVCache
 from tests.qconvert.mutants import (
     Exporter,
     edit_graph,

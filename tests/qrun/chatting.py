@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from qrun.console import ChatConsole
+from qrun.cli.console import ChatConsole
 from tests.fakes import fake_manifest, fake_model, scripted, tiny_tokenizer
 
 

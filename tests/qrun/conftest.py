@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qrun.text import Tokenizer
+from qrun.text.streaming import Tokenizer
 from tests.fakes import tiny_tokenizer
 from tests.tiny import make_tiny_checkpoint
 

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
-from qrun.bench import Measured, Round, Workload, measure, workloads
-from qrun.cli import main
+from qrun.backends.session import open_session
+from qrun.cli.bench import Measured, Round, Workload, measure, workloads
+from qrun.cli.main import main
 from qrun.errors import QrunError
-from qrun.session import open_session
 from tests.tiny import make_tiny_checkpoint
 
 KEYS = {

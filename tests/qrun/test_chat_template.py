@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qrun.chat_template import ChatTemplate
 from qrun.errors import QrunError
+from qrun.text.chat_template import ChatTemplate
 from tests.assets import qwen_tokenizer_folder
 from tests.tiny import write_tiny_tokenizer
 

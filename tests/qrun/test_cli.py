@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from qrun import cli, options
+from qrun.cli import main as cli
+from qrun.cli import options
 from tests.commands import qrun, refused
 from tests.fakes import fake_manifest, fake_model, repeating, scripted
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from qrun import wheels
+from qrun.backends.ort import wheels
 from tests.commands import qrun, refused
 from tests.fakes import REPOSITORY
 
@@ -118,7 +118,7 @@ def test_cuda_that_is_not_there_is_no_silent_run_on_the_cpu(tiny_export, monkeyp
 
 
 def qrun_process(*arguments: object, **options) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "qrun.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "qrun.cli.main", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -139,7 +139,8 @@ ENDLESS = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
-from qrun import cli, options
+from qrun.cli import main as cli
+from qrun.cli import options
 from tests.fakes import REPOSITORY, fake_manifest, fake_model, repeating, tiny_tokenizer
 
 tokenizer = tiny_tokenizer(Path(sys.argv.pop(1)))

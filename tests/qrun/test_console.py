@@ -10,8 +10,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from qrun.generate import PREFILL_CHUNK, Prefilled
-from qrun.terminal import PrefillLine, printable, show, size
+from qrun.cli.terminal import PrefillLine, printable, show, size
+from qrun.decoding.generate import PREFILL_CHUNK, Prefilled
 from tests.fakes import REPOSITORY
 
 CHATTING = Path(__file__).parent / "chatting.py"

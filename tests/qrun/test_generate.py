@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from qrun.decoding.generate import Context, Finished, Prefilled, Token, generate
 from qrun.errors import QrunError
-from qrun.generate import Context, Finished, Prefilled, Token, generate
-from qrun.sampling_params import SamplingParams
+from qrun.sampling.params import SamplingParams
 from tests.fakes import FakeSession, fake_manifest
 
 END = 9

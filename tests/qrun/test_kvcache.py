@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qrun import kvcache
+from qrun.backends import kvcache
+from qrun.backends.kvcache import MINIMUM_CAPACITY, forecast_bytes, next_capacity
 from qrun.errors import QrunError
-from qrun.kvcache import MINIMUM_CAPACITY, forecast_bytes, next_capacity
 from tests.fakes import FakeKVCache, fake_manifest
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import qrun
 from qrun.errors import QrunError
-from qrun.external_data import external_locations
-from qrun.manifest import read_manifest
+from qrun.folder.external_data import external_locations
+from qrun.folder.manifest import read_manifest
 
 
 def edit(folder: Path, **changes) -> None:

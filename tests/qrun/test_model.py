@@ -7,8 +7,8 @@ import json
 import pytest
 
 import qrun
+from qrun.decoding.generate import PREFILL_CHUNK
 from qrun.errors import QrunError
-from qrun.generate import PREFILL_CHUNK
 from tests.fakes import AB, IM_END, fake_manifest, fake_model, fed_tokens, repeating
 
 

@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 
-from qrun import ort_attention
+from qrun.backends.ort import attention as ort_attention
+from qrun.backends.ort.attention import most_tokens, scores_in_one_matrix
+from qrun.backends.ort.session import OrtSession
+from qrun.backends.session import open_session
 from qrun.errors import QrunError
-from qrun.ort import OrtSession
-from qrun.ort_attention import most_tokens, scores_in_one_matrix
-from qrun.session import open_session
 
 SWITCH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 TOKENS = np.random.default_rng(1).integers(0, 256, (1, 200), dtype=np.int64)

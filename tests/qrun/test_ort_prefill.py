@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from qrun import processor
-from qrun.cli import main
+from qrun.backends.ort import processor
+from qrun.backends.ort.prefill import PrefillGraph
+from qrun.backends.ort.session import OrtSession
+from qrun.backends.session import open_session
+from qrun.cli.main import main
+from qrun.decoding.generate import Context, Prefilled, Token, generate
 from qrun.errors import QrunError
-from qrun.generate import Context, Prefilled, Token, generate
-from qrun.manifest import read_manifest
-from qrun.ort import OrtSession
-from qrun.ort_prefill import PrefillGraph
-from qrun.sampling import SamplingParams
-from qrun.session import open_session
+from qrun.folder.manifest import read_manifest
+from qrun.sampling.sampler import SamplingParams
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (1, 300), dtype=np.int64)
 # Keys and values lie around 2. What 8 bits a weight and an activation cost them here is a tenth of what

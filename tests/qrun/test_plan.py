@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from qrun import plan_checks
+from qrun.backends.trt import checks as plan_checks
+from qrun.backends.trt.checks import check_device_memory, check_runnable, load_backend_module
 from qrun.errors import QrunError
-from qrun.manifest import find_model_folder, read_manifest
-from qrun.plan import Profile, Tensor, read_plan
-from qrun.plan_checks import check_device_memory, check_runnable, load_backend_module
+from qrun.folder.manifest import find_model_folder, read_manifest
+from qrun.folder.plan import Profile, Tensor, read_plan
 from tests.plans import PLAN_BYTES, VERSION, edit_sidecar, make_plan_folder
 
 

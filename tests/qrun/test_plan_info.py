@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qrun import plan_checks
-from qrun.cuda import Device
+from qrun.backends.trt import checks as plan_checks
+from qrun.backends.trt.cuda import Device
 from qrun.errors import QrunError
 from tests.commands import qrun, refused
 from tests.plans import PLAN_BYTES, VERSION, edit_sidecar, make_plan_folder

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from qrun.errors import QrunError
-from qrun.sampling import (
+from qrun.sampling.sampler import (
     Sampler,
     SamplingParams,
     count_penalties,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qrun.errors import QrunError
-from qrun.sampling_params import FIELDS, SamplingParams, resolve, unsupported_settings
+from qrun.sampling.params import FIELDS, SamplingParams, resolve, unsupported_settings
 
 QWEN = {  # Qwen2.5-1.5B-Instruct's generation_config.json
     "bos_token_id": 151643,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qrun import kvcache
+from qrun.backends import kvcache
+from qrun.backends.ort.session import OrtSession
+from qrun.backends.session import open_session, usable_cores
 from qrun.errors import QrunError
-from qrun.ort import OrtSession
-from qrun.session import open_session, usable_cores
 from tests.tiny import write_tiny_tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 40, dtype=np.int64)

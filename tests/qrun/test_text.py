@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qrun.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from qrun.text.streaming import IncrementalDetokenizer, StopStrings, Tokenizer
 from tests.assets import qwen_tokenizer_folder
 from tests.tiny import write_tiny_tokenizer
 

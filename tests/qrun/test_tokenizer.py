@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qrun.errors import QrunError
-from qrun.tokenizer import Tokenizer
+from qrun.text.tokenizer import Tokenizer
 from tests.assets import qwen_tokenizer_folder
 from tests.tiny import write_tiny_tokenizer
 

@@ -13,7 +13,7 @@ import pytest
 
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
-from qrun.trt import TrtSession
+from qrun.backends.trt.session import TrtSession
 from tests.emulated.device import EmulatedDevice, use
 from tests.emulated.plans import build_emulated_plan, install
 from tests.tiny import make_tiny_checkpoint

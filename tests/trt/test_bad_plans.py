@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qrun import plan_checks
+from qrun.backends.trt import checks as plan_checks
 from tests.commands import qrun, refused
 from tests.emulated import tensorrt_rtx
 from tests.emulated.device import EmulatedDevice
@@ -128,7 +128,9 @@ def test_no_driver_is_not_called_an_old_one(
 ) -> None:
     """CUDA's own words for a machine with no driver at all: "driver version is insufficient"."""
     device.no_gpu = "cudaErrorInsufficientDriver"
-    monkeypatch.setattr("qrun.cuda.why_no_gpu", lambda: "there is no NVIDIA driver (libcuda.so.1)")
+    monkeypatch.setattr(
+        "qrun.backends.trt.cuda.why_no_gpu", lambda: "there is no NVIDIA driver (libcuda.so.1)"
+    )
     told = refusals(plan, device)
     assert "no NVIDIA GPU that can be used: there is no NVIDIA driver (libcuda.so.1)" in told
     assert "insufficient for" not in told

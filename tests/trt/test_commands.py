@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import qrun as qrun_package
+from qrun.backends.session import open_session
 from qrun.errors import QrunError
-from qrun.session import open_session
 from tests.commands import qrun, refused
 from tests.emulated import tensorrt_rtx
 from tests.emulated.device import EmulatedDevice

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from qrun import cuda
+from qrun.backends.trt import cuda
 from qrun.errors import QrunError
 from tests.emulated.device import EmulatedDevice
 

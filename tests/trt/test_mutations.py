@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.cuda import DeviceBuffer, Graph, HostBuffer, Stream, call
-from qrun.session import open_session
-from qrun.trt_cache import TrtKVCache
-from qrun.trt_context import ProfileContext, StagedTensor
-from qrun.trt_engine import Engine
+from qrun.backends.session import open_session
+from qrun.backends.trt.cache import TrtKVCache
+from qrun.backends.trt.context import ProfileContext, StagedTensor
+from qrun.backends.trt.cuda import DeviceBuffer, Graph, HostBuffer, Stream, call
+from qrun.backends.trt.engine import Engine
 from tests.emulated.device import EmulatedDevice, use
 from tests.emulated.plans import install
 from tests.emulated.rules import Rule, Violation

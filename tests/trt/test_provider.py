@@ -16,14 +16,20 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qconvert.backends import choose_backend
-from qconvert.engine_build import BuilderSettings, build_plan
-from qrun import ort, ort_tensorrt
+from qconvert.tensorrt.backends import choose_backend
+from qconvert.tensorrt.build import BuilderSettings, build_plan
+from qrun.backends.ort import provider as ort_tensorrt
+from qrun.backends.ort import session as ort
+from qrun.backends.ort.provider import (
+    ProviderSession,
+    engine_cache_of,
+    open_provider_session,
+    provider_options,
+)
+from qrun.backends.session import open_session
 from qrun.errors import QrunError
-from qrun.manifest import read_manifest
-from qrun.ort_tensorrt import ProviderSession, engine_cache_of, open_provider_session, provider_options
-from qrun.plan import Profile
-from qrun.session import open_session
+from qrun.folder.manifest import read_manifest
+from qrun.folder.plan import Profile
 from tests.commands import qrun, refused
 from tests.qconvert.building import LENGTH, TinyExports, needs_rtx
 from tests.qrun.test_cli_folders import install

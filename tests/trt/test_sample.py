@@ -8,11 +8,11 @@ import pytest
 
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
-from qrun.generate import Context, Token, generate
-from qrun.sampling_params import SamplingParams
-from qrun.session import Session, open_session
-from qrun.tokenizer import Tokenizer
-from qrun.trt import TrtSession
+from qrun.backends.session import Session, open_session
+from qrun.backends.trt.session import TrtSession
+from qrun.decoding.generate import Context, Token, generate
+from qrun.sampling.params import SamplingParams
+from qrun.text.tokenizer import Tokenizer
 from tests.emulated.device import EmulatedDevice
 from tests.emulated.plans import build_emulated_plan
 

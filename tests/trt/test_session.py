@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qrun.backends.session import Session, open_session
+from qrun.backends.trt.session import TrtSession
+from qrun.decoding.generate import Context, Finished, Token, generate
 from qrun.errors import QrunError
-from qrun.generate import Context, Finished, Token, generate
-from qrun.sampling_params import SamplingParams
-from qrun.session import Session, open_session
-from qrun.trt import TrtSession
+from qrun.sampling.params import SamplingParams
 from tests.emulated.device import EmulatedDevice
 from tests.trt.conftest import LENGTH, PROMPT_LENGTH
 

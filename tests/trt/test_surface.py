@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from qconvert.backends import why_no_gpu
-from qrun import cuda
+from qconvert.tensorrt.backends import why_no_gpu
+from qrun.backends.trt import cuda
 from tests.emulated import cuda_runtime, tensorrt_rtx
 from tests.emulated.device import EmulatedDevice
 from tests.trt.test_mutations import use_a_plan

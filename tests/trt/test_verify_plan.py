@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrun.trt import TrtSession
+from qrun.backends.trt.session import TrtSession
 from tests.emulated.device import EmulatedDevice
 from tests.emulated.plans import build_emulated_plan
 from tests.qconvert.building import TinyExports, refused, run

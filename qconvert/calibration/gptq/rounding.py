@@ -1,0 +1,104 @@
+"""Weights rounded on purpose (GPTQ): the arithmetic, the walk through the decoder, the results on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qconvert.calibration.gptq.store import RoundedWeights
+from qconvert.errors import QconvertError
+from qconvert.formats.blocks import NonFiniteWeightError, unpack
+from qconvert.formats.recipe import Recipe
+from qconvert.parallel import piece_workers
+from qconvert.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+RECORD_NAME = "rounding.json"
+
+
+def round_weights(
+    model: Qwen2ForCausalLM,
+    recipe: Recipe,
+    sequences: Sequence[Sequence[int]],
+    store: RoundedWeights,
+    progress: Progress,
+) -> None:
+    """Round every linear weight of the decoder into ``store``; layers that are there are not solved again.
+
+    Raises:
+        QconvertError: a weight holds NaN or Inf.
+    """
+    from qconvert.calibration.gptq.walk import Walk
+
+    layers = model.config.num_hidden_layers
+    kept = [store.layer(index) is not None for index in range(layers)]
+    if all(kept):
+        return
+    with piece_workers() as workers, progress.task("rounding the weights", layers) as advance:
+        walk = Walk(model, recipe, sequences, workers)
+        for index in range(layers):
+            known = store.layer(index)
+            try:
+                solved = walk.layer(index, known)
+            except NonFiniteWeightError as error:
+                raise QconvertError(
+                    f"{error} holds NaN or Inf, or makes them of the calibration text",
+                    where=str(error),
+                    hint="download the checkpoint again, or use --recipe rtn",
+                ) from error
+            if known is None:
+                store.add_layer(index, solved)
+            advance(1)
+
+
+def write_record(folder: Path, model: Qwen2ForCausalLM, recipe: Recipe, store: RoundedWeights) -> None:
+    """``rounding.json``: for each weight that was rounded on purpose, the digest of what it stands for."""
+    columns = {name: tensor.shape[-1] for name, tensor in model.named_parameters()}
+    digests = {}
+    for name in store:
+        fmt = recipe.format_of(name)
+        if fmt is not None and fmt.bits == 4:
+            digest = Digest()
+            digest.add(unpack(store[name], fmt, columns[name]))
+            digests[name] = digest.text
+    (folder / RECORD_NAME).write_text(
+        json.dumps({"float32_sha256": digests}, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def read_record(folder: Path) -> dict[str, str]:
+    """The digests in a model folder's ``rounding.json``; none where all weights are rounded to nearest.
+
+    Raises:
+        QconvertError: the file is not what ``write_record`` writes.
+    """
+    file = folder / RECORD_NAME
+    if not file.is_file():
+        return {}
+    try:
+        digests = json.loads(file.read_text(encoding="utf-8"))["float32_sha256"]
+        return {str(name): str(digest) for name, digest in digests.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QconvertError(
+            "the record of rounded weights is damaged", where=file, hint="export again"
+        ) from error
+
+
+class Digest:
+    """SHA-256 of a tensor's float32 values, row after row."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, rows: torch.Tensor) -> None:
+        self._hash.update(rows.contiguous().numpy().tobytes())
+
+    @property
+    def text(self) -> str:
+        return self._hash.hexdigest()

@@ -1,0 +1,100 @@
+"""Rounded weights on disk, one file a layer, beside the output: an interrupted export resumes from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qconvert import __version__
+from qconvert.formats.blocks import PackedWeight
+from qconvert.formats.recipe import Recipe
+
+_PARTS = ("data", "scales", "zero_points")
+
+
+class RoundedWeights(Mapping[str, PackedWeight]):
+    """Packed weights by their names in the checkpoint, read when they are asked for.
+
+    Args:
+        output: the model folder to be; the store is a hidden folder beside it.
+        source_hashes: of the checkpoint's files.
+        recipe: with its calibration. Another one, or another checkpoint, has another store.
+    """
+
+    def __init__(self, output: Path, source_hashes: Mapping[str, str], recipe: Recipe) -> None:
+        key = json.dumps([__version__, dict(source_hashes), recipe.to_json()], sort_keys=True)
+        self._prefix = f".{output.name}.rounded-"
+        self.folder = output.with_name(self._prefix + hashlib.sha256(key.encode()).hexdigest()[:16])
+
+    def layer(self, index: int) -> dict[str, PackedWeight] | None:
+        """The weights of a layer that was finished before, or None."""
+        file = self._file(index)
+        return {name: self._read(file, name) for name in self._names(file)} if file.is_file() else None
+
+    def add_layer(self, index: int, weights: Mapping[str, PackedWeight]) -> None:
+        """Keep a layer: its file appears whole, by one rename.
+
+        Raises:
+            OSError: no space left, or whatever else the disk says.
+        """
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{name}:{part}": tensor
+            for name, packed in weights.items()
+            for part in _PARTS
+            if (tensor := getattr(packed, part)) is not None
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / f"{index}.unfinished"
+        save_file(tensors, unfinished)
+        unfinished.replace(self._file(index))
+
+    def remove(self) -> None:
+        """Delete this store, and those that exports to the same output with other options have left."""
+        for folder in self.folder.parent.glob(f"{self._prefix}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def __getitem__(self, name: str) -> PackedWeight:
+        file = self._file_of(name)
+        if file is None or name not in self._names(file):
+            raise KeyError(name)
+        return self._read(file, name)
+
+    def __iter__(self) -> Iterator[str]:
+        for file in sorted(self.folder.glob("*.safetensors")):
+            yield from self._names(file)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index}.safetensors"
+
+    def _file_of(self, name: str) -> Path | None:
+        parts = name.split(".")  # model.layers.INDEX.
+        file = self._file(int(parts[2])) if len(parts) > 2 and parts[2].isdigit() else None
+        return file if file is not None and file.is_file() else None
+
+    def _names(self, file: Path) -> list[str]:
+        with _opened(file) as tensors:
+            return sorted({key.partition(":")[0] for key in tensors.keys()})  # noqa: SIM118
+
+    def _read(self, file: Path, name: str) -> PackedWeight:
+        with _opened(file) as tensors:
+            keys, zeros = set(tensors.keys()), f"{name}:zero_points"
+            return PackedWeight(
+                tensors.get_tensor(f"{name}:data"),
+                tensors.get_tensor(f"{name}:scales"),
+                tensors.get_tensor(zeros) if zeros in keys else None,
+            )
+
+
+def _opened(file: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(file, "pt")

@@ -1,0 +1,1 @@
+"""A checkpoint: found, whole, loaded, and run in float32."""

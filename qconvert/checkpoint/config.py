@@ -1,0 +1,208 @@
+"""config.json, read through transformers' ``Qwen2Config`` and refused where an export would be wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qconvert.checkpoint.files import TensorInfo, read_json_object
+from qconvert.errors import QconvertError
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Config
+
+ARCHITECTURE = "Qwen2ForCausalLM"
+SUPPORTED = (
+    f"{ARCHITECTURE} is supported: Qwen2, Qwen2.5, Qwen2.5-Coder, Qwen2.5-Math, QwQ-32B, "
+    "DeepSeek-R1-Distill-Qwen"
+)
+# transformers computes these once, from the config alone, so a table of cosines can stand in a graph.
+# Others (dynamic, longrope) change the frequencies with the length of the sequence.
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+_COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings"),
+)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences transformers' warnings and progress bars: what matters in them is checked and said by us."""
+    from transformers.utils import logging
+
+    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
+
+
+def load_config(folder: Path) -> Qwen2Config:
+    """The checkpoint's configuration, with everything in it covered by an export.
+
+    ``auto_map`` (remote code) is ignored: transformers' own class is used and nothing is executed.
+
+    Raises:
+        QconvertError: no folder, no or a malformed config.json, another architecture, a quantised
+            checkpoint, or a value that an export does not cover; the message names it.
+    """
+    if not folder.exists():
+        raise QconvertError(
+            f"There is no folder {folder}.",
+            hint="give a checkpoint's folder, or a hub id such as Qwen/Qwen2.5-0.5B",
+        )
+    if not folder.is_dir():
+        raise QconvertError(
+            f"{folder} is a file, not a checkpoint's folder.", hint="give the folder it lies in"
+        )
+    path = folder / "config.json"
+    state, raw = read_json_object(path)
+    if raw is None:
+        what = (
+            "There is no config.json"
+            if state.status == "missing"
+            else f"config.json is unusable: {state.detail}"
+        )
+        hint = (
+            "give a checkpoint's folder as it comes from a hub" if state.status == "missing" else state.hint
+        )
+        raise QconvertError(f"{what}.", where=path, hint=hint)
+
+    _check_identity(raw, path)
+    from transformers import Qwen2Config
+
+    try:
+        with quiet_transformers():
+            config = Qwen2Config.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers has no error class of its own for a bad value
+        reason = " ".join(str(error).split())
+        raise QconvertError(f"transformers refuses this configuration: {reason}", where=path) from error
+    _check_sizes(config, path)
+    _check_attention(config, path)
+    return config
+
+
+def head_size(config: Qwen2Config) -> int:
+    """Width of one attention head: ``head_dim`` where the config has it, else hidden size / heads."""
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)
+
+
+def expected_tensors(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the configuration implies; a tied head is not among them."""
+    hidden, inner, size = config.hidden_size, config.intermediate_size, head_size(config)
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        block = f"model.layers.{layer}"
+        for name, width in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            shapes[f"{block}.self_attn.{name}.weight"] = (width, hidden)
+            shapes[f"{block}.self_attn.{name}.bias"] = (width,)
+        shapes[f"{block}.self_attn.o_proj.weight"] = (hidden, queries)
+        shapes[f"{block}.mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{block}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{block}.mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{block}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{block}.post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def tensor_problems(config: Qwen2Config, tensors: dict[str, TensorInfo]) -> list[str]:
+    """What the weight files lack, misshape or have too much, one sentence each; empty when they fit."""
+    expected = expected_tensors(config)
+    allowed_extra = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    problems = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            untied = name == "lm_head.weight"
+            problems.append(f"{name} is missing" + (" (tie_word_embeddings is false)" if untied else ""))
+        elif tensors[name].shape != shape:
+            problems.append(f"{name} has shape {list(tensors[name].shape)}, the config implies {list(shape)}")
+        elif tensors[name].dtype not in FLOAT_DTYPES:
+            problems.append(
+                f"{name} is stored as {tensors[name].dtype}, not as one of {', '.join(FLOAT_DTYPES)}"
+            )
+    for name in tensors:
+        harmless = name in allowed_extra or name.endswith(".rotary_emb.inv_freq")
+        if name not in expected and not harmless:
+            problems.append(f"{name} has no place in {ARCHITECTURE}")
+    return problems
+
+
+def _check_identity(raw: dict[str, Any], path: Path) -> None:
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    if model_type != "qwen2" or (architectures and ARCHITECTURE not in architectures):
+        names = architectures if isinstance(architectures, list) else [architectures]
+        found = f"{', '.join(map(str, names))}, model_type {model_type}"
+        raise QconvertError(f"This checkpoint is another architecture: {found}.", where=path, hint=SUPPORTED)
+    quantised = raw.get("quantization_config") or raw.get("compression_config")
+    if quantised:
+        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
+        raise QconvertError(
+            f"This checkpoint is quantised already, with method {method}.",
+            where=f"{path}, quantization_config",
+            hint="give the original checkpoint: qconvert quantises its weights itself (--precision)",
+        )
+
+
+def _check_sizes(config: Qwen2Config, path: Path) -> None:
+    for key in _COUNTS:
+        value = getattr(config, key)
+        if not isinstance(value, int) or value < 1:
+            _refuse(path, key, value, "a positive whole number is needed")
+    if not config.rms_norm_eps > 0:
+        _refuse(path, "rms_norm_eps", config.rms_norm_eps, "a positive number is needed")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    explicit = getattr(config, "head_dim", None)
+    if explicit is None and config.hidden_size % heads:
+        _refuse(path, "hidden_size", config.hidden_size, f"it does not divide into {heads} attention heads")
+    if explicit is not None and (not isinstance(explicit, int) or explicit < 1):
+        _refuse(path, "head_dim", explicit, "a positive whole number is needed")
+    if heads % kv_heads:
+        _refuse(path, "num_attention_heads", heads, f"it does not divide among {kv_heads} key/value heads")
+    if head_size(config) % 2:
+        _refuse(path, "head_dim", head_size(config), "rotary positions need an even head size")
+
+
+def _check_attention(config: Qwen2Config, path: Path) -> None:
+    if config.hidden_act != "silu":
+        _refuse(path, "hidden_act", config.hidden_act, "Qwen2's MLP uses silu")
+    if getattr(config, "is_causal", True) is not True:
+        _refuse(
+            path, "is_causal", config.is_causal, "an embedding model that looks ahead is not a language model"
+        )
+
+    rope = config.rope_parameters
+    rope_type = rope.get("rope_type") if isinstance(rope, dict) else None
+    if rope_type not in STATIC_ROPE_TYPES:
+        _refuse(path, "rope_type", rope_type, f"supported: {', '.join(STATIC_ROPE_TYPES)}")
+    for key in ("rope_theta", "factor", "original_max_position_embeddings"):
+        value = rope.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            _refuse(path, f"rope_parameters.{key}", value, "a positive number is needed")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        _refuse(path, "partial_rotary_factor", rope["partial_rotary_factor"], "Qwen2 rotates whole heads")
+
+    kinds = config.layer_types
+    if len(kinds) != config.num_hidden_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        _refuse(
+            path, "layer_types", kinds, "one of full_attention and sliding_attention is needed for each layer"
+        )
+    window = config.sliding_window
+    if "sliding_attention" in kinds and (not isinstance(window, int) or window < 1):
+        _refuse(path, "sliding_window", window, "layer_types has sliding layers, which need a window length")
+
+
+def _refuse(path: Path, key: str, value: object, why: str) -> None:
+    raise QconvertError(f"{key} = {value!r} is not supported: {why}.", where=f"{path}, {key}", hint=SUPPORTED)

@@ -1,0 +1,1 @@
+"""A model folder: written, and published by one rename."""

@@ -1,0 +1,1 @@
+"""How a tensor is packed, and found again in a graph."""

@@ -1,0 +1,102 @@
+"""Signed 4-bit weights as TensorRT takes them: ``[K, N]``, blocks along K, scales without zero points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.formats.blocks import NonFiniteWeightError, row_ranges
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_SIZES = (16, 32, 64, 128)
+_LARGEST = 7  # -8 is left out, so that a block's two ends are stored with the same step
+
+
+def pack_int4_columns(
+    weight: torch.Tensor, block_size: int, scale_dtype: torch.dtype, workers: Executor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a checkpoint's matrix ``[N, K]`` to nearest, and turn it round to ``[K, N]``.
+
+    The scale is max|w| / 7 of each block, rounded to ``scale_dtype`` before the values are divided by
+    it: what is stored is what they are nearest to.
+
+    Returns:
+        uint8 ``[K, N / 2]``, two values to a byte with the earlier column in the low half, and
+        scales ``[K / block_size, N]``.
+
+    Raises:
+        NonFiniteWeightError: NaN or Inf in the weight.
+    """
+    import torch
+
+    rows, columns = weight.shape
+    assert rows % 2 == 0, "a row of the packed matrix must end with a whole byte"
+    assert columns % block_size == 0, "the recipe chose a block size that does not divide the matrix"
+    data = torch.empty((columns, rows // 2), dtype=torch.uint8)
+    scales = torch.empty((columns // block_size, rows), dtype=scale_dtype)
+
+    def pack_rows(part: slice) -> None:
+        values = weight[part].to(torch.float32)
+        if not bool(torch.isfinite(values).all()):
+            raise NonFiniteWeightError
+        values = values.view(values.shape[0], -1, block_size)
+        steps = (values.abs().amax(-1) / _LARGEST).to(scale_dtype)
+        # A block of zeros, or of values too small for the scale's type: any scale stores zeros.
+        steps.masked_fill_(steps == 0, 1.0)
+        codes = (values / steps.float().unsqueeze(-1)).round_().clamp_(-_LARGEST, _LARGEST)
+        nibbles = codes.to(torch.int8).flatten(1).t().contiguous().view(torch.uint8) & 15
+        data[:, part.start // 2 : part.stop // 2] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+        scales[:, part] = steps.t()
+
+    for _ in (map if workers is None else workers.map)(pack_rows, _even(row_ranges(weight), rows)):
+        pass  # waits for each piece, and raises what it raised
+    return data, scales
+
+
+class Int4Columns:
+    """A packed matrix of a finished export, mapped: ``shape`` is the checkpoint's ``[N, K]``.
+
+    Args:
+        tensor: the external int4 tensor ``[K, N]``.
+        scales: ``[K / block_size, N]``.
+    """
+
+    def __init__(self, tensor: Any, scales: torch.Tensor) -> None:
+        inputs, outputs = (int(size) for size in tensor.shape)
+        self.data: NDArray[np.uint8] = np.memmap(
+            tensor.path, np.uint8, "r", tensor.offset or 0, (inputs, outputs // 2)
+        )
+        self.shape = (outputs, inputs)
+        self.block_size = inputs // scales.shape[0]
+        self.scales = scales
+
+    def rows(self, wanted: slice) -> torch.Tensor:
+        """Some rows of the checkpoint's matrix, as float32 ``[rows, K]``."""
+        import torch
+
+        pair = slice(wanted.start // 2, -(-wanted.stop // 2))
+        data = torch.from_numpy(np.array(self.data[:, pair]))
+        found = unpack_int4_columns(data, self.scales[:, 2 * pair.start : 2 * pair.stop])
+        return found[wanted.start - 2 * pair.start :][: wanted.stop - wanted.start]
+
+
+def unpack_int4_columns(data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The float32 weight ``[N, K]`` that packed columns stand for."""
+    import torch
+
+    nibbles = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).to(torch.int8)
+    values = torch.where(nibbles > _LARGEST, nibbles - 16, nibbles).float()
+    block_size = values.shape[0] // scales.shape[0]
+    return (values * scales.float().repeat_interleave(block_size, 0)).t()
+
+
+def _even(ranges: Iterable[slice], rows: int) -> list[slice]:
+    """The same cuts, moved to even rows: two rows share a byte."""
+    cuts = sorted({part.stop // 2 * 2 for part in ranges} - {0} | {rows})
+    return [slice(start, stop) for start, stop in zip([0, *cuts], cuts)]

@@ -1,0 +1,1 @@
+"""The decoder in ONNX Runtime's operators."""

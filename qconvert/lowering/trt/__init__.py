@@ -1,0 +1,1 @@
+"""The decoder in TensorRT's operators, and in standard ones for its proof."""

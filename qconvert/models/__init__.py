@@ -1,0 +1,1 @@
+"""The decoder, told once, in the checkpoint's own names."""

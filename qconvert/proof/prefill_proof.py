@@ -1,0 +1,86 @@
+"""The proof of a folder's second graph: its weights, and prompts that it reads and the first graph continues.
+
+PyTorch answers with the same mixture: the prompt's positions through the second graph's weights, what
+follows through the first graph's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qconvert.checkpoint.reference import PromptWeights, Reference
+from qconvert.models.decoder import lower_prompt
+from qconvert.proof.cases import CaseSet
+from qconvert.proof.exported_weights import ExportedWeights
+from qconvert.proof.paths import PROMPTED, prompt_length
+from qconvert.proof.weight_check import WeightCheck, check_weights
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    from qconvert.proof.cases import Case
+    from qconvert.proof.report import PathResult
+
+    States = dict[str, tuple[Reference, torch.Tensor]]
+    RunCase = Callable[[Case, States], list[PathResult]]
+
+
+def prompt_weights(graph: Path, model: Qwen2ForCausalLM) -> ExportedWeights:
+    """The second graph's weights.
+
+    Raises:
+        QconvertError: a tensor of the checkpoint is not in the graph, or has another shape there.
+    """
+    return ExportedWeights(graph, model, lower_prompt)
+
+
+def add_weights(
+    check: WeightCheck, exported: ExportedWeights, graph: Path, model: Qwen2ForCausalLM, limit: float
+) -> WeightCheck:
+    """The outcome of both graphs' weights; a fault of the second one's is named after its file."""
+    other = check_weights(exported, model, limit)
+    worse = not other.worst_steps <= check.worst_steps
+    return replace(
+        check,
+        tensors=check.tensors + other.tensors,
+        values=check.values + other.values,
+        worst_steps=other.worst_steps if worse else check.worst_steps,
+        worst_tensor=other.worst_tensor if worse else check.worst_tensor,
+        faults=(
+            *check.faults,
+            *(replace(fault, tensor=f"{graph.name}: {fault.tensor}") for fault in other.faults),
+        ),
+    )
+
+
+def prove_prompts(
+    cases: CaseSet,
+    references: dict[str, Reference],
+    prompt: ExportedWeights,
+    own: ExportedWeights,
+    run_case: RunCase,
+) -> list[PathResult]:
+    """The longest case, its beginning read by the second graph.
+
+    Args:
+        cases: of the folder; the longest one is taken.
+        references: the checkpoint, and the first graph's own weights.
+        prompt: the second graph's weights.
+        own: the first graph's weights.
+        run_case: compares a case's paths with given references.
+    """
+    case = max(cases.cases, key=lambda case: len(case.token_ids))
+    case = replace(case, paths=(PROMPTED,))
+    read = PromptWeights(prompt, prompt_length(len(case.token_ids)))
+    mixed = Reference(references["checkpoint"].model, own, read, references["own weights"].kv)
+    return run_case(
+        case,
+        {
+            name: (reference, reference.hidden_states([case.token_ids])[0])
+            for name, reference in {**references, "own weights": mixed}.items()
+        },
+    )

@@ -1,0 +1,201 @@
+"""Every stored weight against the checkpoint, tensor by tensor, within the rounding of its format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qconvert.calibration.gptq.rounding import Digest
+from qconvert.checkpoint.weights import CheckpointWeights
+from qconvert.formats.blocks import PIECE
+from qconvert.formats.recipe import BlockFormat
+from qconvert.models.decoder import rope_tables
+from qconvert.proof.exported_weights import ExportedWeights
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+# float32 angles: inverse frequencies of two builds of PyTorch may differ in their last bit, which
+# grows with the position; on top of that the tables' own rounding.
+_ROPE_TOLERANCE = {"float32": 1e-6, "float16": 5e-4}
+_ROPE_TOLERANCE_PER_POSITION = 2.0**-21
+
+
+@dataclass(frozen=True)
+class WeightFault:
+    """A tensor whose stored values are not the checkpoint's: its name and what is wrong, with the place."""
+
+    tensor: str
+    what: str
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """Outcome of comparing every stored weight with the checkpoint.
+
+    ``worst_steps`` is the largest error of a quantised weight in rounding steps of its block (0.5 is
+    what rounding to nearest leaves at most), found in ``worst_tensor``; 0 where nothing is quantised.
+    ``moved_tensors`` were rounded by a calibration; ``moved_steps`` is the largest mean of their blocks'
+    largest errors.
+    """
+
+    tensors: int
+    values: int
+    worst_steps: float
+    worst_tensor: str | None
+    faults: tuple[WeightFault, ...]
+    moved_tensors: int = 0
+    moved_steps: float = 0.0
+
+
+@dataclass(frozen=True)
+class MovedWeights:
+    """Weights that a calibration rounded on purpose: their digests, and how many steps they may be off."""
+
+    digests: Mapping[str, str]
+    limit_steps: float
+
+
+class _MovedTensor:
+    """What is asked of one of them, piece by piece."""
+
+    def __init__(self) -> None:
+        self._digest = Digest()
+        self._total, self._blocks = 0.0, 0
+
+    def add(self, stored: torch.Tensor, steps: torch.Tensor) -> None:
+        self._digest.add(stored)
+        self._total += float(steps.sum())
+        self._blocks += steps.numel()
+
+    @property
+    def steps(self) -> float:
+        """Mean over the blocks of the largest error in each."""
+        return self._total / self._blocks
+
+    def fault(self, digest: str, limit: float) -> str | None:
+        if not self.steps <= limit:
+            return f"blocks are off by {self.steps:.3g} steps on average, {limit:g} at most are due to GPTQ"
+        if self._digest.text != digest:
+            return "not the weights that the calibration has rounded"
+        return None
+
+
+def check_weights(
+    exported: ExportedWeights,
+    model: Qwen2ForCausalLM,
+    limit_steps: float,
+    advance: Any = None,
+    moved: MovedWeights | None = None,
+) -> WeightCheck:
+    """Compare every stored weight with the checkpoint, tensor by tensor.
+
+    A quantised weight may be off by ``limit_steps`` rounding steps of its block. The step comes from
+    the checkpoint's values, not from the stored scale, so that a wrong scale cannot excuse itself;
+    it is longer by what the scale's own type may round (2^-8 in bfloat16, nothing in float32).
+    A weight that is not quantised must be the checkpoint's, cast. Tensors that a calibration ``moved``
+    must be to the last bit what their rounding had recorded, and near the checkpoint's on average.
+    """
+    checkpoint = CheckpointWeights(model)
+    worst, worst_tensor, values, faults = 0.0, None, 0, []
+    names, moved_steps = list(exported), [0.0]
+    for name in names:
+        tensor, fault = checkpoint[name], None
+        movement = _MovedTensor() if moved is not None and name in moved.digests else None
+        rows = max(1, PIECE // max(1, tensor[0].numel()))
+        for start in range(0, tensor.shape[0], rows):
+            true = exported.folding.apply(name, tensor[start : start + rows], start)
+            stored = exported.stored_rows(name, slice(start, start + rows))
+            if (fmt := exported.format_of(name)) is None:
+                if name not in exported.folding:  # a folded norm is checked by the matrices that follow it
+                    fault = fault or _cast_fault(true, stored, exported.dtype_of(name), start)
+                continue
+            steps = error_in_steps(true.float(), stored, fmt) / (1 + exported.scale_rounding(name))
+            if movement is not None:
+                movement.add(stored, steps)
+                continue
+            largest = float(steps.max())  # NaN if there is one
+            if not largest <= worst and not math.isnan(worst):
+                worst, worst_tensor = largest, name
+            if not largest <= limit_steps:
+                fault = fault or _rounding_fault(steps, fmt, start, limit_steps)
+        if movement is not None and moved is not None:
+            fault = movement.fault(moved.digests[name], moved.limit_steps)
+            moved_steps.append(movement.steps)
+        if fault:
+            faults.append(WeightFault(name, fault))
+        values += tensor.numel()
+        checkpoint.release(name)
+        if advance is not None:
+            advance(tensor.numel())
+    faults += _rope_faults(exported, model)
+    return WeightCheck(
+        len(names), values, worst, worst_tensor, tuple(faults), len(moved_steps) - 1, max(moved_steps)
+    )
+
+
+def error_in_steps(true: torch.Tensor, stored: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+    """Largest error in each block ``[rows, blocks]``, in steps of the format for the true values.
+
+    A symmetric step is max|w| / (2^(bits-1) - 1); in halves, whose codes reach from -128 to 119, the larger
+    end / 128 or the other / 119; an asymmetric one the range of the block, 0 included, / (2^bits - 1).
+    NaN and Inf stay what they are.
+    """
+    import torch
+
+    rows, columns = true.shape
+    padding = -columns % fmt.block_size
+    error, true = (
+        torch.nn.functional.pad(values, (0, padding)).view(rows, -1, fmt.block_size)
+        for values in ((stored - true).abs(), true)
+    )
+    low, high = torch.aminmax(true, dim=-1)
+    if fmt.halves:
+        ends = torch.stack((high, -low))
+        steps = torch.maximum(ends.amax(0) / 128, ends.amin(0) / 119)
+    elif fmt.symmetric:
+        steps = torch.maximum(high, -low) / ((1 << (fmt.bits - 1)) - 1)
+    else:
+        steps = (high.clamp(min=0) - low.clamp(max=0)) / ((1 << fmt.bits) - 1)
+    # A block of zeros has no step, and must come back as zeros.
+    return error.amax(-1) / steps.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _rounding_fault(steps: torch.Tensor, fmt: BlockFormat, start: int, limit: float) -> str:
+    bad = ~(steps <= limit)
+    row, block = divmod(int(bad.flatten().nonzero()[0]), steps.shape[1])
+    more = f" ({int(bad.sum())} blocks of these rows)" if int(bad.sum()) > 1 else ""
+    return (
+        f"row {start + row}, columns from {block * fmt.block_size}: off by {float(steps[row, block]):.3g} "
+        f"rounding steps, {limit:g} at most are due to rounding{more}"
+    )
+
+
+def _cast_fault(true: torch.Tensor, stored: torch.Tensor, dtype: str, start: int) -> str | None:
+    import torch
+
+    due = true.to(getattr(torch, dtype)).float()
+    if torch.equal(due, stored):
+        return None
+    row = int((due != stored).reshape(due.shape[0], -1).any(-1).nonzero()[0])
+    return f"row {start + row}: not the checkpoint's values in {dtype}"
+
+
+def _rope_faults(exported: ExportedWeights, model: Qwen2ForCausalLM) -> list[WeightFault]:
+    faults = []
+    for name, due in zip(
+        ("cos_cache", "sin_cache"), rope_tables(model.config, len(exported.array("cos_cache")))
+    ):
+        table = exported.array(name)
+        error = np.abs(table.astype(np.float32) - due).max(axis=1)
+        tolerance = _ROPE_TOLERANCE[str(table.dtype)] + _ROPE_TOLERANCE_PER_POSITION * np.arange(len(table))
+        if len(bad := np.flatnonzero(~(error <= tolerance))):
+            faults.append(
+                WeightFault(name, f"position {bad[0]}: off by {error[bad[0]]:.3g} (RoPE base or scaling)")
+            )
+    return faults

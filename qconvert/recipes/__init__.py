@@ -1,0 +1,1 @@
+"""Which weight takes which format, and what an export will cost."""

@@ -1,0 +1,1 @@
+"""From a verified graph to a TensorRT plan."""

@@ -1,0 +1,1 @@
+"""The one interface behind which every backend runs a model, and the backends."""

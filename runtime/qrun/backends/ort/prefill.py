@@ -1,0 +1,91 @@
+"""A folder's second graph, which reads prompts: the same decoder in faster products, without logits.
+
+It fills the KV cache of the first graph. The last token of a prompt goes through the first graph, which
+alone knows the last MLP and the head; so do short prompts, for which another graph is not worth its start.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.backends.ort.cache import InPlaceKVCache, OrtKVCache
+
+
+class PrefillGraph:
+    """The graph, opened or about to be.
+
+    Args:
+        opening: of ONNX Runtime's session.
+        min_tokens: fewest tokens that it is given at once.
+    """
+
+    def __init__(self, opening: Future[Any], min_tokens: int) -> None:
+        self._opening = opening
+        self._min_tokens = min_tokens
+
+    @property
+    def inference(self) -> Any:
+        """ONNX Runtime's session, once it is open.
+
+        Raises:
+            QrunError: it could not be opened.
+        """
+        return self._opening.result()
+
+    def share(self, new: int, logits: str, cache: OrtKVCache) -> int:
+        """How many of ``new`` tokens it should read: from the first one on, or none of them."""
+        if logits == "all" or not isinstance(cache, InPlaceKVCache):
+            return 0
+        count = new if logits == "none" else new - 1
+        return count if count >= self._min_tokens else 0
+
+    def read(self, token_ids: NDArray[np.int64], cache: OrtKVCache) -> None:
+        """Append tokens ``[batch, new]`` to a cache that has room for them."""
+        assert isinstance(cache, InPlaceKVCache), "share() has told so"
+        if cache.prefill is None:
+            cache.prefill = PrefillBinding(self.inference, cache.batch)
+        cache.prefill.run(token_ids, cache)
+        cache.advance(token_ids.shape[1])
+
+
+class PrefillBinding:
+    """What stays bound from one piece of a prompt to the next.
+
+    A graph over a cache of floats writes it in place. One over a cache of 8 bits returns the new tokens'
+    keys and values, ``new.{layer}.{key|value}`` ``[batch, new, kv_heads x head_size]``.
+    """
+
+    def __init__(self, inference: Any, batch: int) -> None:
+        self._inference = inference
+        self._binding = inference.io_binding()
+        self._capacity = 0
+        self._tokens: NDArray[np.int64] = np.empty((batch, 0), dtype=np.int64)
+        self._returned = [output for output in inference.get_outputs() if output.name.startswith("new.")]
+        self._new: list[NDArray[Any]] = []
+
+    def run(self, token_ids: NDArray[np.int64], cache: InPlaceKVCache) -> None:
+        """Read ``[batch, new]`` tokens behind those that the cache holds."""
+        new = token_ids.shape[1]
+        if self._capacity != cache.capacity:
+            cache.bind_buffers(self._binding, present=not self._returned)
+            self._capacity = cache.capacity
+        if self._tokens.shape[1] != new:
+            self._tokens = np.empty(token_ids.shape, dtype=np.int64)
+            self._binding.bind_ortvalue_input("input_ids", cache.session.value(self._tokens))
+            self._bind_returned(token_ids.shape, cache)
+        self._tokens[...] = token_ids
+        mask = cache.session.value(cache.attention_mask(new))
+        self._binding.bind_ortvalue_input("attention_mask", mask)
+        self._inference.run_with_iobinding(self._binding)
+        cache.write(self._new)
+
+    def _bind_returned(self, shape: tuple[int, ...], cache: InPlaceKVCache) -> None:
+        self._new = [
+            np.empty((*shape, output.shape[2]), dtype=cache.session.kv_dtype) for output in self._returned
+        ]
+        for output, array in zip(self._returned, self._new):
+            self._binding.bind_ortvalue_output(output.name, cache.session.value(array))

@@ -1,0 +1,63 @@
+"""What the processor can do: how many of its cores are ours, and whether its 8-bit products are exact."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from qrun.errors import QrunError
+from qrun.folder.manifest import Manifest
+
+_CPUINFO = Path("/proc/cpuinfo")
+_EXACT = {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+def usable_cores() -> int:
+    """Cores that this process may really use: CPU affinity and the control group's (v2) quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def check_integer_products(manifest: Manifest, *, prefill_graph: bool) -> None:
+    """Refuse a folder whose integer products this processor would get wrong without a word.
+
+    x86 without VNNI adds pairs of 8-bit products in 16 bits, which overflow (ONNX Runtime, "Quantize ONNX
+    models", on U8S8); where the processor's abilities are not known, nothing is refused.
+
+    Raises:
+        QrunError: there is such a product, and no VNNI.
+    """
+    recipe = manifest.raw.get("recipe")
+    if not isinstance(recipe, dict) or _products_are_exact():
+        return
+    linear = recipe.get("linear")
+    if isinstance(linear, dict) and "mlp_groups" in linear:
+        raise QrunError(
+            "this processor has no VNNI instructions: the model's 8-bit products would overflow in it",
+            where=manifest.folder,
+            hint="export the model with --precision int8 --block-size 64, or int4",
+        )
+    if prefill_graph and recipe.get("prefill"):
+        raise QrunError(
+            "this processor has no VNNI instructions: 8-bit products of the graph for prompts would overflow",
+            where=manifest.folder,
+            hint="use --no-prefill-graph: prompts then go through the graph that decodes",
+        )
+
+
+def _products_are_exact() -> bool:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:
+        return True
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), None)
+    return flags is None or bool(_EXACT.intersection(flags))

@@ -1,0 +1,206 @@
+"""ONNX Runtime behind the session protocol.
+
+One decode step does no allocation and no work per layer in Python: the KV buffers, the token and the
+logits stay bound, only the attention mask (one longer at each step) is bound anew.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.backends.kvcache import KVCache
+from qrun.backends.ort.attention import most_tokens, scores_in_one_matrix
+from qrun.backends.ort.cache import GrowingKVCache, InPlaceKVCache, OrtKVCache
+from qrun.backends.ort.prefill import PrefillGraph
+from qrun.backends.ort.wheels import check_onnxruntime_wheels
+from qrun.backends.token_ids import check_token_ids
+from qrun.errors import QrunError
+from qrun.folder.manifest import Manifest
+
+_POSITIONS = {"last": -1, "all": 0, "none": np.iinfo(np.int64).max}
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_HOW_TO_GET = {
+    "cuda": "check the NVIDIA driver and CUDA libraries",
+    "tensorrt": "check the NVIDIA driver, and that this ONNX Runtime finds the version of NVIDIA's TensorRT "
+    "libraries that it was built for; or build a plan with `qconvert build FOLDER`, which needs neither",
+}
+# Operators on int64 shapes and lengths, which ONNX Runtime rightly keeps on the CPU beside any device.
+_SHAPE_OPERATORS = frozenset({"Shape", "Gather", "ReduceSum", "Sub", "Cast", "Slice", "Squeeze", "Unsqueeze"})
+
+
+class OrtSession:
+    """A model folder opened by ONNX Runtime; see ``session.Session`` for the protocol.
+
+    Args:
+        manifest: the folder's facts.
+        device: "cpu", "cuda" or "tensorrt".
+        threads: threads within an operator.
+        prompts_later: do not wait for the folder's second graph, which another thread opens; the first prompt
+            that needs it does, and meets its errors.
+
+    Raises:
+        QrunError: wrong ONNX Runtime wheels, a graph that does not load, or a device that is not there.
+    """
+
+    def __init__(self, manifest: Manifest, *, device: str, threads: int, prompts_later: bool = False) -> None:
+        check_onnxruntime_wheels(device)
+        import onnxruntime
+
+        self.manifest = manifest
+        self.threads = threads
+        self._ort = onnxruntime
+        self._device_type = "cpu" if device == "cpu" else "cuda"
+        self._check_provider(device, onnxruntime.get_available_providers())
+        self._prefill: PrefillGraph | None = None
+        # Opening is arranging weights, by one thread for each graph: two graphs are opened side by side.
+        if manifest.prefill is not None and (path := manifest.prefill_path) is not None:
+            other = ThreadPoolExecutor(1, "open-prefill")
+            self._prefill = PrefillGraph(other.submit(self._open, device, path), manifest.prefill.min_tokens)
+            other.shutdown(wait=False)
+        self._inference = self._open(device, manifest.graph_path)
+        if self._prefill is not None and not prompts_later:
+            _ = self._prefill.inference  # waits, and raises what opening it has raised
+        self.device = (
+            f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else "CUDA device 0"
+        )
+        # NumPy has no bfloat16: its bits travel as integers.
+        self.kv_dtype = np.dtype({"bfloat16": "uint16"}.get(manifest.kv.dtype, manifest.kv.dtype))
+        facts = manifest.model
+        self.kv_names = [
+            f"{layer}.{part}" for layer in range(facts.num_hidden_layers) for part in ("key", "value")
+        ]
+        self._positions = {
+            name: self.value(np.array([start], dtype=np.int64)) for name, start in _POSITIONS.items()
+        }
+
+    def new_cache(self, batch: int = 1, *, in_place: bool = True) -> OrtKVCache:
+        return (InPlaceKVCache if in_place else GrowingKVCache)(self, batch)
+
+    def forward(
+        self, token_ids: NDArray[np.int64], cache: KVCache, logits: str = "last"
+    ) -> NDArray[np.float32]:
+        assert isinstance(cache, OrtKVCache), "the cache belongs to another session"
+        batch, new = token_ids.shape
+        check_token_ids(token_ids, self.manifest.model.vocab_size)
+        if batch > 1 and new > 1 and cache.length > 0:
+            raise QrunError(
+                f"{batch} sequences cannot each take {new} more tokens in one step",
+                hint="give their prompts whole, and then one token at a time: "
+                "ONNX Runtime's GroupQueryAttention does nothing else for more than one sequence",
+            )
+        try:
+            cache.reserve(new)  # for all of them, before the first is read
+            if batch == 1 and logits != "all":
+                most = most_tokens(cache.length + new, self.manifest.model.num_attention_heads)
+                while new > most:
+                    self.forward(token_ids[:, :most], cache, "none")
+                    token_ids, new = token_ids[:, most:], new - most
+            if self._prefill is not None and (count := self._prefill.share(new, logits, cache)):
+                self._prefill.read(token_ids[:, :count], cache)
+                token_ids, new = token_ids[:, count:], new - count
+                if not new:
+                    return np.empty((batch, 0, self.manifest.model.vocab_size), dtype=np.float32)
+            binding = cache.bind(new, logits)
+            cache.token_ids(new)[...] = token_ids
+            self._inference.run_with_iobinding(binding)
+        except QrunError:
+            raise
+        except Exception as error:  # ONNX Runtime has no base class for its errors
+            raise QrunError(
+                f"ONNX Runtime {self._ort.__version__} cannot run the graph: {_reason(error)}",
+                where=self.manifest.graph_path,
+                hint="check the free memory; if there is enough, export the model again",
+            ) from error
+        cache.collect()
+        cache.advance(new)
+        return cache.logits(new, logits)
+
+    def _open(self, device: str, graph: Path) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Every shape is dynamic: remembered allocation patterns would be wrong at the next step.
+        options.enable_mem_pattern = False
+        if self.manifest.prefill is not None:
+            # Each graph has threads of its own: those of the one that rests would spin on the other's cores.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        if device != "cpu":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        providers = self.providers(device)
+        try:
+            with scores_in_one_matrix() if device == "cpu" else nullcontext():
+                # Its own fall-back would print, and try another device than the one that was asked for.
+                inference = self._ort.InferenceSession(
+                    str(graph), options, providers=providers, enable_fallback=False
+                )
+        except Exception as error:  # ONNX Runtime has no base class for its errors
+            raise QrunError(
+                f"ONNX Runtime {self._ort.__version__} cannot open the graph: {_reason(error)}",
+                where=graph,
+                hint="check the folder with `qconvert verify`, or export the model again",
+            ) from error
+        self._check_provider(device, inference.get_providers())
+        self._check_nodes(device, inference)
+        return inference
+
+    def providers(self, device: str) -> list[Any]:
+        """What may run nodes, the best first; the CPU's is there for shapes (``_check_nodes``)."""
+        return list(dict.fromkeys([_PROVIDERS[device], _PROVIDERS["cpu"]]))
+
+    @staticmethod
+    def _check_provider(device: str, providers: list[str]) -> None:
+        if _PROVIDERS[device] not in providers:
+            raise QrunError(
+                f"{_PROVIDERS[device]} is not available: ONNX Runtime would have run on the CPU instead",
+                hint=f"{_HOW_TO_GET.get(device, 'install ONNX Runtime again')}; or use --device cpu",
+            )
+
+    @staticmethod
+    def _check_nodes(device: str, inference: Any) -> None:
+        if device != "cpu" and (strays := nodes_on_cpu(inference)):
+            raise QrunError(
+                f"{len(strays)} nodes would run on the CPU, not on {device}: {', '.join(strays[:5])}",
+                hint="update onnxruntime-gpu, or use --device cpu",
+            )
+
+    def value(self, array: NDArray[Any]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+    def binding(self) -> Any:
+        return self._inference.io_binding()
+
+    def positions(self, logits: str) -> Any:
+        return self._positions[logits]
+
+    def allocate(self, array: NDArray[Any]) -> Any:
+        """An OrtValue on the session's device: on the CPU it shares the array's memory."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device_type)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what ONNX Runtime says, without its prefix."""
+    lines = re.sub(r"\[ONNXRuntimeError\] : \d+ : ", "", str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def nodes_on_cpu(inference: Any) -> list[str]:
+    """Names of the computing nodes that a session has assigned to the CPU (see ``_SHAPE_OPERATORS``)."""
+    return [
+        node.name
+        for subgraph in inference.get_provider_graph_assignment_info()
+        if subgraph.ep_name == "CPUExecutionProvider"
+        for node in subgraph.get_nodes()
+        if node.op_type not in _SHAPE_OPERATORS
+    ]

@@ -1,0 +1,117 @@
+"""A graph with a static KV cache on ONNX Runtime's CPU provider: the proof of what TensorRT is given.
+
+A folder for TensorRT holds its decoder twice over the same weights; the graph in standard operators can
+run here. It is meant for verification: every step attends over the whole static cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.backends.ort.cache import OrtKVCache
+from qrun.backends.ort.session import OrtSession
+from qrun.errors import QrunError
+from qrun.folder.manifest import Manifest
+
+# TensorProto's element types, for what NumPy cannot say.
+_ELEMENT_TYPES = {"bfloat16": 16}
+
+
+def with_graph(manifest: Manifest, key: str) -> Manifest:
+    """The same folder, seen as another of its graphs.
+
+    Args:
+        key: "standard_file", for the CPU; or "provider_file", for ONNX Runtime's TensorRT provider.
+
+    Raises:
+        QrunError: the manifest names no such graph, or one that is not among its files.
+    """
+    facts = manifest.raw.get("graph")
+    name = facts.get(key) if isinstance(facts, dict) else None
+    if not any(entry.path == name for entry in manifest.files):
+        raise QrunError(
+            f"the manifest's \"graph.{key}\" is {name!r}, which is not one of the folder's files",
+            where=manifest.folder,
+            hint="export the model again",
+        )
+    return replace(manifest, graph=str(name))
+
+
+class StaticOrtSession(OrtSession):
+    """A folder for TensorRT, opened by ONNX Runtime; see ``session.Session`` for the protocol.
+
+    Raises:
+        QrunError: wrong ONNX Runtime wheels, or a graph that does not load.
+    """
+
+    def __init__(self, manifest: Manifest, *, threads: int, device: str = "cpu") -> None:
+        super().__init__(manifest, device=device, threads=threads)
+        self.device = f"{self.device}, the standard graph of a TensorRT folder"
+
+    def new_cache(self, batch: int = 1, *, in_place: bool = True) -> StaticKVCache:
+        self.check_in_place(in_place)
+        return StaticKVCache(self, batch)
+
+    def check_in_place(self, in_place: bool) -> None:
+        """Refuse the kind of cache that grows."""
+        if not in_place:
+            raise QrunError(
+                "the KV cache of this graph has a fixed length, it cannot grow",
+                where=self.manifest.graph_path,
+                hint="use a cache in place",
+            )
+
+    def allocate(self, array: NDArray[Any]) -> Any:
+        element = _ELEMENT_TYPES.get(self.manifest.kv.dtype)
+        if element is None:
+            return super().allocate(array)
+        return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
+
+
+class StaticKVCache(OrtKVCache):
+    """Keys and values at the graph's full length from the start; positions say how far it is filled."""
+
+    def __init__(self, session: OrtSession, batch: int) -> None:
+        super().__init__(session, batch)
+        self._position_ids: NDArray[np.int64] = np.empty((batch, 0), dtype=np.int64)
+        self._buffers: list[NDArray[Any]] = []
+
+    def reserve(self, new_tokens: int) -> None:
+        fits = self.length + new_tokens <= self.limit
+        super().reserve(self.limit - self.length if fits and not self.capacity else new_tokens)
+
+    def bind(self, new: int, logits: str) -> Any:
+        if self._bound != (new, logits):
+            self._bind_sizes(new, logits)
+            self._bound = (new, logits)
+        self._position_ids[...] = self.lengths[:, None] + np.arange(new)
+        return self._binding
+
+    def _bind_sizes(self, new: int, logits: str) -> None:
+        wanted = {"last": np.arange(new - 1, new), "all": np.arange(new), "none": np.arange(0)}[logits]
+        self._tokens = np.empty((self.batch, new), dtype=np.int64)
+        self._position_ids = np.empty((self.batch, new), dtype=np.int64)
+        shape = (self.batch, len(wanted), self.manifest.model.vocab_size)
+        self._logits = np.empty(shape, dtype=np.float32)
+        for name, array in (
+            ("input_ids", self._tokens),
+            ("position_ids", self._position_ids),
+            ("logits_positions", wanted.astype(np.int64)),
+        ):
+            self._binding.bind_ortvalue_input(name, self.session.value(array))
+        self._binding.bind_ortvalue_output("logits", self.session.value(self._logits))
+
+    def _reallocate(self, capacity: int) -> None:
+        facts = self.manifest.model
+        shape = (self.batch, facts.num_key_value_heads, capacity, facts.head_size)
+        for name in self.session.kv_names:
+            # Zeros: what is not filled yet is masked, but a NaN would pass through a weight of 0.
+            buffer = np.zeros(shape, dtype=self.session.kv_dtype)
+            value = self.session.allocate(buffer)
+            self._buffers.append(buffer)
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self._binding.bind_ortvalue_output(f"present.{name}", value)

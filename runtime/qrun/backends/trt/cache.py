@@ -1,0 +1,65 @@
+"""The KV cache of a plan: allocated once on the GPU at the plan's static length, written in place."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from math import prod
+
+from qrun.backends.kvcache import KVCache, forecast_bytes
+from qrun.backends.trt.cuda import Device, DeviceBuffer, Stream
+from qrun.backends.trt.engine import Engine
+from qrun.errors import QrunError
+from qrun.folder.manifest import Manifest
+
+
+class TrtKVCache(KVCache):
+    """Keys and values of one sequence.
+
+    Attributes:
+        engine: of the plan whose cache it is.
+        buffers: by the name of the past_key_values input; empty until the first token.
+    """
+
+    def __init__(self, manifest: Manifest, engine: Engine, gpu: Device, stream: Stream) -> None:
+        super().__init__(manifest)
+        self.engine = engine
+        self._gpu = gpu
+        self._stream = stream
+        self.buffers: dict[str, DeviceBuffer] = {}
+        self._closing = weakref.finalize(self, _close, self.buffers)
+
+    def reserve(self, new_tokens: int) -> None:
+        self.check_limit(self.length + new_tokens)
+        if not self.capacity:
+            self._reallocate(self.limit)
+            self.capacity = self.limit
+
+    def close(self) -> None:
+        """Give the GPU's memory back; nothing can be fed any more."""
+        self._closing()
+
+    def _reallocate(self, capacity: int) -> None:
+        assert self._closing.alive, "the cache is closed"
+        cost, free = forecast_bytes(self.manifest, capacity), self._gpu.free_bytes()
+        if cost > free:
+            raise QrunError(
+                f"a KV cache of {capacity:,} tokens needs {cost / 1e9:.2f} GB of the GPU's memory, "
+                f"{free / 1e9:.2f} GB are free",
+                hint="close other programs on the GPU, or export with a shorter --max-length",
+            )
+        try:
+            for name in self.engine.caches:
+                buffer = DeviceBuffer(prod(self.engine.cache_shape(name)) * self.engine.item_size(name))
+                self.buffers[name] = buffer
+                # What is not filled yet is masked, but a NaN would pass through a weight of 0.
+                self._stream.zero(buffer)
+        except QrunError:
+            self._stream.synchronize()
+            _close(self.buffers)
+            raise
+
+
+def _close(buffers: Mapping[str, DeviceBuffer]) -> None:
+    for buffer in buffers.values():
+        buffer.close()

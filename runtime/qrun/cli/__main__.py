@@ -1,0 +1,5 @@
+"""``python -m qrun.cli`` is ``qrun``."""
+
+from qrun.cli.main import main
+
+main()

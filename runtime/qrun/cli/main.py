@@ -1,0 +1,279 @@
+"""The ``qrun`` command: arguments in, exit code out. 0 done, 1 refused or failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+from rich.console import Console
+
+from qrun import __version__
+from qrun.answer import Answer, Event, Piece
+from qrun.backends.kvcache import forecast_bytes
+from qrun.chat import Chat
+from qrun.cli.bench import Measured, conditions, measure, workloads
+from qrun.cli.bench_view import as_csv_text, as_lines, as_table
+from qrun.cli.console import ChatConsole
+from qrun.cli.info import check, describe, lines
+from qrun.cli.lines import decode_input
+from qrun.cli.options import (
+    TOKEN_COUNTS,
+    model_options,
+    open_engine,
+    open_model,
+    sampling_options,
+    take_sampling,
+    tell_sampling,
+)
+from qrun.cli.plan_info import check_plan, describe_plan, plan_lines
+from qrun.cli.terminal import PrefillLine, complain, note, printable, show, size, working
+from qrun.decoding.generate import Prefilled
+from qrun.errors import QrunError
+from qrun.folder.manifest import names_plan, read_manifest
+from qrun.folder.plan import read_plan
+from qrun.model import Model
+from qrun.sampling.params import DEFAULT
+
+# A model that does not find an end would go on to the end of its context, for minutes.
+DEFAULT_MAX_TOKENS = 512
+
+
+class _Group(click.Group):
+    """The one place that turns errors into messages and exit codes; click sees to a closed pipe."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QrunError as error:
+            complain(error)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qrun")
+def main() -> None:
+    """Talk with a model folder that qconvert made."""
+    for stream in (sys.stdout, sys.stderr):
+        # An old locale should cost a character and not the answer.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@main.command()
+@model_options
+@sampling_options
+@click.option("--system", help="The system message. [default: what the chat template says]")
+def chat(system: str | None, **options: Any) -> None:
+    """Talk with the model, several turns.
+
+    Lines come from a pipe or a terminal; /help lists the commands.
+    """
+    sampling = take_sampling(options)
+    # Meanwhile the first question is typed.
+    model = open_model(**options | {"prefill_graph": options["prefill_graph"] and "later"})
+    conversation = Chat(model, system, **sampling)
+    if options["verbose"]:
+        tell_sampling(*model.resolve(sampling))
+    ChatConsole(conversation).run()
+
+
+@main.command()
+@model_options
+@click.option("--prompt", help="The prompt; - reads it from stdin.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="A UTF-8 file with the prompt.")
+@click.option(
+    "--chat/--raw",
+    "templated",
+    default=None,
+    help="One turn of a chat, or continue the text as it is. [default: a chat if the model has a template]",
+)
+@click.option("--system", help="The system message of a chat.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@sampling_options
+def generate(
+    prompt: str | None,
+    prompt_file: Path | None,
+    templated: bool | None,
+    system: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer one prompt.
+
+    Without --max-tokens an answer ends after 512 tokens, or where generation_config.json says.
+    """
+    if templated is False and system is not None:
+        raise click.UsageError("--system has no place in a --raw prompt.")
+    sampling = take_sampling(options)
+    text = _read_prompt(prompt, prompt_file)
+    model = open_model(**options)
+    ours = "max_tokens" not in sampling and model.generation_config.get("max_new_tokens") is None
+    if ours:
+        sampling["max_tokens"] = DEFAULT_MAX_TOKENS
+    if templated is None:
+        templated = model.template is not None or system is not None
+    events = Chat(model, system, **sampling).send(text) if templated else model.generate(text, **sampling)
+    if options["verbose"]:
+        params, sources = model.resolve(sampling)
+        tell_sampling(params, sources | ({"max_tokens": DEFAULT} if ours else {}))
+    answer = _follow(events, model, quiet=as_json, verbose=options["verbose"])
+    if as_json:
+        click.echo(json.dumps(answer.to_json(), ensure_ascii=False))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--check-hashes", is_flag=True, help="Compare every file with its SHA-256.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def info(path: Path, check_hashes: bool, as_json: bool) -> None:
+    """Tell what PATH is, a model folder or a .plan: whether it is whole, what it costs, if it runs here.
+
+    Exit code 0 also where this machine cannot run it; 1 where it is broken.
+    """
+    if names_plan(path):
+        plan, manifest = read_plan(path), read_manifest(path)
+        if check_hashes:
+            check_plan(plan)
+        facts, view = describe_plan(plan, manifest, hashes_checked=check_hashes), plan_lines
+    else:
+        manifest = read_manifest(path)
+        check(manifest, hashes=check_hashes)
+        facts, view = describe(manifest, hashes_checked=check_hashes), lines
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for line in view(facts):
+        click.echo(printable(line))
+
+
+@main.command()
+@model_options
+@click.option(
+    "-p",
+    "--prompt-tokens",
+    "prompts",
+    type=TOKEN_COUNTS,
+    default="512",
+    show_default=True,
+    help="Lengths of the prompt.",
+)
+@click.option(
+    "-n",
+    "--generated-tokens",
+    "generated",
+    type=TOKEN_COUNTS,
+    default="64",
+    show_default=True,
+    help="Tokens to generate after it.",
+)
+@click.option(
+    "-d",
+    "--depth",
+    "depths",
+    type=TOKEN_COUNTS,
+    default="0",
+    show_default=True,
+    help="Tokens in the KV cache before the prompt.",
+)
+@click.option(
+    "-r",
+    "--repetitions",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Counted rounds, after one to warm up.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values and nothing else.")
+def bench(
+    *,
+    prompts: tuple[int, ...],
+    generated: tuple[int, ...],
+    depths: tuple[int, ...],
+    repetitions: int,
+    as_json: bool,
+    as_csv: bool,
+    **options: Any,
+) -> None:
+    """Measure how fast the model reads prompts and generates tokens here.
+
+    Lengths may be lists, such as 128,512,2048: every combination is measured. Figures are medians, with
+    their range in brackets. Close other programs first.
+    """
+    if as_json and as_csv:
+        raise click.UsageError("Give either --json or --csv.")
+    started = perf_counter()
+    session = open_engine(**options)
+    load_seconds = perf_counter() - started
+    measured: list[Measured] = []
+    for workload in workloads(prompts, generated, depths):
+        what = (
+            f"prompt {workload.prompt_tokens:,}, new {workload.generated_tokens:,}, depth {workload.depth:,}"
+        )
+        with working(f"measuring: {what}"):
+            *_, result = measure(session, workload, repetitions=repetitions)
+        measured.append(result)
+    facts = conditions(session, load_seconds)
+    common = {name: facts[name] for name in ("load_seconds", "peak_rss_bytes")}
+    rows = [{**result.to_json(), **common} for result in measured]
+    if as_json:
+        click.echo(json.dumps({**facts, "results": rows}, indent=2, ensure_ascii=False))
+    elif as_csv:
+        click.echo(as_csv_text(rows), nl=False)
+    else:
+        Console().print(as_table(measured))
+        for line in as_lines(facts):
+            click.echo(printable(line))
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("Give either --prompt or --prompt-file.")
+    if prompt_file is not None:
+        try:
+            text = decode_input(prompt_file.read_bytes())
+        except OSError as error:
+            raise QrunError(f"the prompt file cannot be read: {error.strerror}", where=prompt_file) from error
+    elif prompt == "-":
+        text = decode_input(sys.stdin.buffer.read())
+    else:
+        text = prompt or ""
+    if not text.strip():
+        raise QrunError("the prompt is empty: there is nothing to answer", hint="give some text")
+    return text
+
+
+def _follow(events: Any, model: Model, *, quiet: bool, verbose: bool) -> Answer:
+    """Print the pieces while they come; returns the last event."""
+    progress = PrefillLine()
+    event: Event | None = None
+    printed = ""
+    try:
+        for event in events:
+            if isinstance(event, Prefilled):
+                progress.update(event)
+                if verbose and event.done < event.total:
+                    verbose = False
+                    tokens = f"{event.total:,} tokens of prompt"
+                    note(f"{tokens}: {size(forecast_bytes(model.manifest, event.total))} of KV cache")
+            elif isinstance(event, Piece) and not quiet:
+                progress.clear()
+                printed = event.text  # first: Ctrl-C may strike within the next line
+                show(event.text)
+    finally:
+        progress.clear()
+        # Also after Ctrl-C, where a half line would stand before the shell's prompt.
+        if printed and not printed.endswith("\n"):
+            show("\n")
+    assert isinstance(event, Answer), "the last event is the answer"
+    return event
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Options that the commands share, and what they mean for a model and its sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from qrun.backends.kvcache import available_memory, forecast_bytes
+from qrun.backends.session import Device, PromptGraph, Session, open_session
+from qrun.cli.info import check
+from qrun.cli.terminal import note, size, warn, working
+from qrun.errors import QrunError
+from qrun.folder.manifest import names_plan, read_manifest
+from qrun.model import Model
+from qrun.sampling.params import SamplingParams, resolve, unsupported_settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_MODEL_OPTIONS = (
+    click.option(
+        "--engine",
+        required=True,
+        type=click.Path(path_type=Path),
+        help="The model folder that `qconvert export` wrote, or the .onnx or .plan inside it.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda", "tensorrt"]),
+        help="Where to run a folder; cuda and tensorrt need the GPU wheel of ONNX Runtime.  [default: cpu]",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all usable cores]"),
+    click.option(
+        "--prefill-graph/--no-prefill-graph",
+        default=True,
+        help="Read prompts with the folder's second graph, where it has one. [default: yes]",
+    ),
+    click.option(
+        "--cuda-graph/--no-cuda-graph",
+        default=True,
+        help="Run a plan's decode step as one recorded CUDA graph. [default: yes]",
+    ),
+    click.option("--check-hashes", is_flag=True, help="Compare every file with its SHA-256 first."),
+    click.option("-v", "--verbose", is_flag=True, help="Tell parameters, device and memory on stderr."),
+)
+
+_SAMPLING_OPTIONS = (
+    click.option("--max-tokens", type=int, help="End of an answer, in tokens."),
+    click.option("--greedy", is_flag=True, help="Always the most likely token."),
+    click.option("--temperature", type=float, help="Divides the logits; 0 is greedy."),
+    click.option("--top-k", type=int, help="Keep the k most likely tokens; 0 is off."),
+    click.option("--top-p", type=float, help="Keep the most likely tokens of this total probability."),
+    click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one."),
+    click.option("--repetition-penalty", type=float, help="Above 1: fewer repetitions, the prompt counts."),
+    click.option("--presence-penalty", type=float, help="Off each token that the answer holds, -2 to 2."),
+    click.option("--frequency-penalty", type=float, help="The same for each occurrence, -2 to 2."),
+    click.option("--seed", type=int, help="Makes the answer repeatable."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated."),
+)
+_SAMPLING_NAMES = (
+    "max_tokens",
+    "greedy",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+)
+
+
+class _TokenCounts(click.ParamType[tuple[int, ...]]):
+    """Numbers of tokens, separated by commas."""
+
+    name = "N[,N...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers, such as 128,512", param, ctx)
+
+
+TOKEN_COUNTS = _TokenCounts()
+
+
+def model_options(command: Command) -> Command:
+    """--engine and how to open it."""
+    return _decorated(command, _MODEL_OPTIONS)
+
+
+def sampling_options(command: Command) -> Command:
+    """What the sampler may be asked; what is not given comes from the model's generation_config.json."""
+    return _decorated(command, _SAMPLING_OPTIONS)
+
+
+def _decorated(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Move the sampling options out of a command's options and make a request of them.
+
+    Raises:
+        click.UsageError: a value out of range, or two that contradict each other.
+    """
+    given = {name: options.pop(name) for name in _SAMPLING_NAMES}
+    # Not by truth: 0 is a value.
+    request = {name: value for name, value in given.items() if value is not None and value is not False}
+    if not request["stop"]:
+        del request["stop"]
+    if request.pop("greedy", False):
+        request["do_sample"] = False
+    try:
+        resolve(request)
+    except QrunError as error:
+        raise click.UsageError(_with_option_names(error.what, request)) from error
+    return request
+
+
+def _with_option_names(message: str, request: Mapping[str, Any]) -> str:
+    for name in sorted(request, key=len, reverse=True):
+        option = "--greedy" if name == "do_sample" else f"--{name.replace('_', '-')}"
+        message = message.replace("do_sample=False" if name == "do_sample" else name, option)
+    return message
+
+
+def open_engine(
+    *,
+    engine: Path,
+    device: Device | None,
+    threads: int | None,
+    check_hashes: bool,
+    verbose: bool,
+    prefill_graph: bool,
+    cuda_graph: bool,
+) -> Session:
+    """Open the session alone, for work that needs no text.
+
+    Raises:
+        QrunError: see ``open_session``.
+    """
+    _check_place(engine, device, threads)
+    if check_hashes:
+        check(read_manifest(engine), hashes=True)
+    with working(f"opening {engine}"):
+        session = open_session(
+            engine,
+            device=device or "cpu",
+            threads=threads,
+            prefill_graph=prefill_graph,
+            cuda_graph=cuda_graph,
+        )
+    if verbose:
+        note(f"device: {session.device}")
+    return session
+
+
+def open_model(
+    *,
+    engine: Path,
+    device: Device | None,
+    threads: int | None,
+    check_hashes: bool,
+    verbose: bool,
+    prefill_graph: PromptGraph,
+    cuda_graph: bool,
+) -> Model:
+    """Open what the model options name, and tell about it where that was asked.
+
+    Raises:
+        QrunError: see ``Model.open``.
+    """
+    _check_place(engine, device, threads)
+    if check_hashes:
+        check(read_manifest(engine), hashes=True)
+    with working(f"opening {engine}"):
+        model = Model.open(
+            engine,
+            device=device or "cpu",
+            threads=threads,
+            prefill_graph=prefill_graph,
+            cuda_graph=cuda_graph,
+        )
+    for name, value in unsupported_settings(model.generation_config).items():
+        warn(f"generation_config.json asks for {name}={value!r}, which qrun does not do")
+    if verbose:
+        tell_model(model)
+    return model
+
+
+def _check_place(engine: Path, device: Device | None, threads: int | None) -> None:
+    """A plan has its place: an option that names another would be ignored without a word."""
+    if names_plan(engine) and (device is not None or threads is not None):
+        given = "--threads" if device is None else f"--device {device}"
+        raise QrunError(
+            f"{given} has no meaning for a plan: it runs on the GPU that it was built for",
+            where=engine,
+            hint=f"leave {given} out, or give the model folder: {engine.parent}",
+        )
+
+
+def tell_model(model: Model) -> None:
+    """Device and memory, on stderr."""
+    manifest = model.manifest
+    note(f"device: {model.device}")
+    full = forecast_bytes(manifest, manifest.model.context_length)
+    gpu = getattr(model.session, "gpu", None)
+    free = available_memory() if gpu is None else gpu.free_bytes()
+    note(
+        f"KV cache: {size(manifest.kv.bytes_per_token)} per token, {size(full)} at full context "
+        f"({manifest.model.context_length:,} tokens)" + ("" if free is None else f", {size(free)} are free")
+    )
+
+
+def tell_sampling(params: SamplingParams, sources: Mapping[str, str]) -> None:
+    """Every sampling parameter and where it came from, on stderr."""
+    note("sampling:")
+    for name, source in sources.items():
+        note(f"  {name:<20}{getattr(params, name)!r:<16} {source}")

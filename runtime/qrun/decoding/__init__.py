@@ -1,0 +1,1 @@
+"""How answers advance, token by token."""

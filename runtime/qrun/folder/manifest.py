@@ -1,0 +1,255 @@
+"""The model folder's facts, read once into frozen dataclasses.
+
+``qconvert.json`` is written by ``qconvert export`` and described in ``docs/model-folder.md``.
+Everything that qrun needs to know about a model before it opens the graph stands in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qrun.errors import QrunError
+from qrun.folder.json_file import JsonReader
+
+MANIFEST_NAME = "qconvert.json"
+FORMAT_NAME = "qconvert-model"
+FORMAT_VERSION = 1
+PLAN_SUFFIX = ".plan"
+_COPY_AGAIN = "copy the folder again as a whole, or export it again with `qconvert export`"
+KV_DTYPES = ("float32", "float16", "bfloat16", "int8")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the folder: POSIX path relative to it, size in bytes, SHA-256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of the decoder, in the terms of its config.json; ``context_length`` in tokens."""
+
+    architecture: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class KVFacts:
+    """KV cache: element type and the bytes of keys and values of all layers for one token."""
+
+    dtype: str
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class PrefillFacts:
+    """A second graph that reads prompts: its file, and the fewest tokens that it is given at once."""
+
+    graph: str
+    min_tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A parsed and checked ``qconvert.json``.
+
+    ``verification`` is "passed", "failed" or "not verified". ``raw`` is the whole JSON object.
+    """
+
+    folder: Path
+    name: str
+    target: str
+    precision: str
+    graph: str
+    model: ModelFacts
+    kv: KVFacts
+    eos_token_ids: tuple[int, ...]
+    verification: str
+    files: tuple[FileEntry, ...]
+    raw: Mapping[str, Any]
+    prefill: PrefillFacts | None = None
+
+    @property
+    def graph_path(self) -> Path:
+        return self.folder / self.graph
+
+    @property
+    def prefill_path(self) -> Path | None:
+        return self.folder / self.prefill.graph if self.prefill else None
+
+    def check_files(
+        self, *, hashes: bool = False, progress: Callable[[str, int], None] | None = None
+    ) -> None:
+        """Compare the folder with the manifest: sizes always, SHA-256 only when asked.
+
+        Args:
+            hashes: also read and hash every file.
+            progress: called with (path, bytes read) while hashing.
+
+        Raises:
+            QrunError: naming the first file that is missing, truncated or altered.
+        """
+        for entry in self.files:
+            path = self.folder / entry.path
+            if not path.is_file():
+                what = f"{entry.path} is missing from the model folder"
+                raise QrunError(what, where=path, hint=_COPY_AGAIN)
+            size = path.stat().st_size
+            if size != entry.size:
+                state = "truncated" if size < entry.size else "altered"
+                raise QrunError(
+                    f"{entry.path} is {state}: {size:,} bytes, the manifest says {entry.size:,}",
+                    where=path,
+                    hint=_COPY_AGAIN,
+                )
+            if hashes and sha256_of(path, progress) != entry.sha256:
+                what = f"{entry.path} is altered: its SHA-256 is not the manifest's"
+                raise QrunError(what, where=path, hint=_COPY_AGAIN)
+
+
+def sha256_of(path: Path, progress: Callable[[str, int], None] | None = None) -> str:
+    """SHA-256 of a file in hex, read in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            if progress is not None:
+                progress(path.name, len(chunk))
+    return digest.hexdigest()
+
+
+def names_plan(path: str | Path) -> bool:
+    """Whether a path means a TensorRT plan (or its sidecar) and not a model folder."""
+    path = Path(path).expanduser()
+    return path.name.endswith((PLAN_SUFFIX, f"{PLAN_SUFFIX}.json")) and not path.is_dir()
+
+
+def no_such_plan(path: Path) -> QrunError:
+    return QrunError(
+        f"no such plan: {path}",
+        where=path,
+        hint=f"build it with `qconvert build {path.parent}`, a folder exported with --target tensorrt",
+    )
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """The model folder that ``path`` means: the folder itself, or a .onnx file or plan inside it.
+
+    Raises:
+        QrunError: if there is nothing there, or nothing that qconvert made.
+    """
+    path = Path(path).expanduser()
+    if names_plan(path) and not path.exists():
+        raise no_such_plan(path)
+    if not path.exists():
+        raise QrunError(
+            f"no such model folder: {path}",
+            where=path,
+            hint="give the folder that `qconvert export` wrote, such as ./Qwen2.5-1.5B-Instruct-onnx-int8",
+        )
+    folder = path if path.is_dir() else path.parent
+    if path.is_file() and path.suffix != ".onnx" and not names_plan(path):
+        raise QrunError(
+            f"{path.name} is neither a model folder nor a .onnx file nor a .plan",
+            where=path,
+            hint=f"give the folder with {MANIFEST_NAME}, or the model.onnx or model.plan inside it",
+        )
+    if names_plan(path) and not (folder / MANIFEST_NAME).is_file():
+        raise QrunError(
+            f"{path.name} lies outside its model folder: there is no {MANIFEST_NAME} beside it",
+            where=path,
+            hint="move it back: manifest, tokenizer and chat template stand in the folder it was built in",
+        )
+    if not (folder / MANIFEST_NAME).is_file():
+        checkpoint = (folder / "config.json").is_file() and not list(folder.glob("*.onnx"))
+        raise QrunError(
+            f"{folder} is not a folder that qconvert made: it has no {MANIFEST_NAME}",
+            where=folder,
+            hint=(
+                f"this looks like a checkpoint: convert it first with `qconvert export {folder}`"
+                if checkpoint
+                else "convert the original checkpoint with `qconvert export CHECKPOINT`"
+            ),
+        )
+    return folder
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and check ``qconvert.json`` of a model folder (or of the folder around a .onnx file).
+
+    Raises:
+        QrunError: no folder, no manifest, malformed JSON, a missing or mistyped key, a newer
+            format, or a path that leaves the folder.
+    """
+    folder = find_model_folder(path)
+    file = folder / MANIFEST_NAME
+    reader = JsonReader.open(
+        file,
+        title="the manifest",
+        remake="export the model again",
+        file_format=FORMAT_NAME,
+        version=FORMAT_VERSION,
+    )
+    model = ModelFacts(
+        architecture=reader.get("model.architecture", str),
+        **{
+            field: reader.positive(f"model.{field}")
+            for field in (
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_size",
+                "hidden_size",
+                "vocab_size",
+                "context_length",
+            )
+        },
+    )
+    kv = KVFacts(reader.one_of("kv_cache.dtype", KV_DTYPES), reader.positive("kv_cache.bytes_per_token"))
+    entries = [
+        FileEntry(
+            entry.path("path", folder="the model folder"), entry.get("size", int), entry.get("sha256", str)
+        )
+        for entry in reader.objects("files")
+    ]
+    return Manifest(
+        folder=folder,
+        name=reader.get("name", str),
+        target=reader.get("target", str),
+        precision=reader.get("precision", str),
+        graph=reader.path("graph.file", folder="the model folder"),
+        model=model,
+        kv=kv,
+        eos_token_ids=_token_ids(reader, "tokens.eos"),
+        verification=reader.get("verification.status", str),
+        files=tuple(entries),
+        raw=reader.raw,
+        prefill=_prefill(reader),
+    )
+
+
+def _prefill(reader: JsonReader) -> PrefillFacts | None:
+    if "prefill" not in reader.get("graph", dict):
+        return None
+    graph = reader.path("graph.prefill.file", folder="the model folder")
+    return PrefillFacts(graph, reader.positive("graph.prefill.min_tokens"))
+
+
+def _token_ids(reader: JsonReader, key: str) -> tuple[int, ...]:
+    value = reader.get(key, list)
+    if not all(type(token) is int and token >= 0 for token in value):
+        raise reader.refusal(f'"{key}" is {value!r}, not a list of token ids')
+    return tuple(value)
