@@ -22,10 +22,11 @@ import numpy as np
 
 from benchmarks.report import conditions, conditions_text, publish, spread, summary, table
 from benchmarks.shapes import SHAPES
+from qrun.backends.opening import open_session
 from qrun.backends.ort.session import OrtSession
-from qrun.backends.session import open_session, usable_cores
 from qrun.decoding.generate import Context, Token, generate
 from qrun.folder.manifest import read_manifest
+from qrun.machine import usable_cores
 from qrun.sampling.sampler import SamplingParams
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import conditions, conditions_text, publish, summary, table
-from qrun.backends.session import Session, open_session, usable_cores
+from qrun.backends.opening import open_session
+from qrun.backends.session import Session
 from qrun.decoding.generate import Context
 from qrun.folder.manifest import read_manifest
+from qrun.machine import usable_cores
 
 LENGTHS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192)
 PIECES = (32, 64, 128, 192, 256, 384, 512)

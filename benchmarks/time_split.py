@@ -26,8 +26,9 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.report import conditions, conditions_text, publish, table
+from qrun.backends.opening import open_session
 from qrun.backends.ort.session import OrtSession
-from qrun.backends.session import open_session, usable_cores
+from qrun.machine import usable_cores
 
 _PRODUCTS = {"MatMulNBits", "MatMulIntegerToFloat", "FusedMatMul", "MatMul", "DynamicQuantizeMatMul"}
 _NORMS = {"SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"}

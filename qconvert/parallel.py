@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from qrun.backends.session import usable_cores
+from qrun.machine import usable_cores
 
 
 @contextmanager

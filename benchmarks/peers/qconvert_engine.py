@@ -21,7 +21,7 @@ def convert(source: Path, destination: Path, variant: str) -> None:
 
 class QrunModel(Model):
     def __init__(self, folder: Path, variant: str, threads: int) -> None:
-        from qrun.backends.session import open_session
+        from qrun.backends.opening import open_session
         from qrun.decoding.generate import Context
 
         self.session = open_session(folder, threads=threads)
@@ -72,7 +72,7 @@ if __name__ == "__main__":
             "onnxruntime",
             "qrun.decoding.generate",
             "qrun.backends.ort.session",
-            "qrun.backends.session",
+            "qrun.backends.opening",
         ),
         packages=("onnxruntime", "numpy", "torch", "transformers"),
     )

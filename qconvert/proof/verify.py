@@ -39,7 +39,8 @@ from qconvert.proof.report import (
     find_failures,
 )
 from qconvert.proof.weight_check import MovedWeights, check_weights
-from qrun.backends.session import Session, open_session
+from qrun.backends.opening import open_session
+from qrun.backends.session import Session
 from qrun.backends.trt.checks import why_not_here
 from qrun.decoding.generate import Context, Token, generate
 from qrun.errors import QrunError

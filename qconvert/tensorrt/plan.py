@@ -18,10 +18,10 @@ from qconvert.progress import Progress
 from qconvert.tensorrt.backends import Backend, BackendName, choose_backend
 from qconvert.tensorrt.build import BuilderSettings, Built, build_plan
 from qconvert.tensorrt.traps import check_graph
-from qrun.backends.kvcache import available_memory
 from qrun.backends.trt.gpu import first_gpu
 from qrun.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
 from qrun.folder.plan import PLAN_NAME, SIDECAR_FORMAT, SIDECAR_VERSION, Profile, sidecar_of
+from qrun.machine import available_memory
 
 SIDECAR_NAME = sidecar_of(Path(PLAN_NAME)).name
 # Longer pieces of a prompt are hardly faster, and their activations take memory of the GPU.

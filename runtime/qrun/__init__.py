@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from qrun.errors import QrunError
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from qrun.answer import Answer, Event, Piece
-    from qrun.backends.session import Device
+    from qrun.backends.opening import Opening
     from qrun.chat import Chat
     from qrun.decoding.generate import Prefilled
     from qrun.model import Model
@@ -50,13 +52,11 @@ _HOMES = {
 }
 
 
-def open(
-    path: str | Path, *, device: Device = "cpu", threads: int | None = None, check_hashes: bool = False
-) -> Model:
+def open(path: str | Path, **options: Unpack[Opening]) -> Model:
     """Open a model folder, or the .onnx inside one: ``Model.open`` under a shorter name."""
     from qrun.model import Model
 
-    return Model.open(path, device=device, threads=threads, check_hashes=check_hashes)
+    return Model.open(path, **options)
 
 
 def __getattr__(name: str) -> Any:

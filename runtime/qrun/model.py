@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.answer import Answering, Event
-from qrun.backends.session import Device, PromptGraph, Session, open_session
+from qrun.backends.opening import Opening, open_session
+from qrun.backends.session import Session
 from qrun.decoding.generate import Context, check_prompt
 from qrun.folder.manifest import Manifest, find_model_folder
 from qrun.sampling.params import SamplingParams, resolve
@@ -31,6 +32,8 @@ from qrun.text.streaming import ChatTemplate, Tokenizer
 from qrun.text.tokenizer import read_json_object, read_tokenizer_config
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from qrun.chat import Chat
 
 
@@ -57,39 +60,19 @@ class Model:
         self.generation_config = generation_config or {}
 
     @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        device: Device = "cpu",
-        threads: int | None = None,
-        check_hashes: bool = False,
-        prefill_graph: PromptGraph = True,
-        cuda_graph: bool = True,
-    ) -> Model:
+    def open(cls, path: str | Path, **options: Unpack[Opening]) -> Model:
         """Open a model folder, or the .onnx or .plan inside one.
 
         Args:
             path: what ``qconvert export`` or ``qconvert build`` wrote.
-            device: "cpu" or "cuda"; there is no silent fall-back from one to the other.
-            threads: threads within an operator; by default the cores that the process may use.
-            check_hashes: hash every file against the manifest first (sizes are always checked).
-            prefill_graph: open a folder's second graph for prompts as well; "later": see ``open_session``.
-            cuda_graph: launch a plan's decode step as a whole.
+            options: device, threads, check_hashes, prefill_graph, cuda_graph: see ``Opening``.
 
         Raises:
             QrunError: the folder is not whole, not ours or too new, has no tokenizer, or the device
                 cannot run it.
         """
         folder = find_model_folder(path)
-        session = open_session(
-            path,
-            device=device,
-            threads=threads,
-            check_hashes=check_hashes,
-            prefill_graph=prefill_graph,
-            cuda_graph=cuda_graph,
-        )
+        session = open_session(path, **options)
         template = ChatTemplate.from_folder(folder) if _has_template(folder) else None
         return cls(
             session,

@@ -12,7 +12,8 @@ import torch
 
 from qconvert.proof.compare import Rows, compare_rows
 from qconvert.proof.limits import limit_value
-from qrun.backends.session import Session, open_session
+from qrun.backends.opening import open_session
+from qrun.backends.session import Session
 from qrun.backends.trt import cuda
 from qrun.backends.trt.session import TrtSession
 from qrun.cli.bench import Measured, Workload, conditions, measure

@@ -18,7 +18,7 @@ from qconvert.progress import Progress
 from qconvert.proof.limits import LIMITS, limit_value
 from qconvert.proof.verify import verify_folder
 from qconvert.tensorrt.plan import BuildOptions, build
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from qrun.cli.bench import Workload
 from qrun.text.tokenizer import Tokenizer
 from tests.gpu.checks import NEAR_TIE, against_pytorch, exchanged_choices, greedy, open_plan, speed_and_memory

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from qrun.decoding.generate import Context, Token, generate
 from qrun.sampling.sampler import SamplingParams
 from qrun.text.tokenizer import Tokenizer

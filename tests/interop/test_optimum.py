@@ -14,7 +14,7 @@ import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from tests.interop.cases import NEW_TOKENS, Case, Exported
 from tests.interop.texts import TEXTS
 

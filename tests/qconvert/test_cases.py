@@ -10,7 +10,7 @@ import pytest
 
 from qconvert.proof.cases import LONG_TOKENS, make_cases
 from qconvert.proof.paths import CHUNKED, CHUNKED_GROWING, LAST, STEPPED, TRIMMED_BACK, PathReader
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from tests.qconvert.mutants import Exporter
 from tests.tiny import make_tiny_checkpoint
 

@@ -15,7 +15,7 @@ from qconvert.cli import main
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
 from qconvert.recipes.forecast import export_bytes
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from qrun.folder.manifest import read_manifest
 from tests.tiny import make_tiny_checkpoint
 

@@ -10,7 +10,7 @@ import pytest
 from qconvert.export import ExportOptions, export
 from qconvert.lowering.ort import decoder as lowering
 from qconvert.progress import Progress
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from tests.tiny import make_tiny_checkpoint
 
 TOKENS = np.arange(3, 43, dtype=np.int64)[None]

@@ -20,7 +20,7 @@ from qconvert.formats.blocks import NonFiniteWeightError
 from qconvert.formats.columns import pack_int4_columns, unpack_int4_columns
 from qconvert.lowering.trt.float32_kernels import compute_in_float32
 from qconvert.progress import Progress
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from qrun.errors import QrunError
 from qrun.folder.manifest import read_manifest
 from tests.tiny import make_tiny_checkpoint

@@ -21,7 +21,7 @@ from qconvert.progress import Progress
 from qconvert.proof.weight_check import error_in_steps
 from qconvert.recipes.forecast import export_bytes
 from qconvert.targets import target_named
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.mutants import Exporter, edit_graph, overwrite
 from tests.tiny import make_tiny_checkpoint

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from qrun.cli.bench import Measured, Round, Workload, measure, workloads
 from qrun.cli.main import main
 from qrun.errors import QrunError

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from qrun.backends import kvcache
-from qrun.backends.kvcache import MINIMUM_CAPACITY, forecast_bytes, next_capacity
+from qrun.backends.kvcache import MINIMUM_CAPACITY, next_capacity
 from qrun.errors import QrunError
+from qrun.folder.manifest import forecast_bytes
 from tests.fakes import FakeKVCache, fake_manifest
 
 

@@ -7,10 +7,10 @@ import os
 import numpy as np
 import pytest
 
+from qrun.backends.opening import open_session
 from qrun.backends.ort import attention as ort_attention
 from qrun.backends.ort.attention import most_tokens, scores_in_one_matrix
 from qrun.backends.ort.session import OrtSession
-from qrun.backends.session import open_session
 from qrun.errors import QrunError
 
 SWITCH = "ORT_GQA_DISABLE_FLASH_ATTENTION"

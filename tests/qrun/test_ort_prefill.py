@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from qrun.backends.opening import open_session
 from qrun.backends.ort import processor
 from qrun.backends.ort.prefill import PrefillGraph
 from qrun.backends.ort.session import OrtSession
-from qrun.backends.session import open_session
 from qrun.cli.main import main
 from qrun.decoding.generate import Context, Prefilled, Token, generate
 from qrun.errors import QrunError

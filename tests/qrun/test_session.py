@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from qrun.backends import kvcache
+from qrun.backends.opening import open_session
 from qrun.backends.ort.session import OrtSession
-from qrun.backends.session import open_session, usable_cores
 from qrun.errors import QrunError
+from qrun.machine import usable_cores
 from tests.tiny import write_tiny_tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 40, dtype=np.int64)

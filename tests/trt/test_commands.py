@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import qrun as qrun_package
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from qrun.errors import QrunError
 from tests.commands import qrun, refused
 from tests.emulated import tensorrt_rtx

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from qconvert.checkpoint.load import load_model, open_checkpoint
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from qrun.cli.bench import Workload
 from tests.emulated.device import EmulatedDevice
 from tests.gpu.checks import against_pytorch, exchanged_choices, greedy, open_plan, speed_and_memory

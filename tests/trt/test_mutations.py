@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.backends.session import open_session
+from qrun.backends.opening import open_session
 from qrun.backends.trt.cache import TrtKVCache
 from qrun.backends.trt.context import ProfileContext, StagedTensor
 from qrun.backends.trt.cuda import DeviceBuffer, Graph, HostBuffer, Stream, call

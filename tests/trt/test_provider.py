@@ -18,6 +18,7 @@ import pytest
 
 from qconvert.tensorrt.backends import choose_backend
 from qconvert.tensorrt.build import BuilderSettings, build_plan
+from qrun.backends.opening import open_session
 from qrun.backends.ort import provider as ort_tensorrt
 from qrun.backends.ort import session as ort
 from qrun.backends.ort.provider import (
@@ -26,7 +27,6 @@ from qrun.backends.ort.provider import (
     open_provider_session,
     provider_options,
 )
-from qrun.backends.session import open_session
 from qrun.errors import QrunError
 from qrun.folder.manifest import read_manifest
 from qrun.folder.plan import Profile

@@ -8,7 +8,8 @@ import pytest
 
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
-from qrun.backends.session import Session, open_session
+from qrun.backends.opening import open_session
+from qrun.backends.session import Session
 from qrun.backends.trt.session import TrtSession
 from qrun.decoding.generate import Context, Token, generate
 from qrun.sampling.params import SamplingParams

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrun.backends.session import Session, open_session
+from qrun.backends.opening import open_session
+from qrun.backends.session import Session
 from qrun.backends.trt.session import TrtSession
 from qrun.decoding.generate import Context, Finished, Token, generate
 from qrun.errors import QrunError

@@ -7,40 +7,16 @@ knows lengths and policy; a backend supplies the memory by overriding ``_realloc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.errors import QrunError
-from qrun.folder.manifest import Manifest
+from qrun.folder.manifest import Manifest, forecast_bytes
+from qrun.machine import available_memory
 
 # Growing by doubling costs at most one copy of every entry; below 256 tokens a copy is not worth saving.
 MINIMUM_CAPACITY = 256
-
-
-def forecast_bytes(manifest: Manifest, capacity: int, batch: int = 1) -> int:
-    """Bytes that a cache of ``capacity`` tokens takes for ``batch`` sequences."""
-    return manifest.kv.bytes_per_token * capacity * batch
-
-
-def available_memory() -> int | None:
-    """Bytes that can still be allocated without swapping, or None where that is not known.
-
-    The least of the machine's and the control group's (v2) remaining memory; Linux only.
-    """
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        maximum = (group / "memory.max").read_text().strip()
-        if maximum != "max":
-            limits.append(int(maximum) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
-        pass
-    return max(0, min(limits)) if limits else None
 
 
 def next_capacity(needed: int, current: int, limit: int) -> int:

@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from qrun.answer import Answer, Piece
-from qrun.backends.kvcache import forecast_bytes
 from qrun.chat import Chat
 from qrun.cli.lines import LineReader, keys_unseen, line_reader
 from qrun.cli.terminal import PrefillLine, complain, note, show, size
 from qrun.decoding.generate import Prefilled
 from qrun.errors import QrunError
+from qrun.folder.manifest import forecast_bytes
 
 HELP = """\
 /reset        forget the conversation

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qrun.backends.kvcache import forecast_bytes
 from qrun.backends.ort.wheels import check_onnxruntime_wheels
 from qrun.cli.plan_info import describe_plan, here, here_rows, plan_lines
 from qrun.cli.terminal import hashing, rows, size
 from qrun.errors import QrunError
-from qrun.folder.manifest import Manifest
+from qrun.folder.manifest import Manifest, forecast_bytes
 from qrun.folder.plan import PLAN_NAME, read_plan
 
 _HOW = {

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from qrun import __version__
 from qrun.answer import Answer, Event, Piece
-from qrun.backends.kvcache import forecast_bytes
 from qrun.chat import Chat
 from qrun.cli.bench import Measured, conditions, measure, workloads
 from qrun.cli.bench_view import as_csv_text, as_lines, as_table
@@ -33,7 +32,7 @@ from qrun.cli.plan_info import check_plan, describe_plan, plan_lines
 from qrun.cli.terminal import PrefillLine, complain, note, printable, show, size, working
 from qrun.decoding.generate import Prefilled
 from qrun.errors import QrunError
-from qrun.folder.manifest import names_plan, read_manifest
+from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest
 from qrun.folder.plan import read_plan
 from qrun.model import Model
 from qrun.sampling.params import DEFAULT

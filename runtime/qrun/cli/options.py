@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from qrun.backends.kvcache import available_memory, forecast_bytes
-from qrun.backends.session import Device, PromptGraph, Session, open_session
+from qrun.backends.opening import Device, Opening, open_session
+from qrun.backends.session import Session
 from qrun.cli.info import check
 from qrun.cli.terminal import note, size, warn, working
 from qrun.errors import QrunError
-from qrun.folder.manifest import names_plan, read_manifest
+from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest
+from qrun.machine import available_memory
 from qrun.model import Model
 from qrun.sampling.params import SamplingParams, resolve, unsupported_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -136,68 +140,46 @@ def _with_option_names(message: str, request: Mapping[str, Any]) -> str:
     return message
 
 
-def open_engine(
-    *,
-    engine: Path,
-    device: Device | None,
-    threads: int | None,
-    check_hashes: bool,
-    verbose: bool,
-    prefill_graph: bool,
-    cuda_graph: bool,
-) -> Session:
+def open_engine(*, engine: Path, verbose: bool, **options: Unpack[Opening]) -> Session:
     """Open the session alone, for work that needs no text.
 
     Raises:
         QrunError: see ``open_session``.
     """
-    _check_place(engine, device, threads)
-    if check_hashes:
-        check(read_manifest(engine), hashes=True)
     with working(f"opening {engine}"):
-        session = open_session(
-            engine,
-            device=device or "cpu",
-            threads=threads,
-            prefill_graph=prefill_graph,
-            cuda_graph=cuda_graph,
-        )
+        session = open_session(engine, **_opening(engine, options))
     if verbose:
         note(f"device: {session.device}")
     return session
 
 
-def open_model(
-    *,
-    engine: Path,
-    device: Device | None,
-    threads: int | None,
-    check_hashes: bool,
-    verbose: bool,
-    prefill_graph: PromptGraph,
-    cuda_graph: bool,
-) -> Model:
+def open_model(*, engine: Path, verbose: bool, **options: Unpack[Opening]) -> Model:
     """Open what the model options name, and tell about it where that was asked.
 
     Raises:
         QrunError: see ``Model.open``.
     """
-    _check_place(engine, device, threads)
-    if check_hashes:
-        check(read_manifest(engine), hashes=True)
+    opening = _opening(engine, options)
     with working(f"opening {engine}"):
-        model = Model.open(
-            engine,
-            device=device or "cpu",
-            threads=threads,
-            prefill_graph=prefill_graph,
-            cuda_graph=cuda_graph,
-        )
+        model = Model.open(engine, **opening)
     for name, value in unsupported_settings(model.generation_config).items():
         warn(f"generation_config.json asks for {name}={value!r}, which qrun does not do")
     if verbose:
         tell_model(model)
     return model
+
+
+def _opening(engine: Path, options: Opening) -> Opening:
+    """What was asked for. Hashes are checked here, where progress can be shown.
+
+    Raises:
+        QrunError: an option that has no meaning for a plan, or a file that is altered.
+    """
+    _check_place(engine, options.get("device"), options.get("threads"))
+    if options.get("check_hashes"):
+        check(read_manifest(engine), hashes=True)
+    given = {name: value for name, value in options.items() if value is not None and name != "check_hashes"}
+    return cast("Opening", given)
 
 
 def _check_place(engine: Path, device: Device | None, threads: int | None) -> None:

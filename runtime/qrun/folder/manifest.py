@@ -120,6 +120,11 @@ class Manifest:
                 raise QrunError(what, where=path, hint=_COPY_AGAIN)
 
 
+def forecast_bytes(manifest: Manifest, capacity: int, batch: int = 1) -> int:
+    """Bytes that a KV cache of ``capacity`` tokens takes for ``batch`` sequences."""
+    return manifest.kv.bytes_per_token * capacity * batch
+
+
 def sha256_of(path: Path, progress: Callable[[str, int], None] | None = None) -> str:
     """SHA-256 of a file in hex, read in pieces of 4 MiB."""
     digest = hashlib.sha256()

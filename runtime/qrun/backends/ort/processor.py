@@ -1,8 +1,7 @@
-"""What the processor can do: how many of its cores are ours, and whether its 8-bit products are exact."""
+"""Whether the processor's 8-bit products are exact."""
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
@@ -11,18 +10,6 @@ from qrun.folder.manifest import Manifest
 
 _CPUINFO = Path("/proc/cpuinfo")
 _EXACT = {"avx512_vnni", "avx_vnni", "amx_int8"}
-
-
-def usable_cores() -> int:
-    """Cores that this process may really use: CPU affinity and the control group's (v2) quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
-    return cores
 
 
 def check_integer_products(manifest: Manifest, *, prefill_graph: bool) -> None:

@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Mapping
 from math import prod
 
-from qrun.backends.kvcache import KVCache, forecast_bytes
+from qrun.backends.kvcache import KVCache
 from qrun.backends.trt.cuda import Device, DeviceBuffer, Stream
 from qrun.backends.trt.engine import Engine
 from qrun.errors import QrunError
-from qrun.folder.manifest import Manifest
+from qrun.folder.manifest import Manifest, forecast_bytes
 
 
 class TrtKVCache(KVCache):
