@@ -8,33 +8,26 @@ change with the angle, so both channels get the range of the longest pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from qconvert.calibration.text import batches, calibration_ids
+from qconvert.checkpoint.kv_observers import LARGEST, Observed
 from qconvert.checkpoint.reference import Reference
 from qconvert.formats.recipe import Recipe
-from qconvert.models.decoder import kv_scale_name
+from qconvert.formats.stored import kv_scale_name
 from qconvert.progress import Progress
 
 if TYPE_CHECKING:
     import torch
     from transformers import Qwen2ForCausalLM
-    from transformers.cache_utils import Cache
 
-LARGEST = 127
 # Tokens of a passage that are read. It bounds time and memory where a tokenizer knows bytes only.
 _LONGEST = 512
 # Room above what the calibration has seen. Mean KL of the sample on texts of another kind, 256 tokens each:
 # 0.0015 to 0.0028 with it, 0.0021 to 0.0038 with 1.25; but 0.02 to 0.04 where 0.7 cuts values off.
 MARGIN = 1.1
-
-
-class Scales(Protocol):
-    """The scale of every channel, float32 ``[kv_heads, head_size]``, of a layer's "key" or "value"."""
-
-    def __call__(self, layer: int, part: str) -> torch.Tensor: ...
 
 
 # float32 [1, kv_heads, 1, head_size] by the names of their initializers.
@@ -71,64 +64,3 @@ def scale_of(largest: torch.Tensor) -> torch.Tensor:
     scale = largest * (MARGIN / LARGEST)
     # A channel of zeros, or of nothing finite, can have any scale but 0.
     return torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
-
-
-class Observed:
-    """A reference's KV cache that notes the largest keys and values and changes nothing.
-
-    ``largest`` has the largest size of every channel, float32 ``[kv_heads, head_size]``, by layer and
-    "key" or "value".
-    """
-
-    def __init__(self) -> None:
-        self.largest: dict[tuple[int, str], torch.Tensor] = {}
-
-    def cache(self, lengths: Sequence[int]) -> Cache:
-        """A cache for one batch of sequences of these lengths."""
-        import torch
-
-        def look(states: torch.Tensor, layer: int, part: str) -> torch.Tensor:
-            real = torch.arange(states.shape[2]) < torch.tensor(lengths)[:, None]  # the rest is padding
-            sizes = states.abs()
-            if part == "key":
-                sizes = _lengths_of_pairs(states)
-            found = sizes.transpose(1, 2)[real].amax(0)
-            before = self.largest.get((layer, part))
-            self.largest[layer, part] = found if before is None else torch.maximum(before, found)
-            return states
-
-        return _passing_cache(look)
-
-
-class Rounded:
-    """A reference's KV cache that holds what an int8 cache with given scales would."""
-
-    def __init__(self, scales: Scales) -> None:
-        self._scales = scales
-
-    def cache(self, lengths: Sequence[int]) -> Cache:
-        def store(states: torch.Tensor, layer: int, part: str) -> torch.Tensor:
-            scale = self._scales(layer, part)[:, None, :]
-            return (states / scale).round().clamp(-LARGEST - 1, LARGEST) * scale
-
-        return _passing_cache(store)
-
-
-def _lengths_of_pairs(keys: torch.Tensor) -> torch.Tensor:
-    """For every channel the length of the pair that it is rotated in: i and i + half a head."""
-    first, second = keys.chunk(2, dim=-1)
-    lengths = (first.square() + second.square()).sqrt()
-    return lengths.repeat(*[1] * (keys.dim() - 1), 2)
-
-
-def _passing_cache(change: Callable[[torch.Tensor, int, str], torch.Tensor]) -> Cache:
-    """A cache for one forward pass: attention gets keys and values as ``change`` returns them."""
-    from transformers import DynamicCache
-
-    class PassingCache(DynamicCache):  # type: ignore[misc]  # transformers is not checked
-        def update(
-            self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            return change(key_states, layer_idx, "key"), change(value_states, layer_idx, "value")
-
-    return PassingCache()

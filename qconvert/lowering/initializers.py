@@ -20,6 +20,7 @@ from qconvert.formats.columns import pack_int4_columns
 from qconvert.formats.folding import NO_FOLDING, FoldedWeights, Folding, Weights
 from qconvert.formats.halves import split_codes
 from qconvert.formats.recipe import BlockFormat
+from qconvert.formats.stored import joined_name
 
 
 @dataclass(frozen=True)
@@ -307,16 +308,6 @@ class Initializers:
         assert value.name not in self._by_name, f"{value.name} is stored twice"
         self._by_name[value.name] = value
         return value
-
-
-def joined_name(names: Sequence[str]) -> str:
-    """One name for tensors side by side: q_proj, k_proj and v_proj become ``q_k_v_proj``."""
-    if len(names) == 1:
-        return names[0]
-    before, part, kind = names[0].rsplit(".", 2)
-    stem = part.rsplit("_", 1)[-1]
-    heads = "_".join(name.rsplit(".", 2)[1].removesuffix(f"_{stem}") for name in names)
-    return f"{before}.{heads}_{stem}.{kind}"
 
 
 def _not_finite(name: str) -> QconvertError:

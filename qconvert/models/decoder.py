@@ -87,11 +87,6 @@ def rope_tables(config: Any, length: int) -> tuple[NDArray[np.float32], NDArray[
     return cos[0, :, :half].contiguous().numpy(), sin[0, :, :half].contiguous().numpy()
 
 
-def kv_scale_name(layer: int, part: str) -> str:
-    """The initializer with the scales of a layer's int8 "key" or "value" ``[1, kv_heads, 1, head_size]``."""
-    return f"model.layers.{layer}.self_attn.{part}_scale"
-
-
 class Lowering(Protocol[V]):
     """What the decoder asks of a runtime. ``V`` is a value in that runtime's graph.
 

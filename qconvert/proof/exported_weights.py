@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -20,16 +20,13 @@ from qconvert.formats.folding import FoldedInput, Folding, folded_inputs
 from qconvert.formats.halves import Halves
 from qconvert.formats.recipe import BlockFormat
 from qconvert.formats.shortlist import Shortlist
-from qconvert.lowering.initializers import joined_name
-from qconvert.lowering.ort.shortlist import SHORTLIST_RANGES, SHORTLIST_SIZE
+from qconvert.formats.stored import SHORTLIST_RANGES, SHORTLIST_SIZE, joined_name
 from qconvert.models.decoder import DecoderSpec, lower_decoder
+from qconvert.models.recorder import LowerDecoder, tensor_groups
 
 if TYPE_CHECKING:
     import torch
     from transformers import Qwen2ForCausalLM
-
-
-LowerDecoder = Callable[[DecoderSpec, Any], None]
 
 
 @dataclass(frozen=True)
@@ -271,36 +268,3 @@ def _as_tensor(array: NDArray[Any]) -> torch.Tensor:
     if array.dtype.name == "bfloat16":  # not NumPy's own: PyTorch knows it by its bits only
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def tensor_groups(spec: DecoderSpec, lower: LowerDecoder = lower_decoder) -> list[tuple[str, ...]]:
-    """Every tensor that the decoder uses, those that are multiplied side by side together."""
-    recorder = _Recorder()
-    lower(spec, recorder)
-    return list(dict.fromkeys(recorder.groups))
-
-
-class _Recorder:
-    """A lowering to nothing, which notes the tensors that the decoder asks for."""
-
-    def __init__(self) -> None:
-        self.groups: list[tuple[str, ...]] = []
-
-    def embed(self, weight: str) -> None:
-        self.groups.append((weight,))
-
-    def add_and_norm(self, residual: None, delta: None, weight: str) -> tuple[None, None]:
-        self.groups.append((weight,))
-        return None, None
-
-    def linear(self, hidden: None, weights: Sequence[str], biases: Sequence[str] = ()) -> None:
-        self.groups += [tuple(weights), *([tuple(biases)] if biases else [])]
-
-    def attention(self, qkv: None, layer: int) -> None: ...
-
-    def gated_silu(self, gate: None, up: None) -> None: ...
-
-    def requested_positions(self, hidden: None) -> None: ...
-
-    def head(self, hidden: None, weight: str) -> None:
-        self.groups.append((weight,))

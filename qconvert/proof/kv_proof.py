@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qconvert.calibration.kv_scales import LARGEST, Observed, Rounded
+from qconvert.checkpoint.kv_observers import LARGEST, Observed, Rounded
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
-from qconvert.models.decoder import kv_scale_name
+from qconvert.formats.stored import kv_scale_name
 from qconvert.proof.exported_weights import ExportedWeights
 from qconvert.proof.limits import limit_value
 from qconvert.proof.weight_check import WeightCheck, WeightFault

@@ -17,10 +17,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from qconvert.calibration.gptq.rounding import read_record
 from qconvert.checkpoint.load import load_model, open_checkpoint, resolve_source
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
+from qconvert.formats.record import read_record
 from qconvert.progress import Progress
 from qconvert.proof.cases import Case, CaseSet, make_cases
 from qconvert.proof.compare import GreedyCheck, Rows, check_greedy, compare_rows, join, measure

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qconvert.calibration.gptq.rounding import Digest
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.blocks import PIECE
 from qconvert.formats.recipe import BlockFormat
+from qconvert.formats.record import Digest
 from qconvert.models.decoder import rope_tables
 from qconvert.proof.exported_weights import ExportedWeights
 

@@ -13,11 +13,11 @@ import torch
 from click.testing import CliRunner, Result
 
 import qconvert.calibration.gptq.walk
-from qconvert.calibration.gptq.rounding import RECORD_NAME
 from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.cli import main
 from qconvert.formats.blocks import pack
 from qconvert.formats.recipe import BlockFormat, Recipe
+from qconvert.formats.record import RECORD_NAME
 from qconvert.models.decoder import DecoderSpec
 from qconvert.recipes.choose import calibrated, calibration_text
 from qconvert.recipes.forecast import export_bytes

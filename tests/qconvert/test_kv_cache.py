@@ -12,11 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from qconvert.calibration.kv_scales import LARGEST, MARGIN, Observed, Rounded, scale_of
+from qconvert.calibration.kv_scales import MARGIN, scale_of
+from qconvert.checkpoint.kv_observers import LARGEST, Observed, Rounded
 from qconvert.checkpoint.reference import Reference
 from qconvert.cli import main
 from qconvert.errors import QconvertError
-from qconvert.models.decoder import kv_scale_name, rope_tables
+from qconvert.formats.stored import kv_scale_name
+from qconvert.models.decoder import rope_tables
 from qconvert.proof.report import Report
 from tests.qconvert.mutants import Exporter, edit_graph
 from tests.tiny import make_tiny_checkpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,12 @@ from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import NonFiniteWeightError, unpack
 from qconvert.formats.recipe import Recipe
+from qconvert.formats.record import RECORD_NAME, Digest
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Qwen2ForCausalLM
-
-RECORD_NAME = "rounding.json"
 
 
 def round_weights(
@@ -70,35 +67,3 @@ def write_record(folder: Path, model: Qwen2ForCausalLM, recipe: Recipe, store: R
     (folder / RECORD_NAME).write_text(
         json.dumps({"float32_sha256": digests}, indent=1) + "\n", encoding="utf-8"
     )
-
-
-def read_record(folder: Path) -> dict[str, str]:
-    """The digests in a model folder's ``rounding.json``; none where all weights are rounded to nearest.
-
-    Raises:
-        QconvertError: the file is not what ``write_record`` writes.
-    """
-    file = folder / RECORD_NAME
-    if not file.is_file():
-        return {}
-    try:
-        digests = json.loads(file.read_text(encoding="utf-8"))["float32_sha256"]
-        return {str(name): str(digest) for name, digest in digests.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QconvertError(
-            "the record of rounded weights is damaged", where=file, hint="export again"
-        ) from error
-
-
-class Digest:
-    """SHA-256 of a tensor's float32 values, row after row."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, rows: torch.Tensor) -> None:
-        self._hash.update(rows.contiguous().numpy().tobytes())
-
-    @property
-    def text(self) -> str:
-        return self._hash.hexdigest()

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qconvert.formats.recipe import BlockFormat, Recipe
-from qconvert.lowering.initializers import Initializers, PackedValues, joined_name
+from qconvert.formats.stored import joined_name, kv_scale_name
+from qconvert.lowering.initializers import Initializers, PackedValues
 from qconvert.lowering.nodes import Nodes
 from qconvert.lowering.ort import shortlist
 from qconvert.lowering.ort.rounded_kv import RoundedKV
-from qconvert.models.decoder import DecoderSpec, kv_scale_name
+from qconvert.models.decoder import DecoderSpec
 
 OPSET = 21
 IR_VERSION = 10

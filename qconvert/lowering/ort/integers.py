@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from qconvert.formats.channels import LARGEST, groups_in_a_part
 from qconvert.formats.recipe import ChannelFormat, Recipe
-from qconvert.lowering.initializers import Initializers, joined_name
+from qconvert.formats.stored import joined_name
+from qconvert.lowering.initializers import Initializers
 from qconvert.lowering.ort.decoder import CONTRIB, OnnxRuntimeLowering
 from qconvert.models.decoder import DecoderSpec
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from qconvert.models.decoder import DecoderSpec, kv_scale_name
+from qconvert.formats.stored import kv_scale_name
+from qconvert.models.decoder import DecoderSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

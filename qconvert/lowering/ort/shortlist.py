@@ -17,14 +17,12 @@ import onnx_ir as ir
 
 from qconvert.formats.recipe import BlockFormat
 from qconvert.formats.shortlist import Shortlist
+from qconvert.formats.stored import SHORTLIST_RANGES, SHORTLIST_SIZE
 
 if TYPE_CHECKING:
     from qconvert.lowering.initializers import PackedValues
     from qconvert.lowering.ort.decoder import OnnxRuntimeLowering
 
-# Initializers from which a finished graph's shortlist can be read.
-SHORTLIST_RANGES = "shortlist_ranges"  # int64 [-1, ranges, tokens of the vocabulary in each]
-SHORTLIST_SIZE = "shortlist_size"  # int64 [tokens chosen in each range]
 _CONTRIB = "com.microsoft"
 _HEAD = "lm_head.weight"
 

@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from qconvert.formats.recipe import ChannelFormat, Recipe
-from qconvert.lowering.initializers import Initializers, joined_name
+from qconvert.formats.stored import joined_name
+from qconvert.lowering.initializers import Initializers
 from qconvert.lowering.nodes import Nodes
 from qconvert.models.decoder import DecoderSpec
 
