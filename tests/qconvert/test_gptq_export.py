@@ -75,6 +75,23 @@ def test_the_command_publishes_a_verified_folder_and_nothing_else(
     assert len(rounded) == (18 if recipe == "gptq-mixed" else 21)
 
 
+@GPTQ
+@pytest.mark.parametrize("more", [(), ("--prefill", "int8", "--kv-cache", "int8")])
+def test_a_vocabulary_as_large_as_real_ones_is_verified(
+    tmp_path: Path, text: Path, recipe: str, more: tuple[str, ...]
+) -> None:
+    """From 4,096 tokens on logits come in two steps; the limit of the second had no column for gptq."""
+    text.write_text(text.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    folder = make_tiny_checkpoint(tmp_path / "model", vocab_size=4096)
+    options = ("--precision", "int4", "--recipe", recipe, "--calibrate", text, *more)
+    result = run("export", folder, *options, "-o", tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.verification == "passed"
+    stated: Any = manifest.raw["recipe"]
+    assert (stated["shortlist"] is not None) is (recipe == "gptq")
+
+
 def test_a_calibration_text_alone_chooses_gptq(tied: Path, tmp_path: Path, text: Path) -> None:
     result = run(
         "export", tied, "--precision", "int4", "--calibrate", text, "-o", tmp_path / "model", "--no-verify"

@@ -1,0 +1,95 @@
+"""If these fail, a verification ends in a KeyError after minutes: a limit is asked for that its column lacks.
+
+So it was with ``--precision int4 --recipe gptq`` for every vocabulary from 4,096 tokens on: such models have
+logits in two steps, and the limit of the second step had no column for calibrated exports.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qconvert.proof
+from qconvert.errors import QconvertError
+from qconvert.formats import shortlist
+from qconvert.formats.recipe import BLOCK_SIZES, Calibration, Recipe
+from qconvert.models.decoder import DecoderSpec
+from qconvert.proof.limits import COLUMNS, LIMITS, limit_value, limits_name
+from qconvert.recipes.choose import RECIPES, calibrated
+from qconvert.recipes.options import with_int8_kv_cache, with_prefill_graph
+from qconvert.targets import TARGETS
+
+TEXT = Calibration("default", "0" * 64, 1024)
+LARGE = DecoderSpec(3, 4, 2, 16, 64, 128, 151_936, 1e-6, True, 256, (None, None, None))
+
+
+def recipes() -> Iterator[Recipe]:
+    """Every recipe that the command line can ask for, for a vocabulary as large as Qwen2.5's."""
+    for target in TARGETS.values():
+        for precision in target.precisions:
+            for block_size in (None, *BLOCK_SIZES):
+                for name in RECIPES:
+                    for prefill in (False, True):
+                        for int8_kv in (False, True):
+                            try:
+                                recipe = target.recipe(precision, block_size, LARGE)
+                                recipe = with_prefill_graph(recipe, target, LARGE) if prefill else recipe
+                                if name != "rtn":
+                                    recipe = calibrated(recipe, name, LARGE, block_size, TEXT)
+                                recipe = with_int8_kv_cache(recipe, target) if int8_kv else recipe
+                            except QconvertError:
+                                continue
+                            yield recipe
+
+
+def asked_of(recipe: Recipe) -> Iterator[str]:
+    """The limits that the proof of such an export looks up by name."""
+    yield from ("weight_steps", "near_tie")
+    if recipe.calibration is not None:
+        yield "moved_steps"
+    if recipe.shortlist is not None:
+        yield "second_step"
+    if recipe.kv_dtype == "int8":
+        yield from ("kv_above", "kv_below")
+
+
+def column_of(recipe: Recipe) -> str:
+    return limits_name(recipe.precision, calibrated=recipe.calibration is not None, kv_dtype=recipe.kv_dtype)
+
+
+def test_every_export_has_every_limit_that_its_proof_asks_for() -> None:
+    seen = set()
+    for recipe in recipes():
+        for key in asked_of(recipe):
+            limit_value(key, column_of(recipe))
+            seen.add((key, column_of(recipe)))
+    assert {column for _, column in seen} == set(COLUMNS)
+    assert ("second_step", "int4 gptq") in seen
+    # Nor does the table hold what no export can need: there it would never have been measured.
+    named = {key for key, _ in seen}
+    assert {(limit.key, name) for limit in LIMITS if limit.key in named for name in limit.values} == seen
+
+
+def test_this_test_knows_every_limit_that_the_proof_asks_for_by_name() -> None:
+    asked: set[str] = set()
+    for path in Path(next(iter(qconvert.proof.__path__))).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "limit_value":
+                assert isinstance(node.args[0], ast.Constant), f"{path.name}: no name that can be checked"
+                asked.add(node.args[0].value)
+    assert asked == {key for recipe in recipes() for key in asked_of(recipe)}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_every_column_limits_how_far_logits_may_be_from_pytorch_s(column: str) -> None:
+    judged = {(limit.key, limit.against) for limit in LIMITS if column in limit.values}
+    assert ("max_difference", "checkpoint") in judged or ("mean_kl", "own weights") in judged
+
+
+def test_a_vocabulary_as_large_as_real_ones_has_logits_in_two_steps() -> None:
+    """Else the tests above would not see what they are for."""
+    assert shortlist.worth_it(LARGE.vocab_size)
+    assert any(recipe.shortlist and recipe.calibration for recipe in recipes())
