@@ -137,7 +137,8 @@ def write_graph(
     """Lower the decoder and write the target's graphs and ``model.onnx.data``."""
     import onnx_ir
 
-    from qconvert.checkpoint.weights import CheckpointWeights, DataFile
+    from qconvert.checkpoint.weights import CheckpointWeights
+    from qconvert.lowering.data_file import DataFile
     from qconvert.lowering.initializers import Initializers
 
     with DataFile(folder / f"{GRAPH_NAME}.data") as data, piece_workers() as workers:

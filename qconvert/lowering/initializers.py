@@ -12,7 +12,6 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from qconvert.checkpoint.weights import DataFile
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import NonFiniteWeightError, PackedWeight, pack, row_ranges
 from qconvert.formats.channels import channel_groups, pack_int8_channels
@@ -21,6 +20,7 @@ from qconvert.formats.folding import NO_FOLDING, FoldedWeights, Folding, Weights
 from qconvert.formats.halves import split_codes
 from qconvert.formats.recipe import BlockFormat
 from qconvert.formats.stored import joined_name
+from qconvert.lowering.data_file import DataFile
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert.checkpoint.weights import DataFile
 from qconvert.errors import QconvertError
 from qconvert.folder.artifact import new_model_folder
+from qconvert.lowering.data_file import DataFile
 from qrun.folder.manifest import MANIFEST_NAME
 
 

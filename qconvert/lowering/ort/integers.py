@@ -21,7 +21,8 @@ from qconvert.formats.channels import LARGEST, groups_in_a_part
 from qconvert.formats.recipe import ChannelFormat, Recipe
 from qconvert.formats.stored import joined_name
 from qconvert.lowering.initializers import Initializers
-from qconvert.lowering.ort.decoder import CONTRIB, OnnxRuntimeLowering
+from qconvert.lowering.ort.decoder import OnnxRuntimeLowering
+from qconvert.lowering.ort.graph import CONTRIB
 from qconvert.models.decoder import DecoderSpec
 
 _ZERO_POINT = 128
@@ -62,7 +63,8 @@ class IntegerLowering:
         *,
         prompts: bool = False,
     ) -> None:
-        self._graph = OnnxRuntimeLowering(spec, recipe, initializers, rope, prompts=prompts)
+        self._floats = OnnxRuntimeLowering(spec, recipe, initializers, rope, prompts=prompts)
+        self._graph = self._floats.graph
         self._spec = spec
         self._fmt = fmt
         self._groups = groups_in_a_part(spec.intermediate_size, fmt)
@@ -72,12 +74,12 @@ class IntegerLowering:
     # The verbs.
 
     def embed(self, weight: str) -> Activation:
-        return Activation((self._graph.embed(weight),))
+        return Activation((self._floats.embed(weight),))
 
     def add_and_norm(
         self, residual: Activation, delta: Activation | None, weight: str
     ) -> tuple[Activation, Activation]:
-        values = self._graph.add_and_norm(
+        values = self._floats.add_and_norm(
             self._whole(residual), None if delta is None else self._whole(delta), weight
         )
         total, norm = (Activation((value,)) for value in values)
@@ -100,25 +102,25 @@ class IntegerLowering:
         return Activation((self._op("Add", [self._whole(result), bias], joined_name(biases)),))
 
     def attention(self, qkv: Activation, layer: int) -> Activation:
-        return Activation((self._graph.attention(self._whole(qkv), layer),))
+        return Activation((self._floats.attention(self._whole(qkv), layer),))
 
     def gated_silu(self, gate: Activation, up: Activation) -> Activation:
         assert gate.scale is not None, "a product's scale is still to be applied"
         parts = tuple(
-            self._graph.gated_silu(self._op("Mul", [gated, gate.scale]), other)
+            self._floats.gated_silu(self._op("Mul", [gated, gate.scale]), other)
             for gated, other in zip(gate.parts, up.parts)
         )
         return Activation(parts, up.scale)
 
     def requested_positions(self, hidden: Activation) -> Activation:
-        return Activation((self._graph.requested_positions(self._whole(hidden)),))
+        return Activation((self._floats.requested_positions(self._whole(hidden)),))
 
     def head(self, hidden: Activation, weight: str) -> None:
-        self._graph.head(self._whole(hidden), weight)
+        self._floats.head(self._whole(hidden), weight)
 
     def model(self, name: str) -> ir.Model:
         """The finished graph; without a head its only outputs are keys and values."""
-        return self._graph.model(name)
+        return self._floats.model(name)
 
     # Pieces of them.
 

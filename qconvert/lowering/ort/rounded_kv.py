@@ -14,14 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qconvert.formats.stored import kv_scale_name
+from qconvert.lowering.ort.graph import CONTRIB, OrtGraph
 from qconvert.models.decoder import DecoderSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qconvert.lowering.ort.decoder import OnnxRuntimeLowering
-
-_CONTRIB = "com.microsoft"
 _PARTS = ("key", "value")
 
 
@@ -41,7 +39,7 @@ class RoundedKV:
 
     def __init__(
         self,
-        graph: OnnxRuntimeLowering,
+        graph: OrtGraph,
         spec: DecoderSpec,
         *,
         inputs: tuple[ir.Value, ir.Value],
@@ -76,7 +74,7 @@ class RoundedKV:
                 "RotaryEmbedding",
                 [states, self._filled, *self._rope],
                 {"num_heads": heads},
-                domain=_CONTRIB,
+                domain=CONTRIB,
                 name=name,
             )
             for states, heads in ((query, spec.num_attention_heads), (key, spec.num_key_value_heads))
@@ -89,7 +87,7 @@ class RoundedKV:
             [query, *rounded, *earlier, *self._lengths],
             {**attributes, "do_rotary": 0},
             3,
-            domain=_CONTRIB,
+            domain=CONTRIB,
             name=name,
         )
         return context

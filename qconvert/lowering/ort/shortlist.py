@@ -10,31 +10,26 @@ of all positions at once would take several times the memory of the logits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_ir as ir
 
 from qconvert.formats.recipe import BlockFormat
 from qconvert.formats.shortlist import Shortlist
 from qconvert.formats.stored import SHORTLIST_RANGES, SHORTLIST_SIZE
+from qconvert.lowering.initializers import PackedValues
+from qconvert.lowering.ort.graph import CONTRIB, OrtGraph
 
-if TYPE_CHECKING:
-    from qconvert.lowering.initializers import PackedValues
-    from qconvert.lowering.ort.decoder import OnnxRuntimeLowering
-
-_CONTRIB = "com.microsoft"
 _HEAD = "lm_head.weight"
 
 
 def look_up(
-    graph: OnnxRuntimeLowering, packed: PackedValues, token_ids: ir.Value, block_size: int, name: str
+    graph: OrtGraph, packed: PackedValues, token_ids: ir.Value, block_size: int, name: str
 ) -> ir.Value:
     """Rows of an embedding in halves."""
     scales = graph.scales(packed, name)
     upper, lower = (
         graph.op(
-            "GatherBlockQuantized", [half, token_ids, scales], _blocks(block_size), domain=_CONTRIB, name=name
+            "GatherBlockQuantized", [half, token_ids, scales], _blocks(block_size), domain=CONTRIB, name=name
         )
         for half in (graph.initializers.flat_view(packed), packed.lower)
     )
@@ -42,7 +37,7 @@ def look_up(
 
 
 def multiply(
-    graph: OnnxRuntimeLowering, hidden: ir.Value, packed: PackedValues, fmt: BlockFormat, size: int
+    graph: OrtGraph, hidden: ir.Value, packed: PackedValues, fmt: BlockFormat, size: int
 ) -> ir.Value:
     """Logits ``[batch, seq, vocab]`` of ``hidden`` ``[batch, seq, K]``."""
     vocab, shortlist = packed.rows, Shortlist.of(size, packed.rows)
@@ -79,7 +74,7 @@ def multiply(
 
 
 def _corrections(
-    graph: OnnxRuntimeLowering, packed: PackedValues, fmt: BlockFormat, chosen: ir.Value, states: ir.Value
+    graph: OrtGraph, packed: PackedValues, fmt: BlockFormat, chosen: ir.Value, states: ir.Value
 ) -> ir.Graph:
     """For one position: what the lower halves of its chosen rows add to their logits."""
     position, going_on = (
@@ -93,10 +88,10 @@ def _corrections(
             "GatherBlockQuantized",
             [packed.lower, None, graph.scales(packed, _HEAD)],
             _blocks(fmt.block_size),
-            domain=_CONTRIB,
+            domain=CONTRIB,
         ),
         # A plain MatMul with a vector on its right takes nine times as long.
-        ir.node("FusedMatMul", [None, None], {"transB": 1}, domain=_CONTRIB),
+        ir.node("FusedMatMul", [None, None], {"transB": 1}, domain=CONTRIB),
         ir.node("Identity", [going_on]),
     ]
     rows.replace_input_with(1, tokens.outputs[0])
@@ -114,5 +109,5 @@ def _blocks(block_size: int) -> dict[str, int]:
     return {"bits": 4, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1}
 
 
-def _sixteen(graph: OnnxRuntimeLowering) -> ir.Value:
+def _sixteen(graph: OrtGraph) -> ir.Value:
     return graph.initializers.constant("upper_half", np.asarray(16, dtype=graph.dtype.numpy()))

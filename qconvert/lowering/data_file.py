@@ -1,0 +1,105 @@
+"""The data file beside a graph, which holds its large tensors.
+
+It is written while the graph is described, so that no more than one packed tensor is in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+# ONNX Runtime maps external data. A large tensor begins with a page, so that no two share one; small ones
+# only with a cache line: a page each would be most of a megabyte for a model of 135M.
+ALIGNMENT = 4096
+SMALL_ALIGNMENT = 64
+_LARGE = 1 << 20
+
+
+class DataFile:
+    """An ONNX external data file that is written from front to back.
+
+    Use as a context manager; ``add`` returns an initializer that points into the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb", buffering=0)  # numpy's tofile writes to the descriptor itself
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def add(
+        self,
+        name: str,
+        tensors: Iterable[torch.Tensor],
+        shape: Iterable[int],
+        dtype: ir.DataType | None = None,
+    ) -> ir.Value:
+        """Append a tensor given in pieces along its first axis.
+
+        Args:
+            name: the initializer's.
+            tensors: the pieces.
+            shape: of the whole.
+            dtype: what the bytes mean, where PyTorch has no such type (int4, two to a byte).
+
+        Raises:
+            OSError: no space left, or whatever else the disk says.
+        """
+        sizes, offset = tuple(shape), None
+        for piece in tensors:
+            if offset is None:
+                large = piece.element_size() * math.prod(sizes) >= _LARGE
+                self._file.write(b"\0" * (-self._file.tell() % (ALIGNMENT if large else SMALL_ALIGNMENT)))
+                offset = self._file.tell()
+            dtype = dtype or _ir_dtype(piece)
+            _as_numpy(piece.contiguous()).tofile(self._file)
+        assert dtype is not None, f"{name} has no pieces"
+        assert offset is not None, f"{name} has no pieces"
+        return self.view(name, dtype, sizes, offset, self._file.tell() - offset)
+
+    def view(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, length: int
+    ) -> ir.Value:
+        """An initializer over bytes that are already in the file (a tied tensor is stored once)."""
+        tensor = ir.ExternalTensor(
+            self.path.name, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent
+        )
+        return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+
+    def view_rows(self, value: ir.Value, rows: slice) -> ir.Value:
+        """Some rows of a tensor that is already in the file, as an initializer of its own."""
+        tensor = value.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor.offset is not None
+        assert tensor.length is not None
+        count, *rest = tensor.shape.numpy()
+        row, start = tensor.length // count, rows.start
+        shape = (rows.stop - start, *rest)
+        name = f"{tensor.name}.from_{start}"
+        return self.view(name, tensor.dtype, shape, tensor.offset + start * row, shape[0] * row)
+
+
+def _ir_dtype(tensor: torch.Tensor) -> ir.DataType:
+    return {
+        torch.float32: ir.DataType.FLOAT,
+        torch.float16: ir.DataType.FLOAT16,
+        torch.bfloat16: ir.DataType.BFLOAT16,
+        torch.uint8: ir.DataType.UINT8,
+        torch.int8: ir.DataType.INT8,
+    }[tensor.dtype]
+
+
+def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    # NumPy has no bfloat16: its bits are written as they are.
+    array: NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array

@@ -1,0 +1,106 @@
+"""One graph for ONNX Runtime while it is built: its operators, and the products that all lowerings share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from qconvert.formats.recipe import BlockFormat, Recipe
+from qconvert.lowering.initializers import Initializers, PackedValues
+from qconvert.lowering.nodes import Nodes
+
+OPSET = 21
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+IR_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
+
+
+class OrtGraph:
+    """Collects the nodes of one graph.
+
+    Args:
+        recipe: for the activations' type and the accuracy of products.
+        initializers: of this graph.
+
+    Attributes:
+        initializers: as given.
+        nodes: in order of execution.
+        dtype: of the activations, for the graph.
+        torch_dtype: the same for PyTorch.
+    """
+
+    def __init__(self, recipe: Recipe, initializers: Initializers) -> None:
+        self.initializers = initializers
+        self.nodes = Nodes()
+        self.dtype = IR_TYPES[recipe.activations]
+        self.torch_dtype = {"float32": torch.float32, "float16": torch.float16}[recipe.activations]
+        self._accuracy_level = recipe.accuracy_level
+        self._cast_scales: dict[ir.Value, ir.Value] = {}
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        name: str = "",
+    ) -> ir.Value:
+        """A node with one output; see ``Nodes.op`` for its ``name``."""
+        return self.ops(op_type, inputs, attributes, 1, domain=domain, name=name)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None,
+        num_outputs: int,
+        *,
+        domain: str = "",
+        name: str = "",
+    ) -> Sequence[ir.Value]:
+        """A node with several outputs."""
+        return self.nodes.ops(op_type, inputs, [None] * num_outputs, attributes, domain=domain, name=name)
+
+    def constant(self, name: str, value: int | list[int]) -> ir.Value:
+        """A small int64 tensor."""
+        return self.initializers.constant(name, np.array(value, dtype=np.int64))
+
+    def multiply_dense(self, hidden: ir.Value, weight: ir.Value, name: str) -> ir.Value:
+        """``hidden`` times a weight ``[out, in]``."""
+        # Weights stay [out, in] as in the checkpoint, so that a tied embedding serves as the head too.
+        return self.op("FusedMatMul", [hidden, weight], {"transB": 1}, domain=CONTRIB, name=name)
+
+    def multiply_packed(
+        self, hidden: ir.Value, weight: PackedValues, fmt: BlockFormat, bias: ir.Value | None, name: str
+    ) -> ir.Value:
+        """``hidden`` times a weight ``[out, in]`` in blocks, plus a bias where there is one."""
+        attributes = {
+            "K": weight.columns,
+            "N": weight.rows,
+            "bits": fmt.bits,
+            "block_size": fmt.block_size,
+            "accuracy_level": self._accuracy_level,
+        }
+        inputs = [hidden, weight.data, self.scales(weight, name), weight.zero_points, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        return self.op("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
+
+    def scales(self, weight: PackedValues, name: str) -> ir.Value:
+        """Scales in the activations' type: ONNX Runtime folds the cast away when it loads the model."""
+        if weight.scales.dtype == self.dtype:
+            return weight.scales
+        if weight.scales not in self._cast_scales:  # embedding and head share those of a tied matrix
+            cast = self.op("Cast", [weight.scales], {"to": self.dtype}, name=name)
+            self._cast_scales[weight.scales] = cast
+        return self._cast_scales[weight.scales]
+
+
+def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+    """A named value of the graph, such as an input."""
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
