@@ -1,0 +1,81 @@
+"""How commands of the pages are run here: what stands for what, what is not run and why."""
+
+from __future__ import annotations
+
+import re
+
+# Words of the pages, and what is at hand in the folder where the commands run (see ``bench.Bench``).
+# `checkpoint` and `Qwen2.5-1.5B-Instruct` are folders there: no word has to change for them.
+STANDS_FOR = {
+    "CHECKPOINT": "./checkpoint",
+    "SOURCE": "./checkpoint",
+    "TEXT": "Hello",
+    "FOLDER/model.plan": "./for-gpu/model.plan",
+    "FOLDER": "./small",
+    "model.plan": "./for-gpu/model.plan",
+}
+# The small model has a context of 96 tokens, so lengths become smaller;
+# the sample takes them as they are.
+SMALLER = {"-p 128,512 -n 64": "-p 8,32 -n 4", "--max-length 4096": "--max-length 96"}
+
+# What a command needs that another one makes. Each maker is itself a command of a page.
+MADE_BY = {
+    "small": "qconvert export ./checkpoint --precision int4 --output ./small",
+    "Qwen2.5-1.5B-Instruct-onnx-int8": "qconvert export ./Qwen2.5-1.5B-Instruct",
+    "Qwen2.5-1.5B-Instruct-tensorrt-bf16": (
+        "qconvert export ./Qwen2.5-1.5B-Instruct --target tensorrt --precision bf16 --max-length 4096"
+    ),
+    "for-gpu": "qconvert export ./checkpoint --engine --compute-capability 8.9 --output ./for-gpu",
+}
+
+# What is typed into a command that reads standard input.
+TYPED = {"qrun chat": "Hello\n/exit\n"}
+
+# Commands that take minutes: `make test-docs` runs them, on the sample, and all the others on it as well.
+SLOW = (
+    r"--recipe gptq",
+    r"qconvert .*demo/sample-model",
+    r"qrun .*demo/sample-model",
+    r"--target tensorrt",
+    r"tensorrt-bf16",
+)
+
+_GPU = "a plan, or a GPU provider, needs an NVIDIA GPU: tests/trt runs these commands on an emulated one"
+_HUB = "downloads from a model hub: tests/qconvert/test_hub.py runs it with the hub's client replaced"
+_NETWORK = (
+    "changes the user's environment or fetches from the network; the extras it names are compared below"
+)
+_HOURS = "hours on an idle machine, gigabytes of disk; that program and options exist is tested below"
+_CHECK_ALL = "a check of all of this repository, which .ci/run runs; that the target exists is tested below"
+
+# Patterns of commands that no test runs, each with its reason. One that matches nothing any more is an error.
+NOT_RUN = {
+    r"git clone .*": "there is no address to clone from on this page",
+    r"git lfs install|git lfs pull|hf auth login": (
+        "another program's command, for a repository or an account of the user's"
+    ),
+    r"pip (install|uninstall|config) .*": _NETWORK,
+    r"make (test|test-docs|lint|interop|demo)": _CHECK_ALL,
+    r"make (benchmark|compare)": _HOURS,
+    r"make test-gpu": _GPU,
+    r"python -m benchmarks\..*": _HOURS,
+    r"python -m tests\.docs\.commands_page": (
+        "writes docs/commands.md: test_commands_page.py compares that with what this would write"
+    ),
+    r"qrun chat --engine .*model\.plan": _GPU,
+    r"qconvert verify .*model\.plan.*": _GPU,
+    r".* --device tensorrt": _GPU,
+    r"qconvert export Qwen/.*": _HUB,
+    r"qconvert sample .*": (
+        "downloads 93 MB: tests/qconvert/test_sample.py runs it, and it made the checkpoint used here"
+    ),
+}
+
+
+def why_not_run(command: str) -> str | None:
+    """The reason for which no test runs a command, or None."""
+    return next((reason for pattern, reason in NOT_RUN.items() if re.fullmatch(pattern, command)), None)
+
+
+def is_slow(command: str) -> bool:
+    return any(re.search(pattern, command) for pattern in SLOW)
