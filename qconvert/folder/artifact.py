@@ -2,37 +2,45 @@
 
 An export that fails, is interrupted or is killed leaves no folder of the wanted name, or the older
 folder of that name as it was. What a killed export left under its temporary name is removed by the
-next one to the same place.
+next one to the same place. Nothing is ever deleted that we did not write.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
+import itertools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qconvert.errors import QconvertError
+from qconvert.folder.beside import hidden_name, only_writer
+from qconvert.folder.ours import MANIFEST, Marker, foreign_files, our_files, remove_files
+from qconvert.folder.renames import exchange, rename_new
 from qrun.folder.manifest import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME, sha256_of
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+from qrun.system import expanded
 
 
 class ModelFolder:
-    """A model folder in the making: write into ``path``, then ``publish``."""
+    """A model folder in the making: write into ``path``, then ``publish``.
 
-    def __init__(self, output: Path, path: Path) -> None:
+    Attributes:
+        output: the absolute name that it shall have.
+        path: where it is written.
+        published: the name that it got, None until then.
+    """
+
+    def __init__(self, output: Path, path: Path, *, force: bool = False, marker: Marker = MANIFEST) -> None:
         self.output = output
         self.path = path
+        self.published: Path | None = None
+        self._force = force
+        self._marker = marker
         self._hashes: dict[tuple[str, int, int], str] = {}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -57,49 +65,95 @@ class ModelFolder:
             self._hashes[key] = sha256_of(path)
         return self._hashes[key]
 
-    def publish(self, name: Path | None = None) -> Path:
-        """Rename the folder to its output name (or to ``name``), replacing what stands there in one step."""
-        target = name or self.output
+    def publish(self) -> Path:
+        """Give the folder its output name in one step.
+
+        Raises:
+            QconvertError: something stands there by now that may not be replaced; it is left as it is.
+            OSError: the disk's own refusal.
+        """
         _sync(self.path)
-        if target.exists():
-            _exchange(self.path, target)  # the old folder now has the temporary name, and goes with it
+        if self._force and os.path.lexists(self.output):
+            self._replace()
         else:
-            self.path.rename(target)
-        return target
+            try:
+                rename_new(self.path, self.output)
+            except FileExistsError as error:
+                raise QconvertError(
+                    f"{self.output} appeared while this was running, and is left as it is",
+                    where=self.output,
+                    hint="move it away and start again, or choose another output folder",
+                ) from error
+        self.published = self.output
+        return self.output
+
+    def put_aside(self) -> Path:
+        """Give the folder the first free name of OUTPUT.failed, OUTPUT.failed-2, ..., replacing nothing."""
+        _sync(self.path)
+        for number in itertools.count(1):
+            name = hidden_name(self.output, "failed" if number == 1 else f"failed-{number}").removeprefix(".")
+            try:
+                rename_new(self.path, self.output.with_name(name))
+            except FileExistsError:
+                continue
+            self.published = self.output.with_name(name)
+            return self.published
+        raise AssertionError("there is always another number")
+
+    def _replace(self) -> None:
+        """Swap with the folder of ours that has the name, and delete what we had written there.
+
+        It is looked at again after the swap, when nobody finds it by its name any more.
+        """
+        check_replaceable(self.output, self._marker)
+        self.published = self.output  # from here on, what has the temporary name may be the user's
+        try:
+            exchange(self.path, self.output)
+        except BaseException:
+            self.published = None
+            raise
+        try:
+            ours = check_replaceable(self.path, self._marker, told_as=self.output)
+        except (QconvertError, OSError):
+            exchange(self.path, self.output)
+            self.published = None
+            raise
+        remove_files(self.path, ours)
 
 
 @contextmanager
 def new_model_folder(
-    output: Path, *, force: bool, needed_bytes: int, marker: str = MANIFEST_NAME
+    output: Path, *, force: bool, needed_bytes: int, marker: Marker = MANIFEST
 ) -> Iterator[ModelFolder]:
     """A temporary folder beside ``output``, removed on the way out if it was not published.
 
     Args:
         output: the folder's final name.
-        force: replace a folder of that name.
+        force: replace a folder of ours that has this name.
         needed_bytes: what will be written; checked against the free space first.
         marker: the file by which a folder of ours is known, so that ``force`` deletes nothing else.
 
     Raises:
-        QconvertError: the output exists, cannot be written, or would not fit on the disk.
+        QconvertError: the output exists, cannot be written, is being written by another process, or would
+            not fit on the disk.
     """
-    output = output.expanduser().resolve()  # a link to a folder stays, and its target is replaced
+    output = resolved(output)  # a link to a folder stays, and its target is replaced
     _check_output(output, force, marker)
     created = [folder for folder in output.parents if not folder.exists()]
-    published = False
+    folder: ModelFolder | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(output)
         _check_space(output.parent, needed_bytes)
-        path = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
-        try:
-            path.chmod(0o755)  # mkdtemp makes a private folder; a model folder is an ordinary one
-            with _locked(path):
-                yield ModelFolder(output, path)
-            published = True
-        finally:
-            _remove(path)
+        with only_writer(output) as writer:
+            folder = ModelFolder(output, writer.new_folder(), force=force, marker=marker)
+            try:
+                yield folder
+            finally:
+                if folder.published is None:
+                    _remove(folder.path)
     except OSError as error:
+        if not _is_about(error, output.parent):
+            raise
         what = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what, hint = "no space left on the disk", "free some space, or choose another output folder"
@@ -107,30 +161,72 @@ def new_model_folder(
             what, hint = f"cannot write the folder: {what}", "choose another output folder"
         raise QconvertError(what, where=error.filename or output.parent, hint=hint) from error
     finally:
-        for folder in created if not published else ():
+        for parent in created if folder is None or folder.published is None else ():
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                parent.rmdir()
 
 
-def _check_output(output: Path, force: bool, marker: str) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir():
+def resolved(output: Path) -> Path:
+    """The absolute path that an output's name means, links followed.
+
+    Raises:
+        QconvertError: it is no name of a folder, or there is no such home folder.
+    """
+    path = Path(os.path.realpath(expanded(output)))
+    if not path.name:
         raise QconvertError(
-            f"{output} exists and is not a folder", where=output, hint="choose another output folder"
+            f"{output} is no name for a model folder", hint="choose a folder that does not exist yet"
         )
-    if not force:
+    return path
+
+
+def check_replaceable(output: Path, marker: Marker, *, told_as: Path | None = None) -> set[str]:
+    """The files of a folder that holds nothing but what we wrote: those that a replacement deletes.
+
+    Raises:
+        QconvertError: names what is not ours.
+        OSError: it cannot be listed.
+    """
+    name = told_as or output
+    if output.is_symlink() or not output.is_dir():
+        raise QconvertError(
+            f"{name} exists and is not a folder", where=name, hint="choose another output folder"
+        )
+    ours = our_files(output, marker)
+    if ours is None and any(output.iterdir()):
+        raise QconvertError(
+            f"{name} holds something that qconvert did not make, and --force would delete it",
+            where=name,
+            hint="choose another output folder, or remove this one yourself",
+        )
+    ours = ours or set()
+    if foreign := foreign_files(output, ours):
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise QconvertError(
+            f"{name} holds {foreign[0]}{more}, which qconvert did not make, and --force would delete it",
+            where=name / foreign[0],
+            hint="move it elsewhere, or choose another output folder",
+        )
+    return ours
+
+
+def _check_output(output: Path, force: bool, marker: Marker) -> None:
+    if not os.path.lexists(output):
+        return
+    if force or not output.is_dir():
+        check_replaceable(output, marker)
+    else:
         raise QconvertError(
             f"{output} exists already",
             where=output,
             hint="replace it with --force, or choose another output folder",
         )
-    if any(output.iterdir()) and not (output / marker).is_file():
-        raise QconvertError(
-            f"{output} holds something that qconvert did not make, and --force would delete it",
-            where=output,
-            hint="choose another output folder, or remove this one yourself",
-        )
+
+
+def _is_about(error: OSError, folder: Path) -> bool:
+    """Whether an error comes from writing into ``folder``, and not from reading something elsewhere."""
+    name = error.filename
+    return not isinstance(name, str) or Path(name).is_relative_to(folder)
 
 
 def _check_space(parent: Path, needed: int) -> None:
@@ -141,48 +237,6 @@ def _check_space(parent: Path, needed: int) -> None:
             where=parent,
             hint="free some space, or choose another output folder",
         )
-
-
-def _prefix(output: Path) -> str:
-    return f".{output.name}.tmp-"
-
-
-def _remove_stale(output: Path) -> None:
-    """Remove temporary folders of exports to ``output`` that are no longer running."""
-    for path in output.parent.glob(f"{_prefix(output)}*"):
-        try:
-            with _locked(path):
-                shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            continue  # another export is writing it
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, which the system drops when this process ends in whatever way.
-
-    Raises:
-        OSError: another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(path: Path, target: Path) -> None:
-    """Swap two folders in one atomic step (renameat2); two renames where the system has no such call."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        names = (os.fsencode(path), os.fsencode(target))
-        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-            return
-    aside = path.with_name(f"{path.name}.old")
-    target.rename(aside)
-    path.rename(target)
-    aside.rename(path)
 
 
 def _remove(folder: Path) -> None:

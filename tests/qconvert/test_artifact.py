@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,8 +53,11 @@ def test_an_existing_folder_is_refused_and_untouched(tmp_path: Path) -> None:
 
 
 def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
-    build(tmp_path / "model", "old")
-    (tmp_path / "model" / "extra").write_text("of the old one")
+    with new_model_folder(tmp_path / "model", force=False, needed_bytes=0) as folder:
+        (folder.path / "old").mkdir()
+        (folder.path / "old" / "extra").write_text("of the old one")
+        folder.write_manifest({})
+        folder.publish()
     build(tmp_path / "model", "new", force=True)
     assert names(tmp_path / "model") == [MANIFEST_NAME, "weights"]
     assert names(tmp_path) == ["model"]
@@ -120,18 +125,18 @@ def test_an_unwritable_parent_is_one_clear_message(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_export_are_removed_by_the_next(tmp_path: Path) -> None:
-    leftover = tmp_path / ".model.tmp-abcdefgh"
-    leftover.mkdir()
-    (leftover / "weights").write_text("half")
-    build(tmp_path / "model")
-    assert names(tmp_path) == ["model"]
-
-
-def test_another_running_export_is_left_alone(tmp_path: Path) -> None:
-    with new_model_folder(tmp_path / "model", force=False, needed_bytes=0) as first:
-        build(tmp_path / "model", "second")
-        assert first.path.is_dir()
-    assert (tmp_path / "model" / "weights").read_text() == "second"
+    # The name is no pattern: model[v2] was one to the glob that looked for leftovers, and matched nothing.
+    output = tmp_path / "model[v2]"
+    program = (
+        "import os, pathlib, sys; from qconvert.folder.artifact import new_model_folder\n"
+        "with new_model_folder(pathlib.Path(sys.argv[1]), force=False, needed_bytes=0) as folder:\n"
+        "    (folder.path / 'weights').write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(output)], check=False)
+    left = names(tmp_path)
+    assert [name[:14] for name in left] == [".model[v2].qco", ".model[v2].tmp"]
+    build(output)
+    assert names(tmp_path) == ["model[v2]"]
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:

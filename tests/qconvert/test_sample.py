@@ -53,7 +53,7 @@ def test_the_sample_is_an_ordinary_whole_checkpoint(sample_checkpoint: Path) -> 
     assert checkpoint.config.tie_word_embeddings
     assert checkpoint.config.eos_token_id == 2
     assert {info.dtype for info in checkpoint.tensors.values()} == {"F32"}
-    about = json.loads((sample_checkpoint / sample.MARKER).read_text())
+    about = json.loads((sample_checkpoint / sample.MARKER_NAME).read_text())
     assert "SmolLM2-135M-Instruct" in about["about"]
     assert "Apache" in (sample_checkpoint / "LICENSE").read_text()
 
@@ -149,10 +149,10 @@ def test_another_model_in_the_wheel_is_refused(tmp_path: Path, impostor: Path) -
 def test_a_failed_replacement_leaves_the_old_sample(tmp_path: Path, impostor: Path) -> None:
     folder = tmp_path / "sample"
     folder.mkdir()
-    (folder / sample.MARKER).write_text("{}")
+    (folder / sample.MARKER_NAME).write_text("{}")
     code, _ = make(folder, "--force", "--wheel", impostor)
     assert code == 1
-    assert (folder / sample.MARKER).read_text() == "{}"
+    assert (folder / sample.MARKER_NAME).read_text() == "{}"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["sample", impostor.name])
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qconvert import __version__
+from qconvert.folder.beside import hidden_name, stores_beside
+from qconvert.folder.ours import remove_files
 from qconvert.formats.blocks import PackedWeight
 from qconvert.formats.recipe import Recipe
 
+_LAYER_FILE = re.compile(r"\d+\.(safetensors|unfinished)")
 _PARTS = ("data", "scales", "zero_points")
 
 
@@ -27,8 +30,9 @@ class RoundedWeights(Mapping[str, PackedWeight]):
 
     def __init__(self, output: Path, source_hashes: Mapping[str, str], recipe: Recipe) -> None:
         key = json.dumps([__version__, dict(source_hashes), recipe.to_json()], sort_keys=True)
-        self._prefix = f".{output.name}.rounded-"
-        self.folder = output.with_name(self._prefix + hashlib.sha256(key.encode()).hexdigest()[:16])
+        self._output = output
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self.folder = output.with_name(hidden_name(output, f"rounded-{digest}"))
 
     def layer(self, index: int) -> dict[str, PackedWeight] | None:
         """The weights of a layer that was finished before, or None."""
@@ -56,8 +60,9 @@ class RoundedWeights(Mapping[str, PackedWeight]):
 
     def remove(self) -> None:
         """Delete this store, and those that exports to the same output with other options have left."""
-        for folder in self.folder.parent.glob(f"{self._prefix}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in stores_beside(self._output, "rounded"):
+            # Layers alone: should there be anything else, the folder stays with it.
+            remove_files(folder, [file.name for file in folder.iterdir() if _LAYER_FILE.fullmatch(file.name)])
 
     def __getitem__(self, name: str) -> PackedWeight:
         file = self._file_of(name)
