@@ -70,6 +70,7 @@ class _Rewrite:
         # Codes that are not rounded any more, and the zero point around which they were to lie.
         self._zeros: dict[ir.Value, ir.Value] = {}
         self._raised: dict[ir.Value, ir.Value] = {}
+        self._looked_up: set[ir.Value] = set()
         self._rules: dict[tuple[str, str], Callable[[ir.Node], None]] = {
             (_CONTRIB, "MatMulNBits"): self._blocks,
             (_CONTRIB, "MatMulIntegerToFloat"): self._integers,
@@ -104,7 +105,7 @@ class _Rewrite:
         if codes and (node.op_type not in _CARRY_CODES or codes != [node.inputs[0]]):
             raise self._unknown(node, f"{node.op_type} of quantised activations is not known to it")
         for output in node.outputs:
-            if self._half and output.dtype in _HALF:
+            if self._half and output.dtype in _HALF and output not in self._looked_up:
                 output.type = ir.TensorType(_FLOAT)
             elif codes:
                 output.type = ir.TensorType(_FLOAT)
@@ -187,6 +188,7 @@ class _Rewrite:
                 ir.convenience.replace_all_uses_with(rows, raised.outputs[0])
                 raised.replace_input_with(0, rows)
                 self._graph.insert_after(node, raised)
+                self._looked_up.add(rows)
                 continue
             if value not in self._raised:
                 self._raised[value] = self._before(node, "Cast", [value], {"to": _FLOAT})
