@@ -228,7 +228,9 @@ def export(
     exported = run(source, chosen, progress)
     console = Console()
     if exported.report is not None:
-        console.print(exported.report.summary)
+        from qconvert.proof.report_view import summary
+
+        console.print(summary(exported.report))
     else:
         Console(stderr=True).print("[yellow]not verified[/]: nobody has compared this export with PyTorch.")
     if engine:
@@ -248,13 +250,14 @@ def verify(path: Path, reference: str, as_json: bool, write: bool, quiet: bool) 
 
     Exit code 0: passed; 1: failed.
     """
-    from qconvert.proof.verify import verify_folder
+    from qconvert.proof.finished import verify_folder
+    from qconvert.proof.report_view import summary
 
     report = verify_folder(path, reference, Progress(quiet=quiet), record=write)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
     else:
-        Console().print(report.summary)
+        Console().print(summary(report))
     if not report.passed:
         sys.exit(1)
 

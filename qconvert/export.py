@@ -163,10 +163,11 @@ def prove(
         QconvertError: the verification failed; the folder is kept aside with ``--keep-failed``.
     """
     from qconvert.checkpoint.reference import Reference
+    from qconvert.proof.report_view import write_report
     from qconvert.proof.verify import verify
 
     report = verify(folder.path, Reference(model), progress)
-    report.write(folder.path)
+    write_report(report, folder.path)
     folder.write_manifest({**facts, "verification": report.verdict()})
     if not report.passed:
         kept = None

@@ -1,8 +1,8 @@
 """Every operator and attribute of a stored graph, held against the checkpoint's configuration.
 
-An attribute that is a little wrong (an epsilon, a scale, a window) may hide behind the rounding of activations,
-but it can be read. ``_ATTRIBUTES`` has every operator that an export is written in and what its attributes may
-be; an operator or an attribute that does not stand there is a failure as well.
+An attribute that is a little wrong (an epsilon, a scale, a window) may hide behind the rounding of
+activations, but it can be read. ``_ATTRIBUTES`` has every operator that an export is written in and what its
+attributes may be; an operator or an attribute that does not stand there is a failure as well.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Due:
 
 
 def check_graphs(manifest: Manifest, spec: DecoderSpec) -> list[WeightFault]:
-    """All graphs of a folder; faults are named after their nodes, those of further graphs after their file."""
+    """All graphs of a folder; faults have the names of nodes, and of files beside the first."""
     recipe = manifest.raw.get("recipe")
     due = _Due(
         spec,
@@ -74,7 +74,9 @@ def _check(path: Path, due: _Due) -> Iterator[WeightFault]:
                 yield WeightFault(where, f"the attribute {name} ({found}) is not expected")
             elif not any(_same(found, value) for value in allowed[name]):
                 values = " or ".join("none" if value is ABSENT else f"{value}" for value in allowed[name])
-                yield WeightFault(where, f"{name} is {'not there' if found is ABSENT else found}, due is {values}")
+                yield WeightFault(
+                    where, f"{name} is {'not there' if found is ABSENT else found}, due is {values}"
+                )
         if node.op_type == "GroupQueryAttention":
             yield from _cache_faults(node, where, due)
 
@@ -182,7 +184,7 @@ def _columns(node: ir.Node, due: _Due) -> _Allowed:
 
 
 def _cast(node: ir.Node, due: _Due) -> _Allowed:
-    """Codes, scales and logits become float32, lengths int32; nothing is rounded where nothing is of 16 bits."""
+    """Codes, scales and logits become float32, lengths int32; 16 bits are for exports of 16 bits."""
     types = [ir.DataType.FLOAT, ir.DataType.INT32]
     if due.half:
         types += [ir.DataType.FLOAT16, ir.DataType.BFLOAT16]
@@ -197,7 +199,7 @@ def _shape(value: ir.Value | None) -> tuple[int, ...]:
     while value is not None and value.const_value is None and (producer := value.producer()) is not None:
         value = producer.inputs[0]
     tensor = None if value is None else value.const_value
-    return (-1,) if tensor is None else tuple(int(length) for length in tensor.shape)
+    return (-1,) if tensor is None else tuple(tensor.shape.numpy())
 
 
 _NONE: _Allowed = {}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Against = Literal["checkpoint", "own weights"]
+Against = Literal["checkpoint", "own weights", "sharp twin"]
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 CALIBRATED = "int4 gptq"
 # With exact weights, what the cache's 8 bits cost is all there is. Elsewhere the weights cost more.
@@ -105,7 +105,31 @@ LIMITS = (
         "own weights",
         {"int4": 0.2, CALIBRATED: 0.2},
         "Without it, or done to other tokens, the share is 1. Where it is right, rounding in the layers "
-        "before leaves 0.06 on the sample (rounded to nearest or by GPTQ) and 0.07 at most on random models.",
+        "before leaves 0.06 on the sample (rounded to nearest or by GPTQ) and 0.07 at most on random models, "
+        "1.3e-4 on the sample.",
+    ),
+    Limit(
+        "twin_difference",
+        "sharp twin: largest difference of any logit",
+        "own weights",
+        dict.fromkeys((FP32_INT8_KV, "fp16", "bf16", "int8", "int4", CALIBRATED), 1e-3),
+        "As sharp as fp32, for what is left is the order of sums: 4e-5 at most on random models, "
+        "1.3e-4 on the sample.",
+    ),
+    Limit(
+        "mean_rounding",
+        "what rounding costs: mean KL divergence of the graph from its sharp twin, nats",
+        "sharp twin",
+        {FP32_INT8_KV: 3e-3, "fp16": 5e-4, "bf16": 5e-3, "int8": 0.05, "int4": 0.05, CALIBRATED: 0.05},
+        "Of activations, and of keys and values in an int8 KV cache: "
+        "the twin shows that nothing else is left. The sample has 0.009 in int8 and 0.016 in int4.",
+    ),
+    Limit(
+        "max_rounding",
+        "the same of one token",
+        "sharp twin",
+        {FP32_INT8_KV: 0.03, "fp16": 0.01, "bf16": 0.05, "int8": 0.5, "int4": 0.5, CALIBRATED: 0.5},
+        "A mean hides one bad position.",
     ),
     Limit(
         "max_difference",

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qconvert.proof.compare import GreedyCheck, Measures, Rows
 from qconvert.proof.limits import LIMITS, Limit, limit_value
 from qconvert.proof.weight_check import WeightCheck
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 REPORT_JSON = "verification.json"
 REPORT_MARKDOWN = "verification.md"
@@ -50,6 +45,28 @@ class GreedyResult:
 
 
 @dataclass(frozen=True)
+class TwinResult:
+    """A sharp twin against PyTorch, and the graph against its twin.
+
+    Attributes:
+        graph: the file.
+        positions: at which logits were compared.
+        max_difference: of any logit of the twin from PyTorch's with the stored weights.
+        max_difference_at: the position.
+        mean_rounding: KL divergence of the graph from its twin, mean over the positions, in nats; None where
+            only the twin ran.
+        max_rounding: the same of the worst position.
+    """
+
+    graph: str
+    positions: int
+    max_difference: float
+    max_difference_at: int
+    mean_rounding: float | None = None
+    max_rounding: float | None = None
+
+
+@dataclass(frozen=True)
 class Failure:
     """Something beyond a limit: where ("long, token by token", or a tensor's name) and what."""
 
@@ -69,6 +86,7 @@ class Report:
     weights: WeightCheck
     paths: tuple[PathResult, ...]
     greedy: GreedyResult
+    twins: tuple[TwinResult, ...]
     failed: tuple[Failure, ...]
     seconds: float
 
@@ -140,6 +158,7 @@ class Report:
                     }
                     for path in self.paths
                 ],
+                "twins": [asdict(twin) for twin in self.twins],
                 "greedy": {
                     "prompt": list(self.greedy.prompt),
                     "answer": list(self.greedy.answer),
@@ -152,27 +171,10 @@ class Report:
             }
         )
 
-    def write(self, folder: Path) -> None:
-        """Write ``verification.json`` and ``verification.md`` into a model folder."""
-        from qconvert.proof.report_view import markdown
 
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
-        (folder / REPORT_MARKDOWN).write_text(markdown(self), encoding="utf-8")
-
-    @property
-    def summary(self) -> RenderableType:
-        """A table for the terminal, within 80 columns."""
-        from qconvert.proof.report_view import summary
-
-        return summary(self)
-
-
-def find_failures(
-    precision: str, weights: WeightCheck, paths: tuple[PathResult, ...], greedy: GreedyResult
-) -> tuple[Failure, ...]:
-    """Everything that is beyond its limit, weights first: a wrong weight explains what follows."""
-    failed = [Failure(fault.tensor, fault.what) for fault in weights.faults]
+def path_failures(precision: str, paths: Sequence[PathResult]) -> list[Failure]:
+    """Paths on which logits are beyond a limit."""
+    failed = []
     whole_is_right: dict[str, bool] = {}
     for path in paths:
         what = _path_failure(precision, path)
@@ -182,6 +184,12 @@ def find_failures(
             failed.append(
                 Failure(f"{path.case}, {path.path}", what + (hint if whole_is_right[path.case] else ""))
             )
+    return failed
+
+
+def greedy_failures(precision: str, greedy: GreedyResult) -> list[Failure]:
+    """A greedy answer that broke off, or that is not PyTorch's."""
+    failed = []
     near_tie = limit_value("near_tie", precision)
     judge = "own weights" if "own weights" in greedy.checks else "checkpoint"
     check = greedy.checks[judge]
@@ -197,7 +205,7 @@ def find_failures(
                 f"{check.agreed} of {check.steps} steps agree",
             )
         )
-    return tuple(failed)
+    return failed
 
 
 def _path_failure(precision: str, path: PathResult) -> str | None:

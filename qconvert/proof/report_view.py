@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from qconvert.proof.limits import LIMITS, limit_value
-
-if TYPE_CHECKING:
-    from qconvert.proof.report import PathResult, Report
+from qconvert.proof.report import REPORT_JSON, REPORT_MARKDOWN, PathResult, Report
 
 _SHORT_PATHS = {
     "whole, growing cache": "whole, growing",
@@ -28,6 +27,13 @@ _SHORT_PATHS = {
 }
 
 
+def write_report(report: Report, folder: Path) -> None:
+    """Write ``verification.json`` and ``verification.md`` into a model folder."""
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
+    (folder / REPORT_MARKDOWN).write_text(markdown(report), encoding="utf-8")
+
+
 def summary(report: Report) -> RenderableType:
     """The outcome in a table of at most 80 columns, measured against the checkpoint."""
     table = Table(pad_edge=False, box=None, header_style="bold", padding=(0, 2, 0, 0))
@@ -39,6 +45,7 @@ def summary(report: Report) -> RenderableType:
         table.add_row("" if path.case == previous else path.case, *_cells(path))
         previous = path.case
     lines: list[RenderableType] = [table, Text(""), Text(_weights_line(report)), Text(greedy_line(report))]
+    lines += [Text(line) for line in _twin_lines(report)]
     lines += [Text(f"note: {note}", style="yellow") for note in report.notes]
     verdict, style = ("PASSED", "bold green") if report.passed else ("FAILED", "bold red")
     lines.append(Text(f"{verdict} in {report.seconds:.1f} s: {_reference_line(report)}", style=style))
@@ -75,6 +82,16 @@ def _weights_line(report: Report) -> str:
         if weights.moved_tensors:
             state += f", {weights.moved_tensors} rounded by GPTQ, by {weights.moved_steps:.1f} steps at most"
     return f"weights: {weights.values / 1e6:,.1f}M in {weights.tensors} tensors, {state}"
+
+
+def _twin_lines(report: Report) -> list[str]:
+    lines = []
+    for twin in report.twins:
+        line = f"sharp twin of {twin.graph}: logits off by {twin.max_difference:.1e} at most"
+        if twin.mean_rounding is not None:
+            line += f"; rounding costs {twin.mean_rounding:.1e}"
+        lines.append(line)
+    return lines
 
 
 def greedy_line(report: Report) -> str:
@@ -125,6 +142,7 @@ def markdown(report: Report) -> str:
             "",
         ]
     lines += ["## Weights and greedy answer", "", f"- {_weights_line(report)}", f"- {greedy_line(report)}"]
+    lines += [f"- {line}" for line in _twin_lines(report)]
     lines += [f"- {fault.tensor}: {fault.what}" for fault in report.weights.faults]
     lines += ["", "## Limits", "", "| limit | compared with | value |", "|---|---|---|"]
     lines += [

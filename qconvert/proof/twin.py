@@ -1,8 +1,9 @@
 """The sharp twin of a stored graph: the same graph, with the rounding of its activations taken out.
 
-Eight or four bits hide small errors: an attention scale that is 5% off costs less than rounding. So the stored
-graph is rewritten, operator by operator, into one that computes the same in float32, from the same stored
-bytes. An error in the stored graph stays in its twin, which is then compared with PyTorch as sharply as fp32.
+Eight or four bits hide small errors: an attention scale that is 5% off costs less than rounding. So the
+stored graph is rewritten, operator by operator, into one that computes the same in float32, from the same
+stored bytes. An error in the stored graph stays in its twin, which is then compared with PyTorch as sharply
+as fp32.
 
 1. ``MatMulNBits`` gets ``accuracy_level`` 1: products of dequantised weights in float32.
 2. ``QuantizeLinear`` becomes a division that is cut off at the ends of its type, but not rounded;
@@ -35,7 +36,14 @@ EXACT = frozenset(
         *("Expand", "FusedMatMul", "Gather", "GatherBlockQuantized", "GatherElements", "GatherND", "Greater"),
         *("GreaterOrEqual", "Identity", "If", "Less", "LessOrEqual", "Loop", "MatMul", "Max", "Min", "Mul"),
         *("Neg", "QuickGelu", "RMSNormalization", "Range", "ReduceMax", "ReduceSum", "Reshape"),
-        *("RotaryEmbedding", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "SimplifiedLayerNormalization"),
+        *(
+            "RotaryEmbedding",
+            "ScatterElements",
+            "ScatterND",
+            "Shape",
+            "Sigmoid",
+            "SimplifiedLayerNormalization",
+        ),
         *("SkipSimplifiedLayerNormalization", "Slice", "Split", "Squeeze", "Sub", "TensorScatter", "TopK"),
         *("Transpose", "Unsqueeze", "Where"),
     }
@@ -123,7 +131,11 @@ class _Rewrite:
         for index in range(12, len(node.inputs)):
             node.replace_input_with(index, None)
         for output in node.outputs:
-            if output.dtype is not None and output.dtype != _FLOAT and (self._half or output.dtype not in _HALF):
+            if (
+                output.dtype is not None
+                and output.dtype != _FLOAT
+                and (self._half or output.dtype not in _HALF)
+            ):
                 output.type = ir.TensorType(_FLOAT)
 
     def _cast(self, node: ir.Node) -> None:
@@ -195,7 +207,11 @@ class _Rewrite:
             node.replace_input_with(index, self._raised[value])
 
     def _before(
-        self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int] | None = None
+        self,
+        node: ir.Node,
+        op_type: str,
+        inputs: list[ir.Value | None],
+        attributes: dict[str, int] | None = None,
     ) -> ir.Value:
         made = ir.node(op_type, inputs, attributes or {})
         (output,) = made.outputs

@@ -56,7 +56,7 @@ class TwinSession:
         self._inputs = {entry.name for entry in self._inference.get_inputs()}
 
     def empty_cache(self) -> dict[str, NDArray[np.float32]]:
-        """Keys and values ``[1, kv_heads, length, head_size]`` before the first token, by "{layer}.{part}"."""
+        """Keys and values ``[1, kv_heads, length, head_size]`` of no token yet, by "{layer}.{part}"."""
         return {
             f"{layer}.{part}": np.zeros(self._kv_shape, dtype=np.float32)
             for layer in range(self._layers)
@@ -87,7 +87,8 @@ class TwinSession:
         """Logits ``[new, vocab]``; the cache takes up the new tokens."""
         found = self.run(token_ids, cache, filled)
         cache.update({name: found[f"present.{name}"] for name in cache})
-        return found["logits"][0]
+        logits: NDArray[np.float32] = found["logits"][0]
+        return logits
 
     def _failed(self, what: str, error: Exception, folder: Path) -> QconvertError:
         return QconvertError(

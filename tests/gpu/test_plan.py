@@ -15,8 +15,8 @@ import pytest
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
+from qconvert.proof.finished import verify_folder
 from qconvert.proof.limits import LIMITS, limit_value
-from qconvert.proof.verify import verify_folder
 from qconvert.tensorrt.plan import BuildOptions, build
 from qrun.backends.opening import open_session
 from qrun.cli.bench import Workload

@@ -17,6 +17,7 @@ from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
 from qconvert.proof.exported_weights import ExportedWeights
 from qconvert.proof.prefill_proof import prompt_weights
+from qconvert.proof.report_view import summary
 from qconvert.proof.verify import verify
 from qrun.backends.ort.prefill import PrefillBinding
 from tests.tiny import make_tiny_checkpoint
@@ -49,7 +50,7 @@ def test_an_honest_second_graph_passes(made):
     assert report.passed, report.failures()
     assert [path.case for path in report.paths if path.path == "prompt by its own graph"] == ["long"]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.summary)
+    console.print(summary(report))
     assert "…" not in console.export_text()  # no cell was cut
 
 

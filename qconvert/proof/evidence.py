@@ -1,0 +1,147 @@
+"""What is seen of one export: each part is looked at when the first proof asks for it, and only once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qconvert.checkpoint.reference import Reference
+from qconvert.models.decoder import DecoderSpec
+from qconvert.progress import Progress
+from qconvert.proof.cases import CaseSet, make_cases
+from qconvert.proof.exported_weights import ExportedWeights
+from qconvert.proof.head_proof import HeadProof
+from qconvert.proof.kv_proof import KVProof
+from qconvert.proof.limits import limits_name
+from qconvert.proof.prefill_proof import prompt_weights
+from qconvert.proof.report import GreedyResult, PathResult, TwinResult
+from qconvert.proof.runs import answer_greedily, hidden_states
+from qconvert.proof.weight_check import WeightCheck
+from qrun.backends.opening import open_session
+from qrun.backends.ort.static import with_graph
+from qrun.backends.session import Session
+from qrun.folder.manifest import Manifest, names_plan, read_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Evidence:
+    """One folder, or a plan in one, beside its checkpoint; and what the proofs have measured so far.
+
+    Attributes:
+        weights, paths, greedy, twins: results for the report, filled in by the proofs.
+        head: the share of the logits' second step, collected while paths run.
+
+    Raises:
+        QrunError: the folder is none.
+    """
+
+    def __init__(self, path: Path, reference: Reference, progress: Progress) -> None:
+        self.path = path
+        self.reference = reference
+        self.progress = progress
+        self.manifest: Manifest = read_manifest(path)
+        self.spec = DecoderSpec.from_config(reference.model.config)
+        self.of_plan = names_plan(path)
+        self.weights = WeightCheck(0, 0, 0.0, None, ())
+        self.paths: list[PathResult] = []
+        self.greedy: GreedyResult | None = None
+        self.twins: list[TwinResult] = []
+        self.head = HeadProof()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether weights were rounded by a calibration."""
+        recipe = self.manifest.raw.get("recipe")
+        return isinstance(recipe, dict) and recipe.get("calibration") is not None
+
+    @property
+    def limits(self) -> str:
+        """The column of the table of limits."""
+        manifest = self.manifest
+        return limits_name(manifest.precision, calibrated=self.calibrated, kv_dtype=manifest.kv.dtype)
+
+    @property
+    def has_prompt_graph(self) -> bool:
+        return self.manifest.prefill_path is not None
+
+    @property
+    def has_int8_cache(self) -> bool:
+        return self.manifest.kv.dtype == "int8"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the graph rounds anything: else the checkpoint's logits are its own to the last digits."""
+        return self.exported.rounded or self.has_int8_cache
+
+    @property
+    def graph_path(self) -> Path:
+        """The graph that runs here: of a folder for TensorRT, that in standard operators."""
+        manifest = self.manifest
+        if manifest.target == "tensorrt":
+            manifest = with_graph(manifest, "standard_file")
+        return manifest.graph_path
+
+    @cached_property
+    def exported(self) -> ExportedWeights:
+        return ExportedWeights(self.manifest.graph_path, self.reference.model)
+
+    @cached_property
+    def prompts(self) -> ExportedWeights:
+        """The weights of the second graph."""
+        assert self.manifest.prefill_path is not None
+        return prompt_weights(self.manifest.prefill_path, self.reference.model)
+
+    @cached_property
+    def kv(self) -> KVProof:
+        return KVProof(self.exported, self.manifest.graph_path, self.reference)
+
+    @cached_property
+    def cases(self) -> CaseSet:
+        return make_cases(
+            self.manifest.folder,
+            self.manifest.model.vocab_size,
+            self.manifest.model.context_length,
+            static_cache=self.manifest.target == "tensorrt",
+            one_position=self.of_plan,
+        )
+
+    @cached_property
+    def session(self) -> Session:
+        """The graph that decodes, alone."""
+        return open_session(self.path, prefill_graph=False)
+
+    @cached_property
+    def device(self) -> str:
+        return self.session.device
+
+    @cached_property
+    def answer(self) -> tuple[list[int], str | None]:
+        """Token ids that qrun generates, and why it stopped early, if it did."""
+        with self.progress.task("answering greedily", self.cases.greedy_steps) as advance:
+            return answer_greedily(self.session, self.cases, advance)
+
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """PyTorch by the weights that it computes with."""
+        found = {"checkpoint": self.kv.checkpoint if self.has_int8_cache else self.reference}
+        if self.rounds:
+            kv = self.kv.rounded if self.has_int8_cache else None
+            found["own weights"] = Reference(self.reference.model, self.exported, kv=kv)
+        return found
+
+    @cached_property
+    def hidden(self) -> dict[str, list[torch.Tensor]]:
+        """PyTorch's hidden states of every case, and of the greedy answer as the last."""
+        found = {}
+        for name, source in self.references.items():
+            with self.progress.task(f"PyTorch, {name}"):
+                found[name] = hidden_states(source, self.cases, self.answer[0])
+        return found
+
+    def close_session(self) -> None:
+        """Give back the memory of the session, before others are opened."""
+        _ = self.device
+        self.__dict__.pop("session", None)

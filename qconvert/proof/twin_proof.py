@@ -1,0 +1,203 @@
+"""The sharp twins of an export's graphs against PyTorch with the stored weights, and the graphs against them.
+
+Few positions are enough: an error that an operator makes, it makes at every token. The twin reads one case
+whole and its last tokens one by one, so that its cache is read as well; a graph for prompts is followed by
+the graph that decodes. What is left between a graph and its twin is rounding alone, and has its own limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.checkpoint.reference import PromptWeights, Reference
+from qconvert.errors import QconvertError
+from qconvert.formats.stored import kv_scale_name
+from qconvert.proof.compare import compare_rows
+from qconvert.proof.evidence import Evidence
+from qconvert.proof.limits import limit_value
+from qconvert.proof.report import Failure, TwinResult
+from qconvert.proof.twin import sharp_twin
+from qconvert.proof.twin_session import TwinSession
+
+if TYPE_CHECKING:
+    import torch
+
+    from qconvert.proof.exported_weights import ExportedWeights
+
+# Tokens that a twin reads, and of these those that it reads one by one, at the end.
+TOKENS = 128
+STEPS = 4
+# What the first graph reads behind a prompt that the second one has read, in pieces.
+CONTINUED = 32
+_PROMPT_PIECES = (40, 1)
+
+
+def prove_twin(seen: Evidence) -> list[Failure]:
+    """The graph that decodes: its twin, and what rounding costs it."""
+    try:
+        return _prove_decoding(seen)
+    except QconvertError as error:  # a graph of which the twin does not know what it is
+        return [Failure(f"{seen.graph_path.name}, sharp twin", error.what)]
+
+
+def prove_prompt_twin(seen: Evidence) -> list[Failure]:
+    """The graph for prompts, followed by the graph that decodes: twins of both."""
+    try:
+        return _prove_prompt(seen)
+    except QconvertError as error:  # as above
+        return [Failure("prefill.onnx, sharp twin", error.what)]
+
+
+def _prove_decoding(seen: Evidence) -> list[Failure]:
+    tokens = _tokens(seen)
+    path = seen.graph_path
+    steps = min(STEPS, len(tokens) - 1)
+    graph = seen.session.forward(tokens[None], seen.session.new_cache(), "all")[0].copy()
+    with seen.progress.task("the sharp twin", len(tokens)) as advance:
+        twin = _open(seen, path)
+        cache = twin.empty_cache()
+        rows = [twin.advance(tokens[: len(tokens) - steps], cache, 0)]
+        for position in range(len(tokens) - steps, len(tokens)):
+            rows.append(twin.advance(tokens[position : position + 1], cache, position))
+        advance(len(tokens))
+    reference = Reference(seen.reference.model, seen.exported)
+    return _judge(seen, path, reference, tokens, 0, twin=np.concatenate(rows), graph=graph)
+
+
+def _prove_prompt(seen: Evidence) -> list[Failure]:
+    path = seen.manifest.prefill_path
+    assert path is not None
+    tokens = _tokens(seen)
+    read = max(1, len(tokens) - min(CONTINUED, len(tokens) // 2))
+    with seen.progress.task("the sharp twin of the graph for prompts", len(tokens)) as advance:
+        cache = _read_prompt(seen, _open(seen, path), tokens[:read])
+        rows = _open(seen, seen.graph_path).advance(tokens[read:], cache, read)
+        advance(len(tokens))
+    mixed = Reference(seen.reference.model, seen.exported, PromptWeights(seen.prompts, read))
+    return _judge(seen, path, mixed, tokens, read, twin=rows, graph=None)
+
+
+def _read_prompt(
+    seen: Evidence, twin: TwinSession, tokens: NDArray[np.int64]
+) -> dict[str, NDArray[np.float32]]:
+    """The cache of the graph that decodes, in float32, after a prompt in several pieces."""
+    cache, start = twin.empty_cache(), 0
+    for stop in sorted({*np.cumsum(_PROMPT_PIECES).tolist(), len(tokens)}):
+        if stop > len(tokens):
+            break
+        found = twin.run(tokens[start:stop], cache, start)
+        for name, before in cache.items():
+            if f"present.{name}" in found:
+                cache[name] = found[f"present.{name}"]
+                continue
+            _, heads, _, size = before.shape
+            codes = found[f"new.{name}"].reshape(1, stop - start, heads, size).transpose(0, 2, 1, 3)
+            cache[name] = np.concatenate([before, codes], axis=2)
+        start = stop
+    if not seen.has_int8_cache:
+        return cache
+    scaled = {}
+    for name, codes in cache.items():
+        layer, part = name.split(".")
+        scaled[name] = codes * seen.exported.array(kv_scale_name(int(layer), part))
+    return scaled
+
+
+def _tokens(seen: Evidence) -> NDArray[np.int64]:
+    """The beginning of the case that is nearest to as many tokens as a twin reads."""
+    case = min(seen.cases.cases, key=lambda case: (abs(len(case.token_ids) - TOKENS), case.name))
+    return np.asarray(case.token_ids[:TOKENS], dtype=np.int64)
+
+
+def _open(seen: Evidence, path: Path) -> TwinSession:
+    manifest = seen.manifest
+    half = manifest.precision in ("fp16", "bf16") or manifest.target == "tensorrt"
+    return TwinSession(sharp_twin(path, half=half), manifest.folder, manifest)
+
+
+def _judge(
+    seen: Evidence,
+    path: Path,
+    reference: Reference,
+    tokens: NDArray[np.int64],
+    first: int,
+    *,
+    twin: NDArray[np.float32],
+    graph: NDArray[np.float32] | None,
+) -> list[Failure]:
+    """Compare logits of the positions from ``first`` on."""
+    import torch
+
+    limit = limit_value("twin_difference", seen.limits)
+    with _stored_angles(seen.exported, reference):
+        hidden = reference.hidden_states([tokens.tolist()])[0][first:]
+    ours = torch.from_numpy(twin)
+    off = (ours - _logits(reference, hidden, ours, limit)).abs().amax(-1).numpy()
+    worst = int(np.nan_to_num(off, nan=np.inf).argmax())
+    mean = largest = None
+    if graph is not None:
+        rows = compare_rows(first, ours, torch.from_numpy(graph), torch.tensor([], dtype=torch.int64))
+        mean, largest = float(rows.kl.mean()), float(rows.kl.max())
+    result = TwinResult(path.name, len(off), float(off[worst]), first + worst, mean, largest)
+    seen.twins.append(result)
+    return _failures(seen, result, off, first)
+
+
+def _failures(seen: Evidence, twin: TwinResult, off: NDArray[np.float32], first: int) -> list[Failure]:
+    failed, where = [], f"{twin.graph}, sharp twin"
+    limit = limit_value("twin_difference", seen.limits)
+    if not twin.max_difference <= limit:
+        begins = first + int(np.flatnonzero(~(off <= limit))[0])
+        what = f"logits off by {twin.max_difference:.3g} ({limit:g} at most are due to float32)"
+        failed.append(Failure(where, f"{what}, from position {begins} on: an error that rounding would hide"))
+    for key, value in (("mean_rounding", twin.mean_rounding), ("max_rounding", twin.max_rounding)):
+        if value is not None and not value <= (limit := limit_value(key, seen.limits)):
+            failed.append(
+                Failure(where, f"rounding costs the graph a KL divergence of {value:.3g} ({limit:g} at most)")
+            )
+    return failed
+
+
+def _logits(reference: Reference, hidden: torch.Tensor, ours: torch.Tensor, limit: float) -> torch.Tensor:
+    """PyTorch's logits, either of both steps where float32 cannot tell if a token is shortlisted."""
+    import torch
+
+    steps = reference.two_steps(hidden)
+    if steps is None:
+        return reference.head(hidden)
+    coarse, exact = steps
+    shortlist = reference.shortlist
+    assert shortlist is not None
+    logits = shortlist.apply(coarse, exact)
+    ranges = coarse.view(len(coarse), shortlist.ranges, -1)
+    ends = ranges.topk(shortlist.per_range).values[..., -1:]
+    near = ((ranges - ends).abs() <= 2 * limit).view(coarse.shape)
+    nearer = torch.where((ours - coarse).abs() < (ours - exact).abs(), coarse, exact)
+    return torch.where(near, nearer, logits)
+
+
+@contextmanager
+def _stored_angles(exported: ExportedWeights, reference: Reference) -> Iterator[None]:
+    """PyTorch rotates by the stored tables, which an export in float16 has rounded."""
+    import torch
+
+    tables = [
+        torch.from_numpy(np.array(exported.array(name), dtype=np.float32))
+        for name in ("cos_cache", "sin_cache")
+    ]
+
+    def look_up(module: Any, inputs: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:
+        positions = inputs[1] if len(inputs) > 1 else given["position_ids"]
+        return tuple(torch.cat([table[positions]] * 2, -1) for table in tables)
+
+    handle = reference.model.model.rotary_emb.register_forward_hook(look_up, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
