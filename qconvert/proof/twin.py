@@ -159,9 +159,11 @@ class _Rewrite:
             for name, end in (("low", ends.min), ("high", ends.max))
         )
         scaled = self._before(node, "Div", [value, step])
-        exact = self._before(node, "Clip", [scaled, low, high])
         (codes,) = node.outputs
-        if not (codes.name or "").startswith(_OUTPUT_OF_CODES):
+        of_cache = (codes.name or "").startswith(_OUTPUT_OF_CODES)
+        # Keys and values beyond their scale are cut off by the 8 bits alone; a cache of float32 keeps them.
+        exact = scaled if of_cache else self._before(node, "Clip", [scaled, low, high])
+        if not of_cache:
             self._zeros[exact] = zero
         elif int(about.flat[0]):
             raise self._unknown(node, "keys or values about another zero than 0 are not known to it")
