@@ -88,7 +88,7 @@ def _prefilled(count: int) -> int:
 def _trimmed(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
     cache, kept = session.new_cache(in_place=in_place), _kept(len(token_ids))
     session.forward(_tokens(token_ids[:kept]), cache, "none")
-    wrong = token_ids[:TRIMMED]  # any tokens that do not belong here
+    wrong = token_ids[: min(TRIMMED, len(token_ids) - kept)]  # that do not belong here, within the context
     session.forward(_tokens(wrong), cache, "none")
     cache.trim(kept)
     yield session.forward(_tokens(token_ids[kept:]), cache, "all")[0]
@@ -140,7 +140,7 @@ def _chunked(count: int) -> int:
 def _trimmed_stepped(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
     cache, kept = session.new_cache(in_place=in_place), _kept(len(token_ids))
     session.forward(_tokens(token_ids[:kept]), cache, "none")
-    session.forward(_tokens(token_ids[:TRIMMED]), cache, "none")
+    session.forward(_tokens(token_ids[: min(TRIMMED, len(token_ids) - kept)]), cache, "none")
     cache.trim(kept)
     for token in token_ids[kept:]:
         yield session.forward(_tokens([token]), cache, "last")[0]
