@@ -1,4 +1,4 @@
-"""If these fail, a folder is published that no qrun command opens, or a refusal comes after minutes of work."""
+"""If these fail, a folder is published that no qrun command opens, or is refused after minutes of work."""
 
 from __future__ import annotations
 
