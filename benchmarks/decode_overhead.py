@@ -57,8 +57,8 @@ def bare_loop(session: OrtSession, prompt: list[int], tokens: int) -> Iterator[i
     run, binding = inference.run_with_iobinding, inference.io_binding()
     capacity = len(prompt) + tokens
     shape = (1, facts.num_key_value_heads, capacity, facts.head_size)
-    for name in session.kv_names:
-        buffer = value(np.zeros(shape, dtype=session.kv_dtype))
+    for name in session.values.kv_names:
+        buffer = value(np.zeros(shape, dtype=session.values.kv_dtype))
         binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
         binding.bind_ortvalue_output(f"present.{name}", buffer)
     ones = np.ones((1, capacity), dtype=np.int64)

@@ -60,21 +60,50 @@ def fake_manifest(
 class FakeKVCache(KVCache):
     """Holds token ids where a model would hold their keys and values, and marks what was never written."""
 
-    def __init__(self, manifest: Manifest, batch: int) -> None:
-        super().__init__(manifest, batch)
-        self.ids = np.full((batch, 0), -1, dtype=np.int64)
+    def __init__(
+        self, manifest: Manifest, batch: int, *, pool: FakeKVCache | None = None, first: int = 0
+    ) -> None:
+        super().__init__(manifest, batch, pool=pool, first=first)
+        self._first = first
+        self._ids = np.full((batch, 0), -1, dtype=np.int64)
+        self._scores = np.zeros((batch, 1, VOCAB_SIZE), dtype=np.float32)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Token ids ``[rows, capacity]``."""
+        return self.pool._ids[self._first : self._first + self.batch]
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """Logits of each row's last token: one buffer, written over at every call, as the protocol allows."""
+        return self.pool._scores[self._first : self._first + self.batch]
+
+    def copy_out(self, row: int, length: int) -> list[NDArray[np.int64]]:
+        assert length <= self.lengths[row]
+        return [self.ids[row, :length].copy()]
+
+    def copy_in(self, row: int, states: list[NDArray[np.int64]]) -> None:
+        target = self.rows(row, 1)
+        target.trim(0)
+        target.reserve(len(states[0]))
+        target.ids[0, : len(states[0])] = states[0]
+        target.advance(len(states[0]))
 
     def _reallocate(self, capacity: int) -> None:
         grown = np.full((self.batch, capacity), -1, dtype=np.int64)
-        grown[:, : self.length] = self.ids[:, : self.length]
-        self.ids = grown
+        for row, length in enumerate(self.lengths.tolist()):
+            grown[row, :length] = self._ids[row, :length]
+        self._ids = grown
+
+    def _show(self, first: int, count: int) -> FakeKVCache:
+        return FakeKVCache(self.manifest, count, pool=self.pool, first=self._first + first)
 
 
 class FakeSession:
     """Answers by a rule over what its cache holds, so that a wrong reuse or trim changes the answer.
 
     Attributes:
-        fed: the tokens of each forward call, in order.
+        fed: the tokens of each row of each forward call, in order.
     """
 
     def __init__(self, rule: Rule, manifest: Manifest | None = None) -> None:
@@ -90,19 +119,24 @@ class FakeSession:
         self, token_ids: NDArray[np.int64], cache: KVCache, logits: LogitsFor = "last"
     ) -> NDArray[np.float32]:
         assert isinstance(cache, FakeKVCache)
-        assert token_ids.shape[0] == 1
+        batch, new = token_ids.shape
+        assert batch == cache.batch
+        assert batch == 1 or new == 1, "several tokens for several rows"
         if not (token_ids.min() >= 0 and token_ids.max() < VOCAB_SIZE):
             raise QrunError(f"token id {token_ids.max()} is outside the vocabulary of {VOCAB_SIZE}")
-        new = token_ids.shape[1]
         cache.reserve(new)
-        start = cache.length
-        cache.ids[0, start : start + new] = token_ids[0]
+        for row, start in enumerate(cache.lengths.tolist()):
+            cache.ids[row, start : start + new] = token_ids[row]
+            self.fed.append(token_ids[row].tolist())
         cache.advance(new)
-        self.fed.append(token_ids[0].tolist())
-        scores = np.zeros((1, {"last": 1, "all": new, "none": 0}[logits], VOCAB_SIZE), dtype=np.float32)
-        for index in range(scores.shape[1]):
-            seen = cache.ids[0, : cache.length - scores.shape[1] + index + 1].tolist()
-            scores[0, index, self.rule(seen)] = 10.0
+        positions = {"last": 1, "all": new, "none": 0}[logits]
+        scores = cache.scores if logits == "last" else np.zeros((batch, positions, VOCAB_SIZE), np.float32)
+        scores[...] = 0
+        for row, length in enumerate(cache.lengths.tolist()):
+            for index in range(positions):
+                seen = cache.ids[row, : length - positions + index + 1].tolist()
+                assert -1 not in seen, "a place in the cache that nobody has written"
+                scores[row, index, self.rule(seen)] = 10.0
         return scores
 
 

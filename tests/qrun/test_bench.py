@@ -68,7 +68,7 @@ def test_every_round_does_the_same_work(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(session, "forward", watched)
     *_, measured = measure(session, Workload(20, 4, depth=10), repetitions=2, chunk=16)
-    one_round = [(10, 16), (26, 4), (30, 1), (31, 1), (32, 1)]
+    one_round = [(10, 6), (16, 14), (30, 1), (31, 1), (32, 1)]
     assert fed == [(0, 10)] + 3 * one_round  # a warm-up and two rounds
     assert len(measured.rounds) == 2
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qrun.backends import kvcache
+from qrun.backends import kvcache, ledger
 from qrun.backends.kvcache import MINIMUM_CAPACITY, next_capacity
+from qrun.backends.ledger import Ledger
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes
 from tests.fakes import FakeKVCache, fake_manifest
+
+
+@pytest.fixture(autouse=True)
+def own_ledger(monkeypatch) -> None:
+    """Caches of other tests are nobody's here."""
+    monkeypatch.setattr(kvcache, "LEDGER", Ledger())
 
 
 def cache_of(context_length: int = 4096, batch: int = 1) -> FakeKVCache:
@@ -48,11 +55,11 @@ def test_growing_keeps_what_is_cached():
 def test_room_that_is_there_is_not_allocated_again():
     cache = cache_of()
     fill(cache, 10)
-    before = cache.ids
+    before = cache._ids
     fill(cache, MINIMUM_CAPACITY - 10)
-    assert cache.ids is before
+    assert cache._ids is before
     fill(cache, 1)
-    assert cache.ids is not before
+    assert cache._ids is not before
 
 
 def test_trimming_forgets_the_end_and_cannot_lengthen():
@@ -92,7 +99,7 @@ def test_bytes_are_those_of_all_rows_and_all_of_the_capacity():
 
 def test_too_little_memory_is_told_before_anything_is_allocated(monkeypatch):
     cache = cache_of()
-    monkeypatch.setattr(kvcache, "available_memory", lambda: cache.manifest.kv.bytes_per_token * 999)
+    monkeypatch.setattr(ledger, "available_memory", lambda: cache.manifest.kv.bytes_per_token * 999)
     with pytest.raises(QrunError, match=r"a KV cache of 1,000 tokens needs 0\.00 GB, 0\.00 GB .* free"):
         cache.reserve(1000)
     assert (cache.capacity, cache.ids.shape) == (0, (1, 0))
@@ -102,14 +109,14 @@ def test_where_doubling_does_not_fit_what_is_needed_still_may(monkeypatch):
     cache = cache_of()
     fill(cache, 1000)
     per_token = cache.manifest.kv.bytes_per_token
-    monkeypatch.setattr(kvcache, "available_memory", lambda: per_token * 1500)
+    monkeypatch.setattr(ledger, "available_memory", lambda: per_token * 1500)
     fill(cache, 1)
     assert cache.capacity == 1001
     assert cache.ids[0, :1001].tolist() == list(range(1001))
 
 
 def test_a_machine_that_does_not_tell_its_memory_is_believed_to_have_enough(monkeypatch):
-    monkeypatch.setattr(kvcache, "available_memory", lambda: None)
+    monkeypatch.setattr(ledger, "available_memory", lambda: None)
     cache = cache_of()
     cache.reserve(4000)
     assert cache.capacity == 4000

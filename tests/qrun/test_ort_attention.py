@@ -75,19 +75,49 @@ def test_a_prompt_beyond_the_bound_goes_in_pieces(exporter, monkeypatch) -> None
     whole = session.forward(TOKENS, session.new_cache()).copy()
     monkeypatch.setattr(ort_attention, "_MOST_SCORE_BYTES", 0)
     sizes = []
-    forward = OrtSession.forward
+    read = OrtSession._read_piece
 
-    def counted(self, token_ids, cache, logits="last"):
+    def counted(self, token_ids, cache, logits):
         before = cache.length
-        found = forward(self, token_ids, cache, logits)
+        found = read(self, token_ids, cache, logits)
         sizes.append((before, cache.length))
         return found
 
-    monkeypatch.setattr(OrtSession, "forward", counted)
+    monkeypatch.setattr(OrtSession, "_read_piece", counted)
     cache = session.new_cache()
     np.testing.assert_allclose(session.forward(TOKENS, cache), whole, atol=2e-4)
-    assert sizes == [(0, 64), (64, 128), (128, 192), (0, 200)]  # the last entry is the whole call
+    assert sizes == [(0, 64), (64, 128), (128, 192), (192, 200)]
     assert cache.length == 200
+
+
+def test_the_bound_holds_for_the_rows_of_a_batch_together(exporter, monkeypatch) -> None:
+    """It was asked for one row only: eight prompts at once took eight times the memory."""
+    session = open_session(exporter(max_position_embeddings=1024), threads=2)
+    assert isinstance(session, OrtSession)
+    both = np.concatenate([TOKENS, TOKENS[:, ::-1]])
+    whole = session.forward(both, session.new_cache(2)).copy()
+    heads = session.manifest.model.num_attention_heads
+    monkeypatch.setattr(ort_attention, "_MOST_SCORE_BYTES", 4 * heads * 200 * 200)  # one row's
+    rows = []
+    read = OrtSession._read_piece
+
+    def counted(self, token_ids, cache, logits):
+        rows.append(token_ids.shape)
+        return read(self, token_ids, cache, logits)
+
+    monkeypatch.setattr(OrtSession, "_read_piece", counted)
+    np.testing.assert_allclose(session.forward(both, session.new_cache(2)), whole, atol=2e-4)
+    assert rows == [(1, 200), (1, 200)]
+
+
+def test_a_device_with_its_own_attention_is_given_the_prompt_whole(exporter, monkeypatch) -> None:
+    """The bound is that of the CPU's kernel; it cut prompts on GPUs too."""
+    session = open_session(exporter(max_position_embeddings=1024), threads=2)
+    assert isinstance(session, OrtSession)
+    monkeypatch.setattr(ort_attention, "_MOST_SCORE_BYTES", 0)
+    assert session._most_tokens(200) == 64
+    session.values.on_cpu = False
+    assert session._most_tokens(200) is None
 
 
 def test_a_prompt_beyond_the_context_is_refused_before_any_of_it_is_read(exporter, monkeypatch) -> None:

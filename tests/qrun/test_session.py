@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qrun.backends import kvcache
+from qrun.backends import kvcache, ledger
 from qrun.backends.opening import open_session
 from qrun.backends.ort.session import OrtSession
 from qrun.errors import QrunError
@@ -133,10 +133,24 @@ def test_two_sequences_of_one_length_are_each_as_if_alone(session, whole, in_pla
     np.testing.assert_allclose(logits[1], reversed_alone, atol=TOLERANCE)
 
 
-def test_more_prompt_for_several_sequences_is_refused_because_the_kernel_cannot(session):
+@pytest.mark.parametrize("logits", ["last", "all", "none"])
+def test_more_prompt_for_several_sequences_is_read_row_by_row(session, logits):
+    """The kernel takes several tokens for one row only: it was refused, and pieces of a batch with it."""
     cache = session.new_cache(batch=2)
+    rows = np.stack([TOKENS, TOKENS[::-1]])
+    session.forward(rows[:, :14], cache, "none")
+    found = session.forward(rows[:, 14:], cache, logits)
+    assert found.shape == (2, {"last": 1, "all": 26, "none": 0}[logits], 320)
+    assert cache.lengths.tolist() == [40, 40]
+    for index, tokens in enumerate(rows):
+        alone = session.forward(row(tokens), session.new_cache(), "all")[0]
+        np.testing.assert_allclose(found[index], alone[40 - found.shape[1] :], atol=TOLERANCE)
+
+
+def test_more_prompt_for_several_sequences_in_a_growing_cache_is_refused(session):
+    cache = session.new_cache(batch=2, in_place=False)
     session.forward(np.stack([TOKENS[:4], TOKENS[4:8]]), cache, "none")
-    with pytest.raises(QrunError, match="2 sequences cannot each take 3 more tokens"):
+    with pytest.raises(QrunError, match="2 sequences in a growing cache cannot each take 3 more tokens"):
         session.forward(np.stack([TOKENS[:3], TOKENS[3:6]]), cache, "none")
     assert cache.length == 4
 
@@ -171,7 +185,7 @@ def test_the_context_length_is_the_end_of_the_cache(exporter):
 
 
 def test_too_little_memory_for_the_cache_is_told_before_it_is_taken(session, monkeypatch):
-    monkeypatch.setattr(kvcache, "available_memory", lambda: 1000)
+    monkeypatch.setattr(ledger, "available_memory", lambda: 1000)
     with pytest.raises(QrunError, match=r"a KV cache of 10 tokens needs .* GB of memory are free"):
         session.forward(row(TOKENS[:10]), session.new_cache(), "last")
 

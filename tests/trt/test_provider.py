@@ -23,6 +23,7 @@ from qrun.backends.ort import provider as ort_tensorrt
 from qrun.backends.ort import session as ort
 from qrun.backends.ort.provider import (
     ProviderSession,
+    ProviderValues,
     engine_cache_of,
     open_provider_session,
     provider_options,
@@ -183,7 +184,7 @@ def session(exported: TinyExports, wheel: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ProviderSession, "providers", lambda self, device: ["CPUExecutionProvider"])
     monkeypatch.setattr(ort, "nodes_on_cpu", lambda inference: [])
     monkeypatch.setattr(
-        ProviderSession, "_device_type", property(lambda self: "cpu", lambda self, _: None), raising=False
+        ProviderValues, "device_type", property(lambda self: "cpu", lambda self, _: None), raising=False
     )
     monkeypatch.setattr(ort_tensorrt, "MOST_TOKENS", 16)
     opened = open_session(exported("fp16"), device="tensorrt", threads=1)

@@ -1,19 +1,24 @@
 """The KV cache: how much of it is filled, how it grows, what it will cost.
 
-Keys and values of layer i are two buffers ``[batch, kv_heads, capacity, head_size]``. This file
+Keys and values of layer i are two buffers ``[rows, kv_heads, capacity, head_size]``. This file
 knows lengths and policy; a backend supplies the memory by overriding ``_reallocate``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qrun.backends.ledger import LEDGER
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest, forecast_bytes
-from qrun.machine import available_memory
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Growing by doubling costs at most one copy of every entry; below 256 tokens a copy is not worth saving.
 MINIMUM_CAPACITY = 256
@@ -27,18 +32,51 @@ def next_capacity(needed: int, current: int, limit: int) -> int:
 class KVCache(ABC):
     """Keys and values of ``batch`` sequences, each filled up to its own length.
 
+    ``rows`` gives some of the rows as a cache of their own over the same memory: what is fed to them, and
+    what is cut off, changes these rows and no others.
+
     Attributes:
         lengths: int64 ``[batch]``, tokens in the cache of each row.
-        capacity: tokens that fit before the buffers have to grow.
         limit: the model's context length, which no row may exceed.
+
+    Args:
+        manifest: of the model.
+        batch: number of rows.
+        pool: the owner of the memory, where this cache only shows some of its rows.
+        first: the first of these rows.
     """
 
-    def __init__(self, manifest: Manifest, batch: int = 1) -> None:
+    # Whether its memory is the machine's own, and not a GPU's.
+    in_host_memory = True
+
+    def __init__(
+        self, manifest: Manifest, batch: int = 1, *, pool: Self | None = None, first: int = 0
+    ) -> None:
         self.manifest = manifest
         self.batch = batch
         self.limit = manifest.model.context_length
-        self.lengths: NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
-        self.capacity = 0
+        # Held one way only, so that buffers go with the last who holds them and need no garbage collector.
+        self._pool = pool
+        self._shown: WeakValueDictionary[tuple[int, int], Self] = WeakValueDictionary()
+        if pool is None:
+            self.lengths: NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
+            # The most tokens that the present buffers have held: their pages are taken.
+            self._touched: NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
+            self._capacity = 0
+            LEDGER.enter(self)
+        else:
+            self.lengths = pool.lengths[first : first + batch]
+            self._touched = pool._touched[first : first + batch]
+
+    @property
+    def pool(self) -> Self:
+        """The cache that owns the memory: this one, or the one that it shows some rows of."""
+        return self if self._pool is None else self._pool
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into a row before the buffers have to grow."""
+        return self.pool._capacity
 
     @property
     def length(self) -> int:
@@ -47,8 +85,29 @@ class KVCache(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the buffers take now."""
+        """Bytes that the buffers of these rows take now."""
         return forecast_bytes(self.manifest, self.capacity, self.batch)
+
+    @property
+    def untouched_bytes(self) -> int:
+        """Of these, the bytes that no token has been written to: the system has not given them out yet."""
+        if not self.in_host_memory:
+            return 0
+        touched = int(np.maximum(self._touched, self.lengths).sum())
+        return self.nbytes - forecast_bytes(self.manifest, touched)
+
+    def rows(self, first: int, count: int) -> Self:
+        """Rows ``first`` to ``first + count`` as a cache of their own over the same memory.
+
+        The same one each time, as long as somebody holds it: what is bound for it stays bound.
+        """
+        assert 0 <= first < first + count <= self.batch, f"rows {first} to {first + count} of {self.batch}"
+        if count == self.batch:
+            return self
+        found = self._shown.get((first, count))
+        if found is None:
+            found = self._shown[first, count] = self._show(first, count)
+        return found
 
     def reserve(self, new_tokens: int) -> None:
         """Make room for ``new_tokens`` more in every row; what is cached stays.
@@ -60,19 +119,8 @@ class KVCache(ABC):
         if needed <= self.capacity:
             return
         self.check_limit(needed)
-        capacity = next_capacity(needed, self.capacity, self.limit)
-        available = available_memory()
-        if available is not None and forecast_bytes(self.manifest, capacity, self.batch) > available:
-            capacity = needed  # what is needed may fit where twice as much does not
-        cost = forecast_bytes(self.manifest, capacity, self.batch)
-        if available is not None and cost > available:
-            raise QrunError(
-                f"a KV cache of {capacity:,} tokens needs {cost / 1e9:.2f} GB, "
-                f"{available / 1e9:.2f} GB of memory are free",
-                hint="use a shorter context, or free some memory",
-            )
-        self._reallocate(capacity)
-        self.capacity = capacity
+        with LEDGER.lock:
+            self.pool._grow(needed)
 
     def check_limit(self, needed: int) -> None:
         """Refuse ``needed`` tokens in a row.
@@ -87,15 +135,60 @@ class KVCache(ABC):
             )
 
     def advance(self, new_tokens: int) -> None:
-        """Count ``new_tokens`` that a forward pass has just written into every row."""
+        """Count ``new_tokens`` that a forward pass has just written into each of these rows."""
         self.lengths += new_tokens
 
     def trim(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens of every row."""
+        """Forget everything after the first ``length`` tokens of each of these rows."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot trim a cache of {self.length} tokens to {length}")
+        np.maximum(self._touched, self.lengths, out=self._touched)
         np.minimum(self.lengths, length, out=self.lengths)
+
+    def put_back(self, lengths: NDArray[np.int64]) -> None:
+        """Forget what a forward pass that failed has written: each row has its own length again."""
+        np.maximum(self._touched, self.lengths, out=self._touched)
+        self.lengths[:] = lengths
+
+    def copy_out(self, row: int, length: int) -> list[NDArray[Any]]:
+        """The first ``length`` keys and values of a row: ``[kv_heads, length, head_size]`` of each buffer."""
+        raise NotImplementedError
+
+    def copy_in(self, row: int, states: list[NDArray[Any]]) -> None:
+        """Fill a row with what ``copy_out`` gave; what it held is forgotten.
+
+        Raises:
+            QrunError: more memory than the machine has left.
+        """
+        raise NotImplementedError
+
+    def _grow(self, needed: int) -> None:
+        capacity = next_capacity(needed, self.capacity, self.limit)
+        free = LEDGER.free_bytes(self) if self.in_host_memory else None
+        if free is not None and forecast_bytes(self.manifest, capacity, self.batch) > free:
+            capacity = needed  # what is needed may fit where twice as much does not
+        cost = forecast_bytes(self.manifest, capacity, self.batch)
+        refusal = QrunError(
+            f"a KV cache of {capacity:,} tokens needs {cost / 1e9:.2f} GB"
+            + ("" if free is None else f", {free / 1e9:.2f} GB of memory are free"),
+            hint="use a shorter context, or free some memory",
+        )
+        if free is not None and cost > free:
+            raise refusal
+        try:
+            self._reallocate(capacity)
+        except MemoryError as error:
+            raise refusal from error
+        self._capacity = capacity
+        self._touched[:] = self.lengths
 
     @abstractmethod
     def _reallocate(self, capacity: int) -> None:
-        """Move to buffers of ``capacity`` tokens, keeping the first ``self.length`` of each row."""
+        """Move to buffers of ``capacity`` tokens, keeping what each row holds.
+
+        All or nothing: where memory for one of the new buffers is lacking, the old ones stay in place.
+        """
+
+    def _show(self, first: int, count: int) -> Self:
+        """A cache of some rows over the memory of this one."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows to be shown one by one")

@@ -49,12 +49,14 @@ class Session(Protocol):
 
         Args:
             token_ids: int64 ``[batch, new]``.
-            cache: from this session's ``new_cache``; grown as needed and advanced by ``new``.
+            cache: from this session's ``new_cache``, or some rows of one; grown as needed and advanced by
+                ``new``. Where this raises, it holds what it held before.
             logits: for which of the new positions to compute logits.
 
         Returns:
             float32 ``[batch, positions, vocab]`` with 1, new or 0 positions. For "last" it is the
-            session's own buffer: copy it to keep it beyond the next call.
+            buffer of these rows: good until one of them is fed again, whatever other rows and
+            caches are fed meanwhile. Copy it to keep it longer.
 
         Raises:
             QrunError: a token id outside the vocabulary, or more tokens than the context holds.

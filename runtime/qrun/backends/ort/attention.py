@@ -57,5 +57,10 @@ def scores_in_one_matrix() -> Iterator[None]:
 
 
 def most_tokens(total: int, heads: int) -> int:
-    """How many of ``total`` tokens may come at once, so that the scores of all heads stay within bounds."""
+    """How many of ``total`` tokens may come at once, so that the scores of all heads stay within bounds.
+
+    Args:
+        total: tokens of each row, new ones included.
+        heads: query heads of all rows that are read at once.
+    """
     return max(_LEAST_TOKENS, _MOST_SCORE_BYTES // (4 * heads * max(1, total)))

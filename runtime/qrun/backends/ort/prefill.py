@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.backends.ort.cache import InPlaceKVCache, OrtKVCache
+from qrun.backends.ort.values import Buffer
 
 
 class PrefillGraph:
@@ -26,6 +28,7 @@ class PrefillGraph:
     def __init__(self, opening: Future[Any], min_tokens: int) -> None:
         self._opening = opening
         self._min_tokens = min_tokens
+        self._bindings: WeakKeyDictionary[InPlaceKVCache, PrefillBinding] = WeakKeyDictionary()
 
     @property
     def inference(self) -> Any:
@@ -46,9 +49,10 @@ class PrefillGraph:
     def read(self, token_ids: NDArray[np.int64], cache: OrtKVCache) -> None:
         """Append tokens ``[batch, new]`` to a cache that has room for them."""
         assert isinstance(cache, InPlaceKVCache), "share() has told so"
-        if cache.prefill is None:
-            cache.prefill = PrefillBinding(self.inference, cache.batch)
-        cache.prefill.run(token_ids, cache)
+        binding = self._bindings.get(cache)
+        if binding is None:
+            binding = self._bindings[cache] = PrefillBinding(self.inference, cache.batch)
+        binding.run(token_ids, cache)
         cache.advance(token_ids.shape[1])
 
 
@@ -62,7 +66,9 @@ class PrefillBinding:
     def __init__(self, inference: Any, batch: int) -> None:
         self._inference = inference
         self._binding = inference.io_binding()
-        self._capacity = 0
+        self._buffers: list[Buffer] | None = None
+        # ONNX Runtime reads and writes these arrays and does not keep them: they are kept here.
+        self._mask: NDArray[np.int64] = np.empty((batch, 0), dtype=np.int64)
         self._tokens: NDArray[np.int64] = np.empty((batch, 0), dtype=np.int64)
         self._returned = [output for output in inference.get_outputs() if output.name.startswith("new.")]
         self._new: list[NDArray[Any]] = []
@@ -70,22 +76,22 @@ class PrefillBinding:
     def run(self, token_ids: NDArray[np.int64], cache: InPlaceKVCache) -> None:
         """Read ``[batch, new]`` tokens behind those that the cache holds."""
         new = token_ids.shape[1]
-        if self._capacity != cache.capacity:
+        if self._buffers is not cache.buffers:
             cache.bind_buffers(self._binding, present=not self._returned)
-            self._capacity = cache.capacity
+            self._buffers = cache.buffers
         if self._tokens.shape[1] != new:
             self._tokens = np.empty(token_ids.shape, dtype=np.int64)
-            self._binding.bind_ortvalue_input("input_ids", cache.session.value(self._tokens))
+            self._binding.bind_ortvalue_input("input_ids", cache.values.value(self._tokens))
             self._bind_returned(token_ids.shape, cache)
         self._tokens[...] = token_ids
-        mask = cache.session.value(cache.attention_mask(new))
-        self._binding.bind_ortvalue_input("attention_mask", mask)
+        self._mask = cache.attention_mask(new)
+        self._binding.bind_ortvalue_input("attention_mask", cache.values.value(self._mask))
         self._inference.run_with_iobinding(self._binding)
         cache.write(self._new)
 
     def _bind_returned(self, shape: tuple[int, ...], cache: InPlaceKVCache) -> None:
         self._new = [
-            np.empty((*shape, output.shape[2]), dtype=cache.session.kv_dtype) for output in self._returned
+            np.empty((*shape, output.shape[2]), dtype=cache.values.kv_dtype) for output in self._returned
         ]
         for output, array in zip(self._returned, self._new):
-            self._binding.bind_ortvalue_output(output.name, cache.session.value(array))
+            self._binding.bind_ortvalue_output(output.name, cache.values.value(array))

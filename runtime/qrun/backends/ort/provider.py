@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qrun.backends.kvcache import KVCache
 from qrun.backends.ort.static import StaticKVCache, StaticOrtSession, with_graph
+from qrun.backends.ort.values import Values
 from qrun.errors import QrunError
 from qrun.folder.external_data import check_external_data
 from qrun.folder.manifest import Manifest
@@ -124,7 +125,7 @@ class ProviderSession(StaticOrtSession):
                 hint="run them one after another, each with a cache of its own",
             )
         self.check_in_place(in_place)
-        return ProviderKVCache(self, batch)
+        return ProviderKVCache(self.values, self._inference, batch)
 
     def forward(
         self, token_ids: NDArray[np.int64], cache: KVCache, logits: str = "last"
@@ -141,11 +142,18 @@ class ProviderSession(StaticOrtSession):
             super().forward(token_ids[:, start : start + most], cache, "none")
         return super().forward(token_ids[:, (max(new, 1) - 1) // most * most :], cache, logits)
 
+    def _values(self, device: str) -> ProviderValues:
+        return ProviderValues(self._ort, self.manifest, device)
+
+
+class ProviderValues(Values):
+    """Memory of the GPU."""
+
     def allocate(self, array: NDArray[Any]) -> Any:
         """A copy on the GPU; NumPy has no bfloat16, whose bits are copied from memory of the CPU."""
         element = _HALF_TYPES[self.manifest.kv.dtype][1]
-        here = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
-        there = self._ort.OrtValue.ortvalue_from_shape_and_type(array.shape, element, self._device_type, 0)
+        here = self.runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
+        there = self.runtime.OrtValue.ortvalue_from_shape_and_type(array.shape, element, self.device_type, 0)
         there.update_inplace(here)
         return there
 

@@ -19,12 +19,12 @@ from qrun.backends.kvcache import KVCache
 from qrun.backends.ort.attention import most_tokens, scores_in_one_matrix
 from qrun.backends.ort.cache import GrowingKVCache, InPlaceKVCache, OrtKVCache
 from qrun.backends.ort.prefill import PrefillGraph
+from qrun.backends.ort.values import Values
 from qrun.backends.ort.wheels import check_onnxruntime_wheels
 from qrun.backends.token_ids import check_token_ids
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
 
-_POSITIONS = {"last": -1, "all": 0, "none": np.iinfo(np.int64).max}
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -60,7 +60,6 @@ class OrtSession:
         self.manifest = manifest
         self.threads = threads
         self._ort = onnxruntime
-        self._device_type = "cpu" if device == "cpu" else "cuda"
         self._check_provider(device, onnxruntime.get_available_providers())
         self._prefill: PrefillGraph | None = None
         # Opening is arranging weights, by one thread for each graph: two graphs are opened side by side.
@@ -74,57 +73,93 @@ class OrtSession:
         self.device = (
             f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else "CUDA device 0"
         )
-        # NumPy has no bfloat16: its bits travel as integers.
-        self.kv_dtype = np.dtype({"bfloat16": "uint16"}.get(manifest.kv.dtype, manifest.kv.dtype))
-        facts = manifest.model
-        self.kv_names = [
-            f"{layer}.{part}" for layer in range(facts.num_hidden_layers) for part in ("key", "value")
-        ]
-        self._positions = {
-            name: self.value(np.array([start], dtype=np.int64)) for name, start in _POSITIONS.items()
-        }
+        self.values = self._values(device)
 
     def new_cache(self, batch: int = 1, *, in_place: bool = True) -> OrtKVCache:
-        return (InPlaceKVCache if in_place else GrowingKVCache)(self, batch)
+        return (InPlaceKVCache if in_place else GrowingKVCache)(self.values, self._inference, batch)
 
     def forward(
         self, token_ids: NDArray[np.int64], cache: KVCache, logits: str = "last"
     ) -> NDArray[np.float32]:
         assert isinstance(cache, OrtKVCache), "the cache belongs to another session"
+        assert cache.values is self.values, "the cache belongs to another session"
         batch, new = token_ids.shape
+        assert batch == cache.batch, f"tokens for {batch} rows, the cache has {cache.batch}"
         check_token_ids(token_ids, self.manifest.model.vocab_size)
-        if batch > 1 and new > 1 and cache.length > 0:
-            raise QrunError(
-                f"{batch} sequences cannot each take {new} more tokens in one step",
-                hint="give their prompts whole, and then one token at a time: "
-                "ONNX Runtime's GroupQueryAttention does nothing else for more than one sequence",
-            )
+        before = cache.lengths.copy()
         try:
             cache.reserve(new)  # for all of them, before the first is read
-            if batch == 1 and logits != "all":
-                most = most_tokens(cache.length + new, self.manifest.model.num_attention_heads)
-                while new > most:
-                    self.forward(token_ids[:, :most], cache, "none")
-                    token_ids, new = token_ids[:, most:], new - most
-            if self._prefill is not None and (count := self._prefill.share(new, logits, cache)):
-                self._prefill.read(token_ids[:, :count], cache)
-                token_ids, new = token_ids[:, count:], new - count
-                if not new:
-                    return np.empty((batch, 0, self.manifest.model.vocab_size), dtype=np.float32)
-            binding = cache.bind(new, logits)
-            cache.token_ids(new)[...] = token_ids
-            self._inference.run_with_iobinding(binding)
-        except QrunError:
-            raise
-        except Exception as error:  # ONNX Runtime has no base class for its errors
+            if batch == 1 or new == 1 or self._reads_at_once(batch, new, cache):
+                return self._read(token_ids, cache, logits)
+            parts = [self._read(token_ids[row : row + 1], cache.rows(row, 1), logits) for row in range(batch)]
+            return np.concatenate(parts)
+        except BaseException as error:
+            cache.put_back(before)
+            if isinstance(error, QrunError) or not isinstance(error, Exception):
+                raise
+            # ONNX Runtime has no base class for its errors.
             raise QrunError(
                 f"ONNX Runtime {self._ort.__version__} cannot run the graph: {_reason(error)}",
                 where=self.manifest.graph_path,
                 hint="check the free memory; if there is enough, export the model again",
             ) from error
+
+    def _reads_at_once(self, batch: int, new: int, cache: OrtKVCache) -> bool:
+        """Whether several tokens of several rows go through the graph together, and not row by row.
+
+        ``GroupQueryAttention`` takes several tokens for one row only, unless all rows are empty.
+
+        Raises:
+            QrunError: neither is possible.
+        """
+        if cache.takes_several:
+            return True
+        most = self._most_tokens(new, batch)
+        growing = isinstance(cache, GrowingKVCache)
+        if growing and cache.length:
+            raise QrunError(
+                f"{batch} sequences in a growing cache cannot each take {new} more tokens in one step",
+                hint="give their prompts whole, and then one token at a time; or use a cache in place",
+            )
+        return growing or (cache.length == 0 and (most is None or new <= most))
+
+    def _most_tokens(self, total: int, rows: int = 1) -> int | None:
+        """How many of ``total`` tokens may be read at once; None where nothing but the model says so.
+
+        The bound is that of the CPU's attention, which computes all scores in one matrix.
+        """
+        if not self.values.on_cpu:
+            return None
+        return most_tokens(total, rows * self.manifest.model.num_attention_heads)
+
+    def _read(self, token_ids: NDArray[np.int64], cache: OrtKVCache, logits: str) -> NDArray[np.float32]:
+        """Read tokens, in pieces where they are many; where they are cut depends on these tokens alone."""
+        new = token_ids.shape[1]
+        if cache.batch == 1 and new > 1 and logits != "all":
+            most = self._most_tokens(cache.length + new)
+            while most is not None and new > most:
+                self._read_piece(token_ids[:, :most], cache, "none")
+                token_ids, new = token_ids[:, most:], new - most
+        return self._read_piece(token_ids, cache, logits)
+
+    def _read_piece(
+        self, token_ids: NDArray[np.int64], cache: OrtKVCache, logits: str
+    ) -> NDArray[np.float32]:
+        batch, new = token_ids.shape
+        if self._prefill is not None and (count := self._prefill.share(new, logits, cache)):
+            self._prefill.read(token_ids[:, :count], cache)
+            token_ids, new = token_ids[:, count:], new - count
+            if not new:
+                return np.empty((batch, 0, self.manifest.model.vocab_size), dtype=np.float32)
+        binding = cache.bind(new, logits)
+        cache.token_ids(new)[...] = token_ids
+        self._inference.run_with_iobinding(binding)
         cache.collect()
         cache.advance(new)
         return cache.logits(new, logits)
+
+    def _values(self, device: str) -> Values:
+        return Values(self._ort, self.manifest, device)
 
     def _open(self, device: str, graph: Path) -> Any:
         options = self._ort.SessionOptions()
@@ -174,19 +209,6 @@ class OrtSession:
                 f"{len(strays)} nodes would run on the CPU, not on {device}: {', '.join(strays[:5])}",
                 hint="update onnxruntime-gpu, or use --device cpu",
             )
-
-    def value(self, array: NDArray[Any]) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(array)
-
-    def binding(self) -> Any:
-        return self._inference.io_binding()
-
-    def positions(self, logits: str) -> Any:
-        return self._positions[logits]
-
-    def allocate(self, array: NDArray[Any]) -> Any:
-        """An OrtValue on the session's device: on the CPU it shares the array's memory."""
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device_type)
 
 
 def _reason(error: Exception) -> str:

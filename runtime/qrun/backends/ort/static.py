@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qrun.backends.ort.cache import OrtKVCache
 from qrun.backends.ort.session import OrtSession
+from qrun.backends.ort.values import Values
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
 
@@ -54,7 +55,7 @@ class StaticOrtSession(OrtSession):
 
     def new_cache(self, batch: int = 1, *, in_place: bool = True) -> StaticKVCache:
         self.check_in_place(in_place)
-        return StaticKVCache(self, batch)
+        return StaticKVCache(self.values, self._inference, batch)
 
     def check_in_place(self, in_place: bool) -> None:
         """Refuse the kind of cache that grows."""
@@ -65,20 +66,30 @@ class StaticOrtSession(OrtSession):
                 hint="use a cache in place",
             )
 
+    def _values(self, device: str) -> Values:
+        return StaticValues(self._ort, self.manifest, device)
+
+
+class StaticValues(Values):
+    """Memory that may be bfloat16, which NumPy cannot say."""
+
     def allocate(self, array: NDArray[Any]) -> Any:
         element = _ELEMENT_TYPES.get(self.manifest.kv.dtype)
         if element is None:
             return super().allocate(array)
-        return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
+        return self.runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
 
 
 class StaticKVCache(OrtKVCache):
     """Keys and values at the graph's full length from the start; positions say how far it is filled."""
 
-    def __init__(self, session: OrtSession, batch: int) -> None:
-        super().__init__(session, batch)
+    takes_several = True
+
+    def __init__(self, values: Values, inference: Any, batch: int) -> None:
+        super().__init__(values, inference, batch)
         self._position_ids: NDArray[np.int64] = np.empty((batch, 0), dtype=np.int64)
         self._buffers: list[NDArray[Any]] = []
+        self._wanted: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def reserve(self, new_tokens: int) -> None:
         fits = self.length + new_tokens <= self.limit
@@ -92,26 +103,27 @@ class StaticKVCache(OrtKVCache):
         return self._binding
 
     def _bind_sizes(self, new: int, logits: str) -> None:
+        # Kept: ONNX Runtime reads and writes these arrays and does not keep them.
         wanted = {"last": np.arange(new - 1, new), "all": np.arange(new), "none": np.arange(0)}[logits]
         self._tokens = np.empty((self.batch, new), dtype=np.int64)
         self._position_ids = np.empty((self.batch, new), dtype=np.int64)
+        self._wanted = wanted.astype(np.int64)
         shape = (self.batch, len(wanted), self.manifest.model.vocab_size)
         self._logits = np.empty(shape, dtype=np.float32)
         for name, array in (
             ("input_ids", self._tokens),
             ("position_ids", self._position_ids),
-            ("logits_positions", wanted.astype(np.int64)),
+            ("logits_positions", self._wanted),
         ):
-            self._binding.bind_ortvalue_input(name, self.session.value(array))
-        self._binding.bind_ortvalue_output("logits", self.session.value(self._logits))
+            self._binding.bind_ortvalue_input(name, self.values.value(array))
+        self._binding.bind_ortvalue_output("logits", self.values.value(self._logits))
 
     def _reallocate(self, capacity: int) -> None:
         facts = self.manifest.model
         shape = (self.batch, facts.num_key_value_heads, capacity, facts.head_size)
-        for name in self.session.kv_names:
-            # Zeros: what is not filled yet is masked, but a NaN would pass through a weight of 0.
-            buffer = np.zeros(shape, dtype=self.session.kv_dtype)
-            value = self.session.allocate(buffer)
-            self._buffers.append(buffer)
+        # Zeros: what is not filled yet is masked, but a NaN would pass through a weight of 0.
+        self._buffers = [np.zeros(shape, dtype=self.values.kv_dtype) for _ in self.values.kv_names]
+        for name, buffer in zip(self.values.kv_names, self._buffers):
+            value = self.values.allocate(buffer)
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             self._binding.bind_ortvalue_output(f"present.{name}", value)

@@ -6,6 +6,9 @@ import weakref
 from collections.abc import Mapping
 from math import prod
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qrun.backends.kvcache import KVCache
 from qrun.backends.trt.cuda import Device, DeviceBuffer, Stream
 from qrun.backends.trt.engine import Engine
@@ -18,12 +21,17 @@ class TrtKVCache(KVCache):
 
     Attributes:
         engine: of the plan whose cache it is.
+        logits: float32 ``[1, 1, vocab]`` of its last token: the cache's own, so that what is fed to another
+            one leaves them alone.
         buffers: by the name of the past_key_values input; empty until the first token.
     """
+
+    in_host_memory = False
 
     def __init__(self, manifest: Manifest, engine: Engine, gpu: Device, stream: Stream) -> None:
         super().__init__(manifest)
         self.engine = engine
+        self.logits: NDArray[np.float32] = np.empty((1, 1, manifest.model.vocab_size), dtype=np.float32)
         self._gpu = gpu
         self._stream = stream
         self.buffers: dict[str, DeviceBuffer] = {}
@@ -33,7 +41,7 @@ class TrtKVCache(KVCache):
         self.check_limit(self.length + new_tokens)
         if not self.capacity:
             self._reallocate(self.limit)
-            self.capacity = self.limit
+            self._capacity = self.limit
 
     def close(self) -> None:
         """Give the GPU's memory back; nothing can be fed any more."""

@@ -64,7 +64,6 @@ class TrtSession:
             resources.callback(_close_caches, self._caches)
             self._decode, self._prompt = self._open_contexts(free, resources, cuda_graph)
             self._closing = weakref.finalize(self, resources.pop_all().close)
-        self._last = self._rows(1)
 
     def new_cache(self, batch: int = 1, *, in_place: bool = True) -> TrtKVCache:
         if batch != 1:
@@ -91,8 +90,8 @@ class TrtSession:
         check_token_ids(token_ids, self.manifest.model.vocab_size)
         cache.reserve(new)
         wanted = {"last": range(new - 1, new), "all": range(new), "none": range(0)}[logits]
-        # The session's own array, and not the page-locked one: that is gone when the session is closed.
-        result = self._last if logits == "last" else self._rows(len(wanted))
+        # The cache's own array, and not the page-locked one, which the next answer overwrites.
+        result = cache.logits if logits == "last" else self._rows(len(wanted))
         filled = 0
         for start in range(0, new, self._prompt.most_tokens):
             piece = token_ids[0, start : start + self._prompt.most_tokens]

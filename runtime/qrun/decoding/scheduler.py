@@ -1,0 +1,145 @@
+"""Who advances in a step: one piece of one prompt, and one token of every answer.
+
+scheduler = Scheduler(Slots(session, rows=8))
+scheduler.add(Sequence(prompt_ids, params, context_length))
+while scheduler.busy:
+    for sequence, event in scheduler.step():
+        ...
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.decoding.sequence import Event, Failed, Prefilled, Sequence
+from qrun.decoding.slots import Slots
+from qrun.errors import QrunError
+
+# Longer pieces are no faster, and the memory for activations grows with them.
+PREFILL_CHUNK = 256
+
+Events = list[tuple[Sequence, Event]]
+
+
+class Scheduler:
+    """Advances any number of sequences over the rows of ``slots``, in the order in which they were added.
+
+    Sequences whose prompts are read decode in the first rows, without a gap; the one whose prompt is being
+    read has the row behind them; the others wait. Nobody else may feed these rows meanwhile.
+
+    Args:
+        slots: the rows; what they hold is reused where a prompt begins with it.
+        chunk: tokens of a prompt that are read at once. Pieces end at its multiples, so they are the same
+            whatever else runs.
+    """
+
+    def __init__(self, slots: Slots, *, chunk: int = PREFILL_CHUNK) -> None:
+        self._slots = slots
+        self._chunk = chunk
+        self._waiting: deque[Sequence] = deque()
+        self._reading: Sequence | None = None
+        self._decoding: list[Sequence] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._decoding or self._waiting or self._reading is not None)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence take its turn; it may be cancelled at any time, by ``Sequence.cancel``."""
+        self._waiting.append(sequence)
+
+    def step(self) -> Events:
+        """Decode one token of every answer, read one piece of one prompt, admit the next one.
+
+        Returns:
+            What has happened, in order. The last event of a sequence is ``Finished``, or ``Failed`` where it
+            alone could not go on. A token is fed in the step after the one that has chosen it: one that ends
+            an answer, or that nobody wants any more, is never fed.
+        """
+        events: Events = []
+        self._drop_cancelled(events)
+        # A prompt whose last piece is read in this step has its first token from there.
+        self._decode(events)
+        self._read(events)
+        self._admit(events)
+        return events
+
+    def _decode(self, events: Events) -> None:
+        if not self._decoding:
+            return
+        try:
+            logits = self._slots.step([sequence.token_ids[-1] for sequence in self._decoding])
+        except QrunError as error:  # the rows share one step, and so its failure
+            events += [(sequence, Failed(error)) for sequence in self._decoding]
+            for row in reversed(range(len(self._decoding))):
+                self._retire(row)
+            return
+        over = [
+            row
+            for row, sequence in enumerate(self._decoding)
+            if not self._choose(sequence, logits[row], events)
+        ]
+        for row in reversed(over):  # the last first: what moves into a free row still decodes
+            self._retire(row)
+
+    def _read(self, events: Events) -> None:
+        sequence = self._reading
+        if sequence is None:
+            return
+        row, piece = len(self._decoding), sequence.next_piece(self._chunk)
+        whole = sequence.read + len(piece) == len(sequence.prompt_ids)
+        try:
+            logits = self._slots.feed(row, piece, logits="last" if whole else "none")
+        except QrunError as error:
+            events.append((sequence, Failed(error)))
+            self._reading = None
+            return
+        events.append((sequence, sequence.advance(len(piece))))
+        if whole:
+            self._reading = None
+            if self._choose(sequence, logits, events):
+                self._decoding.append(sequence)
+
+    def _admit(self, events: Events) -> None:
+        if self._reading is not None or not self._waiting or len(self._decoding) == len(self._slots):
+            return
+        sequence = self._reading = self._waiting.popleft()
+        events.append((sequence, self._begin(sequence)))
+
+    def _begin(self, sequence: Sequence) -> Prefilled:
+        return sequence.begin(self._slots.keep(len(self._decoding), sequence.prompt_ids))
+
+    def _choose(self, sequence: Sequence, logits: NDArray[np.float32], events: Events) -> bool:
+        """Take a sequence's next token; whether it goes on."""
+        try:
+            found: list[Event] = sequence.choose(logits)
+        except QrunError as error:
+            found = [Failed(error)]
+        events += [(sequence, event) for event in found]
+        return sequence.finish_reason is None and not isinstance(found[-1], Failed)
+
+    def _drop_cancelled(self, events: Events) -> None:
+        for row in reversed(range(len(self._decoding))):
+            if self._decoding[row].cancelled:
+                events.append((self._decoding[row], self._decoding[row].finish("cancelled")))
+                self._retire(row)
+        if self._reading is not None and self._reading.cancelled:
+            events.append((self._reading, self._reading.finish("cancelled")))
+            self._reading = None
+        for sequence in [each for each in self._waiting if each.cancelled]:
+            self._waiting.remove(sequence)
+            events.append((sequence, sequence.finish("cancelled")))
+
+    def _retire(self, row: int) -> None:
+        """Give a row back; those behind it close the gap."""
+        last = len(self._decoding) - 1
+        if row != last:
+            self._slots.move(last, row)
+            self._decoding[row] = self._decoding[last]
+        self._decoding.pop()
+        if self._reading is not None:
+            self._slots.move(last + 1, last)

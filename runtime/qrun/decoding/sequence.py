@@ -1,0 +1,174 @@
+"""One answer in progress, as explicit state: it is given logits and tells what became of them.
+
+A sequence knows token ids only, and nothing of batches, caches or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.errors import QrunError
+from qrun.sampling.params import SamplingParams
+from qrun.sampling.sampler import Sampler
+
+FinishReason = Literal["eos", "length", "context", "stop", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """Part of the prompt is in the cache: ``done`` of ``total`` tokens.
+
+    The first one comes before any work, and its ``done`` are the tokens that were in the cache already.
+    """
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. An end token is not reported; it shows in ``Finished.reason``."""
+
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event. Times are in seconds; ``prefill_seconds`` ends with the first logits.
+
+    ``reused_tokens`` of the ``prompt_tokens`` were in the KV cache already.
+    """
+
+    reason: FinishReason
+    prompt_tokens: int
+    reused_tokens: int
+    completion_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last event of a sequence that could not go on; others go on."""
+
+    error: QrunError
+
+
+Event = Prefilled | Token | Finished | Failed
+
+
+def check_prompt(prompt_ids: Tokens[int], context_length: int) -> None:
+    """Refuse a prompt that cannot be run.
+
+    Raises:
+        QrunError: an empty prompt, or one that is longer than the context.
+    """
+    if not len(prompt_ids):
+        raise QrunError("the prompt is empty: there is nothing to continue", hint="give some text")
+    if len(prompt_ids) > context_length:
+        raise QrunError(
+            f"the prompt has {len(prompt_ids):,} tokens, the model's context is {context_length:,}",
+            hint="shorten the prompt, or start over with /reset in a chat",
+        )
+
+
+class Sequence:
+    """A prompt and what has been generated for it so far.
+
+    Attributes:
+        prompt_ids: the whole prompt, earlier turns included.
+        token_ids: what was generated; an end token is not among them.
+        read: tokens of the prompt that are in the cache.
+        finish_reason: None until the answer has come to its end.
+        cancelled: whether somebody has asked it to end.
+
+    Args:
+        prompt_ids: token ids.
+        params: how to sample and when to stop.
+        context_length: of the model.
+
+    Raises:
+        QrunError: see ``check_prompt``.
+    """
+
+    def __init__(self, prompt_ids: Tokens[int], params: SamplingParams, context_length: int) -> None:
+        check_prompt(prompt_ids, context_length)
+        self.prompt_ids = list(prompt_ids)
+        self.token_ids: list[int] = []
+        self.read = 0
+        self.finish_reason: FinishReason | None = None
+        self.cancelled = False
+        self._params = params
+        self._sampler: Sampler | None = None
+        self._ends = frozenset() if params.ignore_eos else frozenset(params.eos_token_ids)
+        room = context_length - len(prompt_ids) + 1  # the last token is sampled, and not fed
+        self._budget = room if params.max_tokens is None else min(params.max_tokens, room)
+        self._at_budget: FinishReason = "context" if self._budget == room else "length"
+        self._reused = 0
+        self._started = self._prefilled = perf_counter()
+
+    def cancel(self) -> None:
+        """End it after the step that is running. A signal handler or another thread may call this."""
+        self.cancelled = True
+
+    def begin(self, reused: int) -> Prefilled:
+        """The prompt is about to be read; ``reused`` of its tokens are in the cache already."""
+        self._started = self._prefilled = perf_counter()
+        self.read = self._reused = reused
+        return Prefilled(reused, len(self.prompt_ids))
+
+    def next_piece(self, length: int) -> list[int]:
+        """What is to be read next of the prompt: up to the next multiple of ``length`` tokens.
+
+        So a prompt is always cut at the same places, whatever else runs and wherever reading begins.
+        """
+        return self.prompt_ids[self.read : (self.read // length + 1) * length]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all of the prompt is in the cache."""
+        return self.read == len(self.prompt_ids)
+
+    def advance(self, count: int) -> Prefilled:
+        """``count`` more tokens of the prompt are in the cache."""
+        self.read += count
+        self._prefilled = perf_counter()
+        return Prefilled(self.read, len(self.prompt_ids))
+
+    def choose(self, logits: NDArray[np.float32]) -> list[Event]:
+        """Take the next token from logits ``[vocab]``; the events say which, and whether it was the last.
+
+        Raises:
+            QrunError: logits from which no token can be chosen.
+        """
+        if self.cancelled:
+            return [self.finish("cancelled")]
+        if len(self.token_ids) == self._budget:
+            return [self.finish(self._at_budget)]
+        if self._sampler is None:
+            self._sampler = Sampler(self._params, self.prompt_ids)
+        token_id = self._sampler.sample(logits)
+        if token_id in self._ends:
+            return [self.finish("eos")]
+        self.token_ids.append(token_id)
+        if len(self.token_ids) < self._budget:
+            return [Token(token_id)]
+        return [Token(token_id), self.finish(self._at_budget)]
+
+    def finish(self, reason: FinishReason) -> Finished:
+        """Nothing more is wanted: the last event."""
+        self.finish_reason = reason
+        return Finished(
+            reason,
+            len(self.prompt_ids),
+            self._reused,
+            len(self.token_ids),
+            self._prefilled - self._started,
+            perf_counter() - self._prefilled,
+        )
