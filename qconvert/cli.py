@@ -1,4 +1,4 @@
-"""The ``qconvert`` command: arguments in, exit code out. 0 done, 1 refused or failed, 2 wrong usage."""
+"""The ``qconvert`` command: arguments in, exit code out (see ``CommandGroup``)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import click
 from rich.console import Console
 
 from qconvert import __version__
+from qconvert.errors import QconvertError
 from qconvert.formats.recipe import BLOCK_SIZES
 from qconvert.progress import Progress
 from qconvert.recipes.choose import RECIPES
 from qconvert.targets import TARGETS
-from qrun.errors import QrunError
+from qrun.cli.group import CommandGroup
+from qrun.cli.terminal import complain
 
 if TYPE_CHECKING:
     from qconvert.tensorrt.backends import BackendName
@@ -34,31 +36,23 @@ _EXPORT_LIBRARIES = (
 )
 
 
-class _Group(click.Group):
-    """The one place that turns errors into messages and exit codes."""
+class _Group(CommandGroup):
+    """Adds what only an export meets: a polite kill, and libraries of the export that are not installed."""
 
     def invoke(self, ctx: click.Context) -> Any:
         # A polite kill cleans up as Ctrl-C does; the exit code is the shell's for this signal.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return super().invoke(ctx)
-        except QrunError as error:
-            _complain(str(error))
-            sys.exit(1)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] not in _EXPORT_LIBRARIES:
                 raise
-            _complain(f"{error.name} is not installed.\n  what to do: pip install 'qconvert[cpu,export]'")
-            sys.exit(1)
-        except KeyboardInterrupt:
-            _complain("interrupted")
-            sys.exit(130)
+            raise QconvertError(
+                f"{error.name} is not installed", hint="pip install 'qconvert[cpu,export]'"
+            ) from error
 
-
-def _complain(message: str) -> None:
-    console = Console(stderr=True)
-    console.print("[bold red]error:[/] ", end="")
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    def interrupted(self) -> None:
+        complain(QconvertError("interrupted"))
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

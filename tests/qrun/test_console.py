@@ -10,7 +10,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from qrun.cli.terminal import PrefillLine, printable, show, size
+from qrun.cli.console import PrefillLine
+from qrun.cli.terminal import printable, show, size
 from qrun.decoding.generate import PREFILL_CHUNK, Prefilled
 from tests.fakes import REPOSITORY
 

@@ -11,8 +11,8 @@ from types import FrameType
 from qrun.answer import Answer, Piece
 from qrun.chat import Chat
 from qrun.cli.lines import LineReader, keys_unseen, line_reader
-from qrun.cli.terminal import PrefillLine, complain, note, show, size
-from qrun.decoding.generate import Prefilled
+from qrun.cli.terminal import complain, note, show, size
+from qrun.decoding.generate import PREFILL_CHUNK, Prefilled
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes
 
@@ -137,6 +137,31 @@ class ChatConsole:
             note(verdict(manifest.verification))
         if sys.stdin.isatty():
             note("/help lists the commands, Ctrl-D leaves.")
+
+
+class PrefillLine:
+    """One line that tells how much of a long prompt has been read; nothing for a short one or a pipe."""
+
+    def __init__(self) -> None:
+        self._enabled = sys.stderr.isatty()
+        self._shown = False
+        self._start: int | None = None
+
+    def update(self, event: Prefilled) -> None:
+        if self._start is None:
+            self._start = event.done
+        if self._enabled and event.total - self._start > 2 * PREFILL_CHUNK and event.done < event.total:
+            self._shown = True
+            sys.stderr.write(f"\r\x1b[Kreading the prompt: {event.done:,} of {event.total:,} tokens")
+            sys.stderr.flush()
+        else:
+            self.clear()
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
 
 
 def verdict(status: str) -> str:

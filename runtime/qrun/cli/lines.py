@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qrun.errors import QrunError
+from qrun.folder.paths import own_folder
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -77,7 +77,9 @@ class EditedLines:
 def _history() -> History:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    state = own_folder("XDG_STATE_HOME", ".local/state")
+    if state is None:
+        return InMemoryHistory()
     path = state / "qrun" / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,4 @@
-"""The ``qrun`` command: arguments in, exit code out. 0 done, 1 refused or failed, 2 wrong usage."""
+"""The ``qrun`` command: arguments in, exit code out (see ``CommandGroup``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from qrun.answer import Answer, Event, Piece
 from qrun.chat import Chat
 from qrun.cli.bench import Measured, conditions, measure, workloads
 from qrun.cli.bench_view import as_csv_text, as_lines, as_table
-from qrun.cli.console import ChatConsole
+from qrun.cli.console import ChatConsole, PrefillLine
+from qrun.cli.group import CommandGroup
 from qrun.cli.info import check, describe, lines
 from qrun.cli.lines import decode_input
 from qrun.cli.options import (
@@ -29,7 +30,7 @@ from qrun.cli.options import (
     tell_sampling,
 )
 from qrun.cli.plan_info import check_plan, describe_plan, plan_lines
-from qrun.cli.terminal import PrefillLine, complain, note, printable, show, size, working
+from qrun.cli.terminal import note, printable, show, size, working
 from qrun.decoding.generate import Prefilled
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest
@@ -41,27 +42,10 @@ from qrun.sampling.params import DEFAULT
 DEFAULT_MAX_TOKENS = 512
 
 
-class _Group(click.Group):
-    """The one place that turns errors into messages and exit codes; click sees to a closed pipe."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except QrunError as error:
-            complain(error)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="qrun")
 def main() -> None:
     """Talk with a model folder that qconvert made."""
-    for stream in (sys.stdout, sys.stderr):
-        # An old locale should cost a character and not the answer.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 @main.command()

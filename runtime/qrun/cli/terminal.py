@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 
-from qrun.decoding.generate import PREFILL_CHUNK, Prefilled
 from qrun.errors import QrunError
 
 WIDTH = 80
@@ -55,31 +54,6 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-class PrefillLine:
-    """One line that tells how much of a long prompt has been read; nothing for a short one or a pipe."""
-
-    def __init__(self) -> None:
-        self._enabled = sys.stderr.isatty()
-        self._shown = False
-        self._start: int | None = None
-
-    def update(self, event: Prefilled) -> None:
-        if self._start is None:
-            self._start = event.done
-        if self._enabled and event.total - self._start > 2 * PREFILL_CHUNK and event.done < event.total:
-            self._shown = True
-            sys.stderr.write(f"\r\x1b[Kreading the prompt: {event.done:,} of {event.total:,} tokens")
-            sys.stderr.flush()
-        else:
-            self.clear()
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._shown = False
-
-
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Say what is being done while it is, in a terminal."""
@@ -87,8 +61,10 @@ def working(what: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True, highlight=False).status(printable(what)):
+    # A Text: brackets in a path are no markup.
+    with Console(stderr=True, highlight=False).status(Text(printable(what))):
         yield
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from qrun.errors import QrunError
 from qrun.folder.json_file import JsonReader
+from qrun.folder.paths import user_path
 
 MANIFEST_NAME = "qconvert.json"
 FORMAT_NAME = "qconvert-model"
@@ -138,7 +139,7 @@ def sha256_of(path: Path, progress: Callable[[str, int], None] | None = None) ->
 
 def names_plan(path: str | Path) -> bool:
     """Whether a path means a TensorRT plan (or its sidecar) and not a model folder."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     return path.name.endswith((PLAN_SUFFIX, f"{PLAN_SUFFIX}.json")) and not path.is_dir()
 
 
@@ -156,7 +157,7 @@ def find_model_folder(path: str | Path) -> Path:
     Raises:
         QrunError: if there is nothing there, or nothing that qconvert made.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if names_plan(path) and not path.exists():
         raise no_such_plan(path)
     if not path.exists():

@@ -13,6 +13,7 @@ from pathlib import Path
 from qrun.errors import QrunError
 from qrun.folder.json_file import JsonReader
 from qrun.folder.manifest import PLAN_SUFFIX, Manifest, no_such_plan, sha256_of
+from qrun.folder.paths import user_path
 
 PLAN_NAME = f"model{PLAN_SUFFIX}"
 SIDECAR_FORMAT = "qconvert-plan"
@@ -127,7 +128,7 @@ def read_plan(path: str | Path) -> PlanFacts:
     Raises:
         QrunError: no plan there, no sidecar, a malformed or newer one, or another number of bytes.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.name.endswith(f"{PLAN_SUFFIX}.json"):
         path = path.with_name(path.name.removesuffix(".json"))
     _check_there(path)

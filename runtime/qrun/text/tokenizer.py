@@ -57,7 +57,7 @@ class Tokenizer:
                 hint="copy it from the checkpoint, or export the checkpoint again",
             )
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
             raise QrunError(
                 f"tokenizer.json cannot be read: {error}",

@@ -7,7 +7,6 @@ refuses ONNX Runtime's operators (GroupQueryAttention, MatMulNBits), and ONNX Ru
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from qrun.backends.ort.values import Values
 from qrun.errors import QrunError
 from qrun.folder.external_data import check_external_data
 from qrun.folder.manifest import Manifest
+from qrun.folder.paths import own_folder
 
 # As in a plan: longer pieces of a prompt are hardly faster, and their activations take memory of the GPU.
 MOST_TOKENS = 1024
@@ -77,7 +77,12 @@ def engine_cache_of(manifest: Manifest) -> Path:
     """
     hashes = sorted(f"{e.path} {e.sha256}" for e in manifest.files if e.path.startswith(manifest.graph))
     hashes += [e.sha256 for e in manifest.files if e.path.endswith(".data")]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = own_folder("XDG_CACHE_HOME", ".cache")
+    if base is None:
+        raise QrunError(
+            "there is no home folder to keep TensorRT's engines in",
+            hint="set XDG_CACHE_HOME to a folder that can be written",
+        )
     return base / "qrun" / "tensorrt" / hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
 
 

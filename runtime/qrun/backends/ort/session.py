@@ -24,6 +24,7 @@ from qrun.backends.ort.wheels import check_onnxruntime_wheels
 from qrun.backends.token_ids import check_token_ids
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
+from qrun.folder.paths import RawPath
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -178,7 +179,7 @@ class OrtSession:
             with scores_in_one_matrix() if device == "cpu" else nullcontext():
                 # Its own fall-back would print, and try another device than the one that was asked for.
                 inference = self._ort.InferenceSession(
-                    str(graph), options, providers=providers, enable_fallback=False
+                    RawPath(graph), options, providers=providers, enable_fallback=False
                 )
         except Exception as error:  # ONNX Runtime has no base class for its errors
             raise QrunError(
