@@ -81,7 +81,7 @@ def test_a_vocabulary_as_large_as_real_ones_is_verified(
     tmp_path: Path, text: Path, recipe: str, more: tuple[str, ...]
 ) -> None:
     """From 4,096 tokens on logits come in two steps; the limit of the second had no column for gptq."""
-    text.write_text(text.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    text.write_text(text.read_text(encoding="utf-8")[:12000], encoding="utf-8")
     folder = make_tiny_checkpoint(tmp_path / "model", vocab_size=4096)
     options = ("--precision", "int4", "--recipe", recipe, "--calibrate", text, *more)
     result = run("export", folder, *options, "-o", tmp_path / "out", "--quiet")
