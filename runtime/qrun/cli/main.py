@@ -110,7 +110,7 @@ def generate(
         click.echo(json.dumps(answer.to_json(), ensure_ascii=False))
 
 
-@main.command()
+@main.command(short_help="Tell what a model folder or a .plan is, and costs.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--check-hashes", is_flag=True, help="Compare every file with its SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -135,7 +135,7 @@ def info(path: Path, check_hashes: bool, as_json: bool) -> None:
         click.echo(printable(line))
 
 
-@main.command()
+@main.command(short_help="Measure the speed of prompts and of generation.")
 @model_options
 @click.option(
     "-p",
