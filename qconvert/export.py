@@ -19,8 +19,8 @@ from qconvert.checkpoint.load import Checkpoint, hash_files, load_model, open_ch
 from qconvert.errors import QconvertError
 from qconvert.folder.artifact import ModelFolder, new_model_folder
 from qconvert.folder.companions import end_token_ids, write_companions
-from qconvert.formats.blocks import PackedWeight
 from qconvert.formats.folding import Folding
+from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import Recipe
 from qconvert.models.decoder import DecoderSpec, rope_tables
 from qconvert.parallel import piece_workers

@@ -1,4 +1,4 @@
-"""Pure functions that pack one tensor in blocks, and unpack it.
+"""Weights in blocks: pure functions that pack one tensor and unpack it, and the layout in a graph.
 
 The layout is that of ONNX Runtime's ``MatMulNBits``: a weight ``[N, K]`` is cut along K into blocks that
 share one scale (and a zero point); 4-bit values are packed two to a byte, the earlier one in the low half.
@@ -6,43 +6,117 @@ share one scale (and a zero point); 4-bit values are packed two to a byte, the e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qconvert.formats.halves import HIGHEST, LOWEST
-from qconvert.formats.recipe import BlockFormat
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.formats.layout import (
+    Arrays,
+    NonFiniteWeightError,
+    PackedWeight,
+    Part,
+    as_tensor,
+    row_ranges,
+)
+from qconvert.formats.recipe import HIGHEST_HALVES, LOWEST_HALVES, BlockFormat
 
 if TYPE_CHECKING:
     import torch
 
-# Rows are packed in pieces of about this many weights: float32 temporaries then stay in the cache.
-PIECE = 1 << 19
+# What follows a matrix's name in the names of its initializers.
+SCALES = ".scales"
+_ZERO_POINTS = ".zero_points"
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """One packed weight ``[N, K]`` in MatMulNBits' layout, with B = K / block_size rounded up.
+class Blocks:
+    """The layout of ``MatMulNBits``; see ``layout.Layout``."""
 
-    data: uint8 ``[N, B, block_size * bits / 8]``; scales: ``[N, B]`` in the format's type;
-    zero_points: uint8 ``[N, ceil(B * bits / 8)]``, or None for a symmetric format.
+    fmt: BlockFormat
+
+    def pack(self, weight: torch.Tensor, workers: Executor | None) -> PackedWeight:
+        """One matrix, rounded to nearest."""
+        return pack(weight, self.fmt, workers)
+
+    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+        """Codes, scales, and zero points where the format has them."""
+        yield Part.of("data", _data_suffix(self.fmt.bits), [each.data for each in packed])
+        yield Part.of("scales", SCALES, [each.scales for each in packed])
+        if not self.fmt.symmetric:
+            zeros = [each.zero_points for each in packed if each.zero_points is not None]
+            yield Part.of("zero_points", _ZERO_POINTS, zeros)
+
+    def size(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix, what fills up its last blocks included."""
+        fmt, blocks = self.fmt, -(-columns // self.fmt.block_size)
+        scales = blocks * (2 if fmt.scale_dtype == "bfloat16" else 4)
+        zeros = 0 if fmt.symmetric else -(-blocks * fmt.bits // 8)
+        return rows * (blocks * fmt.block_size * fmt.bits // 8 + scales + zeros)
+
+
+class StoredBlocks:
+    """Blocks of a finished graph, mapped; see ``layout.Stored``.
+
+    Args:
+        data: uint8 ``[N, B, bytes of a block]``, or whatever gives such rows.
+        scales: ``[N, B]``.
+        zero_points: as in ``layout.PackedWeight``.
+        rounding: their format.
+        columns: of the matrix without what fills up its last blocks.
     """
 
-    data: torch.Tensor
-    scales: torch.Tensor
-    zero_points: torch.Tensor | None
+    dtype = "uint8"
+
+    def __init__(
+        self,
+        data: Any,
+        scales: NDArray[Any],
+        zero_points: NDArray[np.uint8] | None,
+        rounding: BlockFormat,
+        columns: int,
+    ) -> None:
+        self._data, self._scales, self._zero_points = data, scales, zero_points
+        self.rounding = rounding
+        self.shape = (data.shape[0], columns)
+
+    @property
+    def scale_rounding(self) -> float:
+        """``pack`` rounds scales up, by a whole unit in the last place at most."""
+        import torch
+
+        return torch.finfo(torch.bfloat16).eps if self.rounding.scale_dtype == "bfloat16" else 0.0
+
+    def rows(self, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
+        """Some rows in float32."""
+        return self._unpack(self._data, wanted)
+
+    def _unpack(self, data: Any, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
+        zeros = None if self._zero_points is None else as_tensor(self._zero_points[wanted])
+        packed = PackedWeight(as_tensor(data[wanted]), as_tensor(self._scales[wanted]), zeros)
+        return unpack(packed, self.rounding, self.shape[1])
 
 
-class NonFiniteWeightError(ValueError):
-    """A weight holds NaN or Inf; the caller knows its name."""
+def find_blocks(arrays: Arrays, name: str, columns: int) -> StoredBlocks | None:
+    """A matrix of a finished graph in this layout, or None; see ``stored.LAYOUTS``."""
+    for bits in (4, 8):
+        if not arrays.has_matrix(name + _data_suffix(bits)):
+            continue
+        scales = arrays[name + SCALES]
+        data = arrays.matrix(name + _data_suffix(bits), scales.shape)
+        zeros = arrays.get(name + _ZERO_POINTS)
+        fmt = BlockFormat(bits, data.shape[2] * 8 // bits, zeros is None, scale_dtype=scales.dtype.name)
+        # The last block may be filled up with zeros.
+        fits = data.shape[1] == -(-columns // fmt.block_size)
+        return StoredBlocks(data, scales, zeros, fmt, columns if fits else data.shape[1] * fmt.block_size)
+    return None
 
 
-def row_ranges(weight: torch.Tensor) -> Iterator[slice]:
-    """Cut a tensor along its first axis into ranges of about ``PIECE`` elements."""
-    rows = max(1, PIECE // weight[0].numel())
-    for start in range(0, weight.shape[0], rows):
-        yield slice(start, min(start + rows, weight.shape[0]))
+def _data_suffix(bits: int) -> str:
+    return f".q{bits}"
 
 
 def pack(weight: torch.Tensor, fmt: BlockFormat, workers: Executor | None = None) -> PackedWeight:
@@ -95,11 +169,11 @@ def _round_blocks(
     top = (1 << fmt.bits) - 1
     if zeros is None:
         middle = 1 << (fmt.bits - 1)
-        if fmt.halves:
-            turned = torch.where(high > -low, -1.0, 1.0)  # the larger end takes the larger side
+        if fmt.halves:  # the end of larger magnitude gets the 128 codes below zero, the other the 119 above
+            turned = torch.where(high > -low, -1.0, 1.0)
             large, small = torch.maximum(high, -low), torch.minimum(high, -low)
-            scales.copy_(_stored(torch.maximum(large / -LOWEST, small / HIGHEST), fmt) * turned)
-            top = middle + HIGHEST
+            scales.copy_(_stored(torch.maximum(large / -LOWEST_HALVES, small / HIGHEST_HALVES), fmt) * turned)
+            top = middle + HIGHEST_HALVES
         else:
             scales.copy_(_stored(torch.maximum(high, -low).div_(middle - 1), fmt))
         offset: torch.Tensor | float = float(middle)

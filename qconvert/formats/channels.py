@@ -6,19 +6,29 @@ VNNI that is two to three times as fast as any kernel with blocks (docs/life-of-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.formats.blocks import NonFiniteWeightError, row_ranges
-from qconvert.formats.recipe import ChannelFormat
+from qconvert.formats.layout import (
+    Arrays,
+    NonFiniteWeightError,
+    PackedWeight,
+    Part,
+    as_tensor,
+    row_ranges,
+)
+from qconvert.formats.recipe import BlockFormat, ChannelFormat
 
 if TYPE_CHECKING:
     import torch
 
+_DATA, _SCALES = ".int8", ".int8_scales"
+_INPUTS_DATA, _INPUTS_SCALES = ".int8_inputs", ".int8_inputs_scales"
 LARGEST = 127  # -128 is left out: both signs reach equally far
 
 
@@ -71,54 +81,138 @@ def unpack_int8_channels(data: torch.Tensor, scales: torch.Tensor) -> torch.Tens
     return (data.float() * scales).t()
 
 
-class Int8Channels:
-    """A packed matrix of a finished export, in its groups: ``shape`` is the checkpoint's ``[N, K]``.
+@dataclass(frozen=True)
+class Channels:
+    """The layout of matrices for integer products, in ``cuts`` of their output channels.
 
-    Args:
-        matrices: int8 ``[K, N]`` cut along one axis, mapped.
-        scales: float32, one array for each matrix.
-        by_input: they are cut along K, not along N.
-
-    Attributes:
-        inputs: how many input channels share a scale; the last of several groups may have fewer.
+    See ``layout.Layout``.
     """
 
+    cuts: int = 1
+
+    def pack(self, weight: torch.Tensor, workers: Executor | None) -> PackedWeight:
+        """One matrix, rounded to nearest."""
+        return PackedWeight(*pack_int8_channels(weight, workers))
+
+    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+        """Data and scales of each cut."""
+        import torch
+
+        data, scales = (
+            torch.cat([each.data for each in packed], 1),
+            torch.cat([each.scales for each in packed]),
+        )
+        for cut, channels in enumerate(channel_groups(len(scales), self.cuts)):
+            number = f".{cut}" if self.cuts > 1 else ""
+            yield Part.of("data", _DATA + number, [data[:, channels]])
+            yield Part.of("scales", _SCALES + number, [scales[channels]])
+
+    def size(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix."""
+        return rows * (columns + 4)
+
+
+@dataclass(frozen=True)
+class InputChannels:
+    """The same for one matrix in ``cuts`` of its input channels, each with scales of its own."""
+
+    cuts: int
+
+    def pack(self, weight: torch.Tensor, workers: Executor | None) -> PackedWeight:
+        """One matrix, rounded to nearest: data int8 ``[K, N]`` and scales ``[cuts, N]``."""
+        import torch
+
+        rows, columns = weight.shape
+        cuts = channel_groups(columns, self.cuts)
+        data, scales = torch.empty((columns, rows), dtype=torch.int8), torch.empty(len(cuts), rows)
+        for cut, inputs in enumerate(cuts):
+            data[inputs], scales[cut] = pack_int8_channels(weight[:, inputs], workers)
+        return PackedWeight(data, scales)
+
+    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+        """Data and scales of each cut."""
+        (matrix,) = packed
+        for cut, inputs in enumerate(channel_groups(len(matrix.data), self.cuts)):
+            yield Part.of("data", f"{_INPUTS_DATA}.{cut}", [matrix.data[inputs]])
+            yield Part.of("scales", f"{_INPUTS_SCALES}.{cut}", [matrix.scales[cut]])
+
+    def size(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix."""
+        return rows * (columns + 4 * len(channel_groups(columns, self.cuts)))
+
+
+class _StoredCuts:
+    """What both have in common of a matrix of a finished graph, mapped; see ``layout.Stored``.
+
+    Args:
+        matrices: int8 ``[K, N]``, cut along one axis.
+        scales: float32, one array for each matrix.
+        shape: the checkpoint's ``[N, K]``.
+    """
+
+    dtype = "int8"
+    scale_rounding = 0.0
+
     def __init__(
-        self, matrices: Sequence[NDArray[np.int8]], scales: Sequence[NDArray[np.float32]], *, by_input: bool
+        self,
+        matrices: Sequence[NDArray[np.int8]],
+        scales: Sequence[NDArray[np.float32]],
+        shape: tuple[int, int],
     ) -> None:
-        self.data = matrices[0]
-        self._matrices = matrices
-        self._scales = scales
-        self._by_input = by_input
-        self.inputs, outputs = matrices[0].shape
-        if by_input:
-            self.shape = (outputs, sum(matrix.shape[0] for matrix in matrices))
-        else:
-            self.shape = (sum(matrix.shape[1] for matrix in matrices), self.inputs)
+        self._matrices, self._scales = matrices, scales
+        self.shape = shape
+        # Of several cuts of the inputs the last may have fewer.
+        self.rounding = BlockFormat(8, matrices[0].shape[0], symmetric=True)
+
+
+class StoredChannels(_StoredCuts):
+    """A matrix that is cut along its output channels, or whole."""
+
+    def __init__(self, matrices: Sequence[NDArray[np.int8]], scales: Sequence[NDArray[np.float32]]) -> None:
+        outputs = sum(matrix.shape[1] for matrix in matrices)
+        super().__init__(matrices, scales, (outputs, matrices[0].shape[0]))
 
     @property
     def scales(self) -> torch.Tensor:
-        """The scales ``[N]`` of all output channels, of a matrix that is not cut along its inputs."""
+        """The scales ``[N]`` of all output channels."""
+        return as_tensor(np.concatenate(self._scales))
+
+    def rows(self, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
+        """Some rows of the checkpoint's matrix in float32 ``[rows, K]``."""
         import torch
 
-        assert not self._by_input, "each group of inputs has its own"
-        return torch.from_numpy(np.concatenate(self._scales))
-
-    def rows(self, wanted: slice) -> torch.Tensor:
-        """Some rows of the checkpoint's matrix, as float32 ``[rows, K]``."""
-        import torch
-
-        if self._by_input:
-            groups = zip(self._matrices, self._scales)
-            cuts = [(np.array(matrix[:, wanted]), np.array(scales[wanted])) for matrix, scales in groups]
-            return torch.cat([unpack_int8_channels(*map(torch.from_numpy, cut)) for cut in cuts], 1)
+        assert isinstance(wanted, slice), "only an embedding is looked up, which is never stored so"
         parts, first = [], 0
         for matrix, scales in zip(self._matrices, self._scales):
             part = slice(max(0, wanted.start - first), max(0, wanted.stop - first))
-            parts.append(
-                unpack_int8_channels(
-                    torch.from_numpy(np.array(matrix[:, part])), torch.from_numpy(np.array(scales[part]))
-                )
-            )
+            parts.append(unpack_int8_channels(as_tensor(matrix[:, part]), as_tensor(scales[part])))
             first += len(scales)
         return torch.cat(parts)
+
+
+class StoredInputChannels(_StoredCuts):
+    """A matrix that is cut along its input channels."""
+
+    def __init__(self, matrices: Sequence[NDArray[np.int8]], scales: Sequence[NDArray[np.float32]]) -> None:
+        inputs = sum(matrix.shape[0] for matrix in matrices)
+        super().__init__(matrices, scales, (matrices[0].shape[1], inputs))
+
+    def rows(self, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
+        """Some rows of the checkpoint's matrix in float32 ``[rows, K]``."""
+        import torch
+
+        cuts = zip(self._matrices, self._scales)
+        parts = [(as_tensor(data[:, wanted]), as_tensor(scales[wanted])) for data, scales in cuts]
+        return torch.cat([unpack_int8_channels(*part) for part in parts], 1)
+
+
+def find_channels(arrays: Arrays, name: str, columns: int) -> StoredChannels | None:
+    """A matrix of a finished graph in ``Channels``, or None; see ``stored.LAYOUTS``."""
+    matrices = arrays.numbered(name + _DATA)
+    return StoredChannels(matrices, arrays.numbered(name + _SCALES)) if matrices else None
+
+
+def find_input_channels(arrays: Arrays, name: str, columns: int) -> StoredInputChannels | None:
+    """A matrix of a finished graph in ``InputChannels``, or None; see ``stored.LAYOUTS``."""
+    matrices = arrays.numbered(name + _INPUTS_DATA)
+    return StoredInputChannels(matrices, arrays.numbered(name + _INPUTS_SCALES)) if matrices else None

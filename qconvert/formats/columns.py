@@ -2,20 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.formats.blocks import NonFiniteWeightError, row_ranges
+from qconvert.formats.layout import (
+    Arrays,
+    NonFiniteWeightError,
+    PackedWeight,
+    Part,
+    as_tensor,
+    row_ranges,
+)
+from qconvert.formats.recipe import BlockFormat
 
 if TYPE_CHECKING:
     import torch
 
 BLOCK_SIZES = (16, 32, 64, 128)
+_DATA, _SCALES = ".int4", ".int4_scales"
 _LARGEST = 7  # -8 is left out, so that a block's two ends are stored with the same step
+
+
+@dataclass(frozen=True)
+class Int4Columns:
+    """The layout of TensorRT's 4-bit weights; see ``layout.Layout``."""
+
+    block_size: int
+    scale_dtype: str
+
+    def pack(self, weight: torch.Tensor, workers: Executor | None) -> PackedWeight:
+        """One matrix, rounded to nearest."""
+        import torch
+
+        return PackedWeight(
+            *pack_int4_columns(weight, self.block_size, getattr(torch, self.scale_dtype), workers)
+        )
+
+    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+        """Numbers of 4 bits, and their scales."""
+        import torch
+
+        data = torch.cat([each.data for each in packed], 1)
+        yield Part("data", _DATA, [data], (data.shape[0], 2 * data.shape[1]), int4=True)
+        yield Part.of("scales", _SCALES, [torch.cat([each.scales for each in packed], 1)])
+
+    def size(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix."""
+        scales = columns // self.block_size * (4 if self.scale_dtype == "float32" else 2)
+        return rows * scales + rows // 2 * columns
+
+
+class StoredColumns:
+    """A matrix of a finished graph, mapped; see ``layout.Stored``.
+
+    Args:
+        tensor: onnx_ir's external int4 tensor ``[K, N]``.
+        scales: ``[K / block_size, N]``.
+    """
+
+    dtype = "uint8"
+
+    def __init__(self, tensor: Any, scales: torch.Tensor) -> None:
+        inputs, outputs = (int(size) for size in tensor.shape)
+        self._data: NDArray[np.uint8] = np.memmap(
+            tensor.path, np.uint8, "r", tensor.offset or 0, (inputs, outputs // 2)
+        )
+        self.shape = (outputs, inputs)
+        self._scales = scales
+        self.rounding = BlockFormat(4, inputs // scales.shape[0], symmetric=True)
+
+    @property
+    def scale_rounding(self) -> float:
+        """Scales are rounded to the nearest number of their type."""
+        import torch
+
+        return torch.finfo(self._scales.dtype).eps / 2
+
+    def rows(self, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
+        """Some rows of the checkpoint's matrix in float32 ``[rows, K]``."""
+        assert isinstance(wanted, slice), "only an embedding is looked up, which is never stored so"
+        pair = slice(wanted.start // 2, -(-wanted.stop // 2))
+        data = as_tensor(self._data[:, pair])
+        found = unpack_int4_columns(data, self._scales[:, 2 * pair.start : 2 * pair.stop])
+        return found[wanted.start - 2 * pair.start :][: wanted.stop - wanted.start]
+
+
+def find_columns(arrays: Arrays, name: str, columns: int) -> StoredColumns | None:
+    """A matrix of a finished graph in this layout, or None; see ``stored.LAYOUTS``."""
+    if name + _DATA not in arrays:
+        return None
+    return StoredColumns(arrays.tensor(name + _DATA), as_tensor(arrays[name + _SCALES]))
 
 
 def pack_int4_columns(
@@ -57,33 +138,6 @@ def pack_int4_columns(
     for _ in (map if workers is None else workers.map)(pack_rows, _even(row_ranges(weight), rows)):
         pass  # waits for each piece, and raises what it raised
     return data, scales
-
-
-class Int4Columns:
-    """A packed matrix of a finished export, mapped: ``shape`` is the checkpoint's ``[N, K]``.
-
-    Args:
-        tensor: the external int4 tensor ``[K, N]``.
-        scales: ``[K / block_size, N]``.
-    """
-
-    def __init__(self, tensor: Any, scales: torch.Tensor) -> None:
-        inputs, outputs = (int(size) for size in tensor.shape)
-        self.data: NDArray[np.uint8] = np.memmap(
-            tensor.path, np.uint8, "r", tensor.offset or 0, (inputs, outputs // 2)
-        )
-        self.shape = (outputs, inputs)
-        self.block_size = inputs // scales.shape[0]
-        self.scales = scales
-
-    def rows(self, wanted: slice) -> torch.Tensor:
-        """Some rows of the checkpoint's matrix, as float32 ``[rows, K]``."""
-        import torch
-
-        pair = slice(wanted.start // 2, -(-wanted.stop // 2))
-        data = torch.from_numpy(np.array(self.data[:, pair]))
-        found = unpack_int4_columns(data, self.scales[:, 2 * pair.start : 2 * pair.stop])
-        return found[wanted.start - 2 * pair.start :][: wanted.stop - wanted.start]
 
 
 def unpack_int4_columns(data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

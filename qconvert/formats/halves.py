@@ -10,16 +10,20 @@ them; u is the nearest that 4 bits have. Both share the block's scale.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.formats.blocks import SCALES, Blocks, StoredBlocks
+from qconvert.formats.layout import Arrays, PackedWeight, Part, as_tensor, row_ranges
+from qconvert.formats.recipe import BlockFormat
+
 if TYPE_CHECKING:
     import torch
 
-# Codes relative to their zero: beyond +119 the upper half would have no number to round to.
-LOWEST, HIGHEST = -128, 119
+_UPPER, _LOWER = ".upper", ".lower"
 _ROUNDING = 8
 
 
@@ -42,8 +46,46 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-class Halves:
-    """The halves of a finished export, mapped, read as the codes that they stand for.
+class Halves(Blocks):
+    """The layout of one matrix whose upper halves are multiplied by themselves; see ``layout.Layout``."""
+
+    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+        """The upper halves as blocks, the lower ones as rows, and the scales of both."""
+        (matrix,) = packed
+        rows, blocks, width = matrix.data.shape
+        shapes = ((rows, blocks, width // 2), (rows, blocks * width // 2))
+        for half, (role, suffix) in enumerate((("data", _UPPER), ("lower", _LOWER))):
+            pieces = (split_codes(matrix.data[piece])[half] for piece in row_ranges(matrix.data))
+            yield Part(role, suffix, pieces, shapes[half])
+        yield Part.of("scales", SCALES, [matrix.scales])
+
+
+class StoredHalves(StoredBlocks):
+    """Halves of a finished graph, mapped; see ``layout.Stored``."""
+
+    def __init__(
+        self, upper: NDArray[np.uint8], lower: NDArray[np.uint8], scales: NDArray[Any], fmt: BlockFormat
+    ) -> None:
+        super().__init__(_Joined(upper, lower), scales, None, fmt, upper.shape[1] * fmt.block_size)
+        self._coarse = _Joined(upper, None)
+
+    def coarse_rows(self, wanted: slice) -> torch.Tensor:
+        """Like ``rows``, from the upper halves alone."""
+        return self._unpack(self._coarse, wanted)
+
+
+def find_halves(arrays: Arrays, name: str, columns: int) -> StoredHalves | None:
+    """A matrix of a finished graph in this layout, or None; see ``stored.LAYOUTS``."""
+    if name + _LOWER not in arrays:
+        return None
+    scales = arrays[name + SCALES]
+    upper = arrays.matrix(name + _UPPER, scales.shape)
+    fmt = BlockFormat(8, 2 * upper.shape[-1], True, scales.dtype.name, halves=True)
+    return StoredHalves(upper, arrays[name + _LOWER], scales, fmt)
+
+
+class _Joined:
+    """Mapped halves that read as the codes for which they stand, uint8 ``[N, B, block_size]``.
 
     Args:
         upper: uint8 ``[N, B, block_size / 2]``.
@@ -53,14 +95,9 @@ class Halves:
     def __init__(self, upper: NDArray[np.uint8], lower: NDArray[np.uint8] | None) -> None:
         self._upper, self._lower = upper, lower
         self.shape = (*upper.shape[:-1], 2 * upper.shape[-1])
-        self.dtype = upper.dtype
 
     def __getitem__(self, rows: Any) -> NDArray[np.uint8]:
-        import torch
-
-        upper = torch.from_numpy(np.array(self._upper[rows]))
-        lower = None
-        if self._lower is not None:
-            lower = torch.from_numpy(np.array(self._lower[rows])).view(upper.shape)
+        upper = as_tensor(self._upper[rows])
+        lower = None if self._lower is None else as_tensor(self._lower[rows]).view(upper.shape)
         codes: NDArray[np.uint8] = join_codes(upper, lower).numpy()
         return codes

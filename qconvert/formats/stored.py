@@ -1,12 +1,77 @@
-"""How stored tensors are named in a graph: what the lowering writes, the proof finds under the same names."""
+"""How a tensor of the checkpoint is named in a graph and found again: written and read through this file.
+
+``LAYOUTS`` is the table of all layouts. The lowering writes through ``Layout.pack`` and ``Layout.parts``, the
+proof reads through ``find``, a forecast asks ``Layout.size``. See docs/adding-a-format.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.formats.blocks import Blocks, find_blocks
+from qconvert.formats.channels import find_channels, find_input_channels
+from qconvert.formats.columns import find_columns
+from qconvert.formats.halves import Halves, find_halves
+from qconvert.formats.layout import Arrays, Layout, Stored, as_tensor
+from qconvert.formats.recipe import BlockFormat
+
+if TYPE_CHECKING:
+    import torch
+
+# Each looks for a matrix of the given name in its own layout, and returns None where there is none.
+# The last argument is the number of columns that the checkpoint has: blocks may be filled up with zeros.
+LAYOUTS: tuple[Callable[[Arrays, str, int], Stored | None], ...] = (
+    find_columns,  # 4 bits, for TensorRT
+    find_channels,  # 8 bits for integer products
+    find_input_channels,  # the same, cut along the inputs
+    find_halves,  # 8 bits as two matrices of 4
+    find_blocks,  # 4 or 8 bits
+)
 
 # Initializers from which a finished graph's shortlist can be read.
 SHORTLIST_RANGES = "shortlist_ranges"  # int64 [-1, ranges, tokens of the vocabulary in each]
 SHORTLIST_SIZE = "shortlist_size"  # int64 [tokens chosen in each range]
+
+
+def layout_of(fmt: BlockFormat) -> Layout:
+    """How a recipe's blocks are stored for ONNX Runtime."""
+    return Halves(fmt) if fmt.halves else Blocks(fmt)
+
+
+def find(arrays: Arrays, names: Sequence[str], columns: int = 1) -> Stored:
+    """Tensors of the checkpoint that stand side by side in a graph.
+
+    Args:
+        arrays: the graph's initializers.
+        names: in the checkpoint.
+        columns: of the checkpoint's tensors; 1 for vectors.
+
+    Raises:
+        QconvertError: the graph does not hold them.
+    """
+    joined = joined_name(names)
+    found = (find_layout(arrays, joined, columns) for find_layout in LAYOUTS)
+    return next((stored for stored in found if stored is not None), None) or StoredAsIs(arrays[joined])
+
+
+class StoredAsIs:
+    """A tensor whose values were cast at most; see ``layout.Stored``."""
+
+    rounding = None
+    scale_rounding = 0.0
+
+    def __init__(self, data: NDArray[Any]) -> None:
+        self._data = data
+        self.shape: tuple[int, ...] = data.shape
+        self.dtype = data.dtype.name
+
+    def rows(self, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
+        """Some rows in float32."""
+        return as_tensor(self._data[wanted]).float()
 
 
 def joined_name(names: Sequence[str]) -> str:

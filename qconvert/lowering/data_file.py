@@ -14,6 +14,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from qconvert.formats.layout import part_name
+
 # ONNX Runtime maps external data. A large tensor begins with a page, so that no two share one; small ones
 # only with a cache line: a page each would be most of a megabyte for a model of 135M.
 ALIGNMENT = 4096
@@ -85,7 +87,7 @@ class DataFile:
         count, *rest = tensor.shape.numpy()
         row, start = tensor.length // count, rows.start
         shape = (rows.stop - start, *rest)
-        name = f"{tensor.name}.from_{start}"
+        name = part_name(str(tensor.name), start)
         return self.view(name, tensor.dtype, shape, tensor.offset + start * row, shape[0] * row)
 
 

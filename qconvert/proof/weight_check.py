@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qconvert.checkpoint.weights import CheckpointWeights
-from qconvert.formats.blocks import PIECE
-from qconvert.formats.recipe import BlockFormat
+from qconvert.formats.layout import PIECE, Rounding
 from qconvert.formats.record import Digest
 from qconvert.models.decoder import rope_tables
 from qconvert.proof.exported_weights import ExportedWeights
@@ -111,7 +110,7 @@ def check_weights(
         for start in range(0, tensor.shape[0], rows):
             true = exported.folding.apply(name, tensor[start : start + rows], start)
             stored = exported.stored_rows(name, slice(start, start + rows))
-            if (fmt := exported.format_of(name)) is None:
+            if (fmt := exported.rounding_of(name)) is None:
                 if name not in exported.folding:  # a folded norm is checked by the matrices that follow it
                     fault = fault or _cast_fault(true, stored, exported.dtype_of(name), start)
                 continue
@@ -139,11 +138,9 @@ def check_weights(
     )
 
 
-def error_in_steps(true: torch.Tensor, stored: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
-    """Largest error in each block ``[rows, blocks]``, in steps of the format for the true values.
+def error_in_steps(true: torch.Tensor, stored: torch.Tensor, fmt: Rounding) -> torch.Tensor:
+    """Largest error in each block ``[rows, blocks]``, in the steps that are due to the true values.
 
-    A symmetric step is max|w| / (2^(bits-1) - 1); in halves, whose codes reach from -128 to 119, the larger
-    end / 128 or the other / 119; an asymmetric one the range of the block, 0 included, / (2^bits - 1).
     NaN and Inf stay what they are.
     """
     import torch
@@ -154,19 +151,12 @@ def error_in_steps(true: torch.Tensor, stored: torch.Tensor, fmt: BlockFormat) -
         torch.nn.functional.pad(values, (0, padding)).view(rows, -1, fmt.block_size)
         for values in ((stored - true).abs(), true)
     )
-    low, high = torch.aminmax(true, dim=-1)
-    if fmt.halves:
-        ends = torch.stack((high, -low))
-        steps = torch.maximum(ends.amax(0) / 128, ends.amin(0) / 119)
-    elif fmt.symmetric:
-        steps = torch.maximum(high, -low) / ((1 << (fmt.bits - 1)) - 1)
-    else:
-        steps = (high.clamp(min=0) - low.clamp(max=0)) / ((1 << fmt.bits) - 1)
+    steps = fmt.step(*torch.aminmax(true, dim=-1))
     # A block of zeros has no step, and must come back as zeros.
     return error.amax(-1) / steps.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _rounding_fault(steps: torch.Tensor, fmt: BlockFormat, start: int, limit: float) -> str:
+def _rounding_fault(steps: torch.Tensor, fmt: Rounding, start: int, limit: float) -> str:
     bad = ~(steps <= limit)
     row, block = divmod(int(bad.flatten().nonzero()[0]), steps.shape[1])
     more = f" ({int(bad.sum())} blocks of these rows)" if int(bad.sum()) > 1 else ""

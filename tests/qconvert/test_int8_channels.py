@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qconvert.formats.blocks import NonFiniteWeightError
 from qconvert.formats.channels import (
-    Int8Channels,
+    StoredInputChannels,
     channel_groups,
     groups_in_a_part,
     pack_int8_channels,
     unpack_int8_channels,
 )
+from qconvert.formats.layout import NonFiniteWeightError
 from qconvert.formats.recipe import ChannelFormat
 from qconvert.parallel import piece_workers
 
@@ -84,9 +84,9 @@ def test_groups_of_inputs_have_scales_of_their_own():
     weight[:, 5] *= 1000
     packed = [pack_int8_channels(weight[:, cut]) for cut in channel_groups(96, 3)]
     matrices, scales = ([part[index].numpy() for part in packed] for index in (0, 1))
-    stored = Int8Channels(matrices, scales, by_input=True)
+    stored = StoredInputChannels(matrices, scales)
     assert stored.shape == (8, 96)
-    assert stored.inputs == 32
+    assert stored.rounding.block_size == 32
     error = (stored.rows(slice(2, 7)) - weight[2:7]).abs()
     assert float(error[:, :32].max()) > 1
     assert float(error[:, 32:].max()) < 0.02

@@ -16,8 +16,8 @@ from transformers import Qwen2ForCausalLM
 from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
-from qconvert.formats.blocks import NonFiniteWeightError
 from qconvert.formats.columns import pack_int4_columns, unpack_int4_columns
+from qconvert.formats.layout import NonFiniteWeightError
 from qconvert.lowering.trt.float32_kernels import compute_in_float32
 from qconvert.progress import Progress
 from qrun.backends.opening import open_session

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from qconvert.errors import QconvertError
-from qconvert.formats.blocks import PIECE, NonFiniteWeightError, pack, row_ranges, unpack
+from qconvert.formats.blocks import pack, unpack
+from qconvert.formats.layout import PIECE, NonFiniteWeightError, row_ranges
 from qconvert.formats.recipe import BlockFormat, recipe_for
 from qconvert.models.decoder import DecoderSpec
 from qconvert.targets import target_named

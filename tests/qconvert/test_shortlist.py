@@ -13,8 +13,8 @@ import torch
 from qconvert.export import ExportOptions, export
 from qconvert.formats import shortlist
 from qconvert.formats.blocks import pack, unpack
-from qconvert.formats.halves import HIGHEST, LOWEST, join_codes, split_codes
-from qconvert.formats.recipe import BlockFormat
+from qconvert.formats.halves import join_codes, split_codes
+from qconvert.formats.recipe import HIGHEST_HALVES, LOWEST_HALVES, BlockFormat
 from qconvert.formats.shortlist import Shortlist
 from qconvert.models.decoder import DecoderSpec
 from qconvert.progress import Progress
@@ -38,7 +38,7 @@ def short_vocabularies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_halves_are_the_codes_again() -> None:
-    codes = torch.arange(LOWEST + 128, HIGHEST + 129, dtype=torch.uint8).view(2, -1)
+    codes = torch.arange(LOWEST_HALVES + 128, HIGHEST_HALVES + 129, dtype=torch.uint8).view(2, -1)
     upper, lower = split_codes(codes)
     assert torch.equal(join_codes(upper, lower), codes)
     # The upper halves alone are the nearest multiple of 16: at most 8 away.
@@ -54,7 +54,7 @@ def test_packing_in_halves_is_rounding_to_nearest(scale_dtype: str) -> None:
     weight[0] = 0
     weight[1, :32], weight[2, :32] = weight[1, :32].abs(), -weight[2, :32].abs()  # one-sided blocks
     packed = pack(weight, fmt)
-    assert packed.data.max() <= 128 + HIGHEST
+    assert packed.data.max() <= 128 + HIGHEST_HALVES
     stored = unpack(packed, fmt, 64)
     room = 1 + (2**-8 if scale_dtype == "bfloat16" else 0)
     assert error_in_steps(weight, stored, fmt).max() <= 0.501 * room

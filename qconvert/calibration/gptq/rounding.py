@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.errors import QconvertError
-from qconvert.formats.blocks import NonFiniteWeightError, unpack
+from qconvert.formats.blocks import unpack
+from qconvert.formats.layout import NonFiniteWeightError
 from qconvert.formats.recipe import Recipe
 from qconvert.formats.record import RECORD_NAME, Digest
 from qconvert.parallel import piece_workers

@@ -10,7 +10,8 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
-from qconvert.formats.blocks import PackedWeight, assemble
+from qconvert.formats.blocks import assemble
+from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import BlockFormat
 
 if TYPE_CHECKING:

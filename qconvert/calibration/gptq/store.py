@@ -12,7 +12,7 @@ from typing import Any
 from qconvert import __version__
 from qconvert.folder.beside import hidden_name, stores_beside
 from qconvert.folder.ours import remove_files
-from qconvert.formats.blocks import PackedWeight
+from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import Recipe
 
 _LAYER_FILE = re.compile(r"\d+\.(safetensors|unfinished)")

@@ -15,7 +15,8 @@ import torch
 from qconvert.calibration.gptq.layer import STAGES, Layer, Reads
 from qconvert.calibration.gptq.solve import Means
 from qconvert.checkpoint.weights import CheckpointWeights
-from qconvert.formats.blocks import NonFiniteWeightError, PackedWeight, pack, unpack
+from qconvert.formats.blocks import pack, unpack
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
 from qconvert.formats.recipe import BlockFormat, Recipe
 from qconvert.parallel import all_threads
 

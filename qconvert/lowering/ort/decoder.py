@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qconvert.formats.recipe import BlockFormat, Recipe
-from qconvert.formats.stored import joined_name, kv_scale_name
+from qconvert.formats.stored import joined_name, kv_scale_name, layout_of
 from qconvert.lowering.initializers import Initializers, PackedValues
 from qconvert.lowering.ort import shortlist
 from qconvert.lowering.ort.graph import CONTRIB, IR_TYPES, IR_VERSION, OPSET, OrtGraph, value
@@ -88,7 +88,7 @@ class OnnxRuntimeLowering:
         else:
             tied = self._spec.tie_word_embeddings
             head = head if tied else replace(head, halves=False)
-            packed = self._initializers.packed([weight], head)
+            packed = self._initializers.packed([weight], layout_of(head))
             self._tied = packed if tied else None
             if head.halves:
                 return shortlist.look_up(self.graph, packed, self._input_ids, head.block_size, weight)
@@ -126,7 +126,7 @@ class OnnxRuntimeLowering:
         name = joined_name(weights)
         fmt = self._recipe.format_of(weights[0])
         if fmt is not None:
-            packed = self._initializers.packed(weights, fmt)
+            packed = self._initializers.packed(weights, layout_of(fmt))
             return self.graph.multiply_packed(hidden, packed, fmt, bias, name)
         product = self.graph.multiply_dense(hidden, self._initializers.dense(weights, self._dtype), name)
         return product if bias is None else self._op("Add", [product, bias], name=joined_name(biases))
@@ -175,7 +175,7 @@ class OnnxRuntimeLowering:
                 hidden, self._initializers.dense([weight], self._dtype), "lm_head.weight"
             )
         else:
-            packed = self._tied or self._initializers.packed([weight], fmt)
+            packed = self._tied or self._initializers.packed([weight], layout_of(fmt))
             if self._recipe.shortlist is None:
                 logits = self._multiply_head(hidden, packed, fmt)
             else:

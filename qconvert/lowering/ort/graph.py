@@ -86,19 +86,19 @@ class OrtGraph:
             "block_size": fmt.block_size,
             "accuracy_level": self._accuracy_level,
         }
-        inputs = [hidden, weight.data, self.scales(weight, name), weight.zero_points, None, bias]
+        inputs = [hidden, weight["data"], self.scales(weight, name), weight.get("zero_points"), None, bias]
         while inputs[-1] is None:
             inputs.pop()
         return self.op("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
 
     def scales(self, weight: PackedValues, name: str) -> ir.Value:
         """Scales in the activations' type: ONNX Runtime folds the cast away when it loads the model."""
-        if weight.scales.dtype == self.dtype:
-            return weight.scales
-        if weight.scales not in self._cast_scales:  # embedding and head share those of a tied matrix
-            cast = self.op("Cast", [weight.scales], {"to": self.dtype}, name=name)
-            self._cast_scales[weight.scales] = cast
-        return self._cast_scales[weight.scales]
+        scales = weight["scales"]
+        if scales.dtype == self.dtype:
+            return scales
+        if scales not in self._cast_scales:  # embedding and head share those of a tied matrix
+            self._cast_scales[scales] = self.op("Cast", [scales], {"to": self.dtype}, name=name)
+        return self._cast_scales[scales]
 
 
 def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from qconvert.formats.channels import LARGEST, groups_in_a_part
+from qconvert.formats.channels import LARGEST, Channels, InputChannels, groups_in_a_part
 from qconvert.formats.recipe import ChannelFormat, Recipe
 from qconvert.formats.stored import joined_name
 from qconvert.lowering.initializers import Initializers
@@ -93,8 +93,11 @@ class IntegerLowering:
         parts = self._fmt.mlp_parts if weights[0].endswith(_SPLIT) else 1
         name = joined_name(weights)
         data = self._quantise(hidden.parts[0], name)
-        packed = self._initializers.int8_channels(weights, parts)
-        products = tuple(self._product(data, weight, scales, name) for weight, scales in packed)
+        packed = self._initializers.packed(weights, Channels(parts))
+        products = tuple(
+            self._product(data, weight, scales, name)
+            for weight, scales in zip(packed.all("data"), packed.all("scales"))
+        )
         result = Activation(products, self._times(data.scale, hidden.scale, name))
         if not biases:
             return result
@@ -125,10 +128,10 @@ class IntegerLowering:
     # Pieces of them.
 
     def _sum_of_parts(self, hidden: Activation, weight: str) -> Activation:
-        packed = self._initializers.int8_channels_by_input(weight, len(hidden.parts) * self._groups)
+        packed = self._initializers.packed([weight], InputChannels(len(hidden.parts) * self._groups))
         groups = (group for part in hidden.parts for group in self._quantise_groups(part, weight))
         total: ir.Value | None = None
-        for data, (matrix, scales) in zip(groups, packed, strict=True):
+        for data, matrix, scales in zip(groups, packed.all("data"), packed.all("scales"), strict=True):
             product = self._op("Mul", [self._product(data, matrix, scales, weight), data.scale], weight)
             total = product if total is None else self._op("Add", [total, product], weight)
         assert total is not None

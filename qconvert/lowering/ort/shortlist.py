@@ -31,7 +31,7 @@ def look_up(
         graph.op(
             "GatherBlockQuantized", [half, token_ids, scales], _blocks(block_size), domain=CONTRIB, name=name
         )
-        for half in (graph.initializers.flat_view(packed), packed.lower)
+        for half in (graph.initializers.flat_view(packed), packed["lower"])
     )
     return graph.op("Add", [graph.op("Mul", [upper, _sixteen(graph)], name=name), lower], name=name)
 
@@ -86,7 +86,7 @@ def _corrections(
         ir.node("Gather", [states, position]),
         ir.node(
             "GatherBlockQuantized",
-            [packed.lower, None, graph.scales(packed, _HEAD)],
+            [packed["lower"], None, graph.scales(packed, _HEAD)],
             _blocks(fmt.block_size),
             domain=CONTRIB,
         ),

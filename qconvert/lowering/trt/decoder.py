@@ -24,6 +24,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from qconvert.formats.columns import Int4Columns
 from qconvert.formats.recipe import ChannelFormat, Recipe
 from qconvert.formats.stored import joined_name
 from qconvert.lowering.initializers import Initializers
@@ -232,9 +233,11 @@ class TensorRTLowering:
         if fmt is None:
             return self._transposed(self._initializers.dense(weights, self._dtype), self._half, name)
         # TensorRT takes signed 4-bit values in blocks along the first axis only.
-        packed, scales = self._initializers.int4_columns(weights, fmt.block_size, self._dtype)
+        packed = self._initializers.packed(weights, Int4Columns(fmt.block_size, self._recipe.activations))
         attributes = {"axis": 0, "block_size": fmt.block_size}
-        return self._op("DequantizeLinear", [packed, scales], self._half, attributes, name=name)
+        return self._op(
+            "DequantizeLinear", [packed["data"], packed["scales"]], self._half, attributes, name=name
+        )
 
     def _transposed(self, dense: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
         # Weights stay [out, in] as in the checkpoint, so that a tied embedding serves as the head too.

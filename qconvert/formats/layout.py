@@ -1,0 +1,211 @@
+"""What a layout is: one way to write a checkpoint's matrix into a graph's initializers, and to find it again.
+
+Each layout is a file of this folder and a row of the table in ``stored.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import count, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.errors import QconvertError
+
+if TYPE_CHECKING:
+    import torch
+
+# Weights are packed in pieces of about this many: float32 temporaries then stay in the processor's cache.
+PIECE = 1 << 19
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One packed matrix ``[N, K]``. The shapes are its layout's; those of blocks, with B = K / block_size
+    rounded up, are:
+
+    data: uint8 ``[N, B, block_size * bits / 8]``; scales: ``[N, B]`` in the format's type;
+    zero_points: uint8 ``[N, ceil(B * bits / 8)]``, or None for a symmetric format.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None = None
+
+
+class NonFiniteWeightError(ValueError):
+    """A weight holds NaN or Inf; the caller knows its name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One initializer of a stored matrix.
+
+    Attributes:
+        role: what it is to an operator: "data", "scales", and what else the layout has. A matrix that is cut
+            has several of each.
+        suffix: follows the matrix's name.
+        pieces: its content, cut along the first axis.
+        shape: of the whole.
+        int4: bytes that hold two signed numbers of 4 bits each; PyTorch has no such type.
+    """
+
+    role: str
+    suffix: str
+    pieces: Iterable[torch.Tensor]
+    shape: tuple[int, ...]
+    int4: bool = False
+
+    @classmethod
+    def of(cls, role: str, suffix: str, pieces: Sequence[torch.Tensor]) -> Part:
+        """The initializer that holds some tensors one below the other."""
+        return cls(role, suffix, pieces, (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:]))
+
+
+class Layout(Protocol):
+    """How to write a matrix. Layouts are values: two that are equal write the same."""
+
+    def pack(self, weight: torch.Tensor, workers: Executor | None) -> PackedWeight:
+        """One matrix of the checkpoint ``[N, K]``.
+
+        Raises:
+            NonFiniteWeightError: it holds NaN or Inf.
+        """
+        ...
+
+    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+        """The initializers of matrices side by side along N, in the order in which they are written."""
+        ...
+
+    def size(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix ``[rows, columns]`` in this layout."""
+        ...
+
+
+class Rounding(Protocol):
+    """How coarse stored values are: blocks of ``block_size`` weights along K share a step."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    def step(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """The due step of blocks whose values lie between ``low`` and ``high``."""
+        ...
+
+
+class Stored(Protocol):
+    """A tensor of a finished graph, mapped: several of the checkpoint's where they stand side by side.
+
+    Attributes:
+        shape: as the checkpoint has it, ``[N, K]`` or ``[N]``.
+        dtype: the element type of its data.
+        rounding: None where values are only cast.
+        scale_rounding: the largest relative error of its scales by rounding to their own type.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def rounding(self) -> Rounding | None: ...
+
+    @property
+    def scale_rounding(self) -> float: ...
+
+    def rows(self, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
+        """Some rows in float32, as the stored ones stand for them. A slice has a start and a stop."""
+        ...
+
+
+class Arrays:
+    """The initializers of a finished graph by name, mapped.
+
+    Args:
+        graph: an .onnx file beside its data file.
+    """
+
+    def __init__(self, graph: Path) -> None:
+        import onnx_ir
+
+        self._path = graph
+        self._graph = onnx_ir.load(graph)
+        self._tensors = {name: value.const_value for name, value in self._graph.graph.initializers.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """An initializer as it is stored.
+
+        Raises:
+            QconvertError: there is none of that name.
+        """
+        array: NDArray[Any] = self.tensor(name).numpy()
+        return array
+
+    def get(self, name: str) -> NDArray[Any] | None:
+        """The same, or None."""
+        tensor = self._tensors.get(name)
+        return None if tensor is None else tensor.numpy()
+
+    def tensor(self, name: str) -> Any:
+        """The same as onnx_ir's tensor, which knows file and offset.
+
+        Raises:
+            QconvertError: there is none of that name.
+        """
+        if (tensor := self._tensors.get(name)) is None:
+            raise QconvertError(
+                f"the graph has no tensor {name}", where=self._path, hint="export the model again"
+            )
+        return tensor
+
+    def has_matrix(self, name: str) -> bool:
+        """Whether the graph holds a matrix in blocks, or only the view of its rows that look-ups read."""
+        return name in self or rows_name(name) in self
+
+    def matrix(self, name: str, blocks: Sequence[int]) -> NDArray[Any]:
+        """Such a matrix ``[N, B, bytes of a block]``, with ``blocks`` its ``[N, B]``."""
+        return self[name] if name in self else self[rows_name(name)].reshape(*blocks, -1)
+
+    def numbered(self, name: str) -> list[NDArray[Any]]:
+        """An initializer that stands in one piece, or its numbered parts; none if there is neither."""
+        if name in self:
+            return [self[name]]
+        names = (f"{name}.{part}" for part in count())
+        return [self[part] for part in takewhile(self.__contains__, names)]
+
+
+def rows_name(name: str) -> str:
+    """The view of a matrix in blocks as plain rows, from which an embedding is looked up."""
+    return f"{name}.rows"
+
+
+def part_name(name: str, first_row: int) -> str:
+    """The view of some rows of a matrix, for a product that is computed in parts."""
+    return f"{name}.from_{first_row}"
+
+
+def row_ranges(weight: torch.Tensor) -> Iterator[slice]:
+    """Cut a tensor along its first axis into ranges of about ``PIECE`` elements."""
+    rows = max(1, PIECE // weight[0].numel())
+    for start in range(0, weight.shape[0], rows):
+        yield slice(start, min(start + rows, weight.shape[0]))
+
+
+def as_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """A copy of an array that may be mapped."""
+    import torch
+
+    array = np.array(array)
+    if array.dtype.name == "bfloat16":  # not NumPy's own: PyTorch knows it by its bits only
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
