@@ -15,10 +15,17 @@ from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.calibration.kv_scales import KVScales, scales_for
 from qconvert.calibration.smoothing import folding_for
 from qconvert.checkpoint.hub import Hub
-from qconvert.checkpoint.load import Checkpoint, hash_files, load_model, open_checkpoint, resolve_source
+from qconvert.checkpoint.load import (
+    Checkpoint,
+    hash_files,
+    load_model,
+    open_checkpoint,
+    resolve_source,
+    stored_dtypes,
+)
 from qconvert.errors import QconvertError
 from qconvert.folder.artifact import ModelFolder, new_model_folder
-from qconvert.folder.companions import end_token_ids, write_companions
+from qconvert.folder.companions import write_companions
 from qconvert.formats.folding import Folding
 from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import Recipe
@@ -73,6 +80,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
         QconvertError: a bad checkpoint or option, no space, or an export that failed its verification.
     """
     checkpoint = open_checkpoint(resolve_source(source, hub=options.hub, revision=options.revision))
+    progress.note(*checkpoint.notes)
     target = target_named(options.target)
     spec = target.fit(DecoderSpec.from_config(checkpoint.config), options.max_length)
     recipe = target.recipe(options.precision or target.precisions[0], options.block_size, spec)
@@ -199,7 +207,7 @@ def describe(
         "created_by": {"python": platform.python_version(), **_versions()},
         "source": {
             "name": checkpoint.name,
-            "dtype": str(checkpoint.config.dtype).removeprefix("torch."),
+            "dtype": ", ".join(stored_dtypes(checkpoint.tensors)),
             "files": [
                 {"path": path.name, "size": path.stat().st_size, "sha256": source_hashes[path.name]}
                 for path in checkpoint.weight_files
@@ -221,7 +229,7 @@ def describe(
             "sliding_windows": list(spec.sliding_windows) if any(spec.sliding_windows) else None,
         },
         **target.facts(spec, recipe),
-        "tokens": {"eos": end_token_ids(checkpoint)},
+        "tokens": {"eos": checkpoint.ends.ids},
         "verification": {"status": "not verified"},
     }
 

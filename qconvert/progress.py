@@ -19,6 +19,11 @@ class Progress:
         self._console = Console(stderr=True, quiet=quiet)
         self._enabled = not quiet and self._console.is_terminal
 
+    def note(self, *notes: str) -> None:
+        """Say what the user may not expect, whether or not this is a terminal."""
+        for text in notes:
+            self._console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
     @contextmanager
     def task(self, description: str, total: float | None = None) -> Iterator[Advance]:
         """Show one step; yields a function whose last argument is the amount done since the last call."""

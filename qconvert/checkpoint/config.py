@@ -23,6 +23,12 @@ SUPPORTED = (
 # Others (dynamic, longrope) change the frequencies with the length of the sequence.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+# How some program ran the model, which says nothing about the model: a kernel that is not installed here is
+# no reason to refuse it.
+_NOT_THE_MODELS = (
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("_attn_implementation_autoset", "experts_implementation", "_experts_implementation"),
+)
 _COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "max_position_embeddings"),
@@ -81,12 +87,16 @@ def load_config(folder: Path) -> Qwen2Config:
 
     try:
         with quiet_transformers():
-            config = Qwen2Config.from_pretrained(folder, local_files_only=True)
+            config = Qwen2Config.from_dict({key: raw[key] for key in raw if key not in _NOT_THE_MODELS})
     except Exception as error:  # transformers has no error class of its own for a bad value
         reason = " ".join(str(error).split())
         raise QconvertError(f"transformers refuses this configuration: {reason}", where=path) from error
     _check_sizes(config, path)
     _check_attention(config, path)
+    pad = config.pad_token_id
+    if type(pad) is not int or not 0 <= pad < config.vocab_size:
+        config.pad_token_id = None  # no effect on an export; transformers refuses to build such a model
+    config._attn_implementation = "sdpa"
     return config
 
 
@@ -142,8 +152,10 @@ def tensor_problems(config: Qwen2Config, tensors: dict[str, TensorInfo]) -> list
 
 def _check_identity(raw: dict[str, Any], path: Path) -> None:
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    if architectures is not None and not isinstance(architectures, list):
+        _refuse(path, "architectures", architectures, "a list of names is needed")
     if model_type != "qwen2" or (architectures and ARCHITECTURE not in architectures):
-        names = architectures if isinstance(architectures, list) else [architectures]
+        names = architectures or ["(no architecture)"]
         found = f"{', '.join(map(str, names))}, model_type {model_type}"
         raise QconvertError(f"This checkpoint is another architecture: {found}.", where=path, hint=SUPPORTED)
     quantised = raw.get("quantization_config") or raw.get("compression_config")

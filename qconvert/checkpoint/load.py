@@ -1,7 +1,7 @@
 """A Qwen2 checkpoint on disk: found, checked, and loaded by transformers.
 
-With ``weightfiles`` (files and headers), ``modelconfig`` (config.json) and ``hub`` (downloads) this is
-the only place that knows how checkpoints lie on disk.
+With ``files`` and ``header`` (the weight files), ``config`` (config.json), ``assemble`` (the model) and
+``hub`` (downloads) this is the only place that knows how checkpoints lie on disk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconvert.checkpoint.config import load_config, quiet_transformers, tensor_problems
+from qconvert.checkpoint.assemble import assemble
+from qconvert.checkpoint.config import load_config, tensor_problems
 from qconvert.checkpoint.files import (
     FileState,
     TensorInfo,
@@ -22,7 +23,10 @@ from qconvert.checkpoint.files import (
     text_file_states,
 )
 from qconvert.checkpoint.hub import resolve_source
+from qconvert.checkpoint.tokens import EndTokens, end_tokens
 from qconvert.errors import QconvertError
+from qrun.errors import QrunError
+from qrun.sampling.params import SamplingParams, resolve
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -52,6 +56,9 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
     name: str
+    ends: EndTokens
+    sampling: SamplingParams
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -76,14 +83,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             where=folder,
             hint="download the whole checkpoint again; adapters (LoRA) must be merged into the model first",
         )
+    generation = read_json_object(folder / "generation_config.json")[1]
+    ends = end_tokens(folder, config, generation, config.vocab_size)
     return Checkpoint(
         folder=folder,
         config=config,
-        generation_config=read_json_object(folder / "generation_config.json")[1],
+        generation_config=generation,
         weight_files=tuple(sorted({folder / info.file for info in weights.tensors.values()})),
         tensors=weights.tensors,
         name=checkpoint_name(folder),
+        ends=ends,
+        sampling=sampling_defaults(folder, generation),
+        notes=_notes(config, weights.tensors, ends),
     )
+
+
+def sampling_defaults(folder: Path, generation_config: dict[str, Any] | None) -> SamplingParams:
+    """generation_config.json as qrun will read it.
+
+    Raises:
+        QconvertError: a value of the wrong type or out of range.
+    """
+    try:
+        return resolve({}, generation_config)[0]
+    except QrunError as error:
+        raise QconvertError(
+            error.what,
+            where=folder / "generation_config.json",
+            hint="mend it in the checkpoint, or delete it there: the default then applies",
+        ) from error
 
 
 def file_error(folder: Path, state: FileState) -> QconvertError:
@@ -101,35 +129,34 @@ def checkpoint_name(folder: Path) -> str:
 
 
 def load_model(checkpoint: Checkpoint) -> Qwen2ForCausalLM:
-    """transformers' model in eval mode, in the checkpoint's dtype, its weights mapped from the files.
+    """transformers' model in eval mode, each tensor mapped from its file in the type that it has there.
 
     Raises:
-        QconvertError: a weight that transformers misses, does not expect or cannot fit, or a head that
-            differs from the embedding although the config ties them.
+        QconvertError: see ``assemble``.
     """
-    from transformers import Qwen2ForCausalLM
+    return assemble(checkpoint.config, checkpoint.weight_files, checkpoint.folder)
 
-    with quiet_transformers():
-        model, info = Qwen2ForCausalLM.from_pretrained(
-            checkpoint.folder,
-            config=checkpoint.config,
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
+
+def _notes(config: Qwen2Config, tensors: dict[str, TensorInfo], ends: EndTokens) -> tuple[str, ...]:
+    """What a user may not expect, and is told before the work."""
+    notes = list(ends.notes)
+    found = stored_dtypes(tensors)
+    stated = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
+    if stated is not None and found != [stated] and not (stated == "float32" and "float64" not in found):
+        notes.append(
+            f"config.json says {stated} and the weight files hold {', '.join(found)}: "
+            "what the files hold is exported, and is what the verification compares with"
         )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if names := sorted(map(str, info[kind])):
-            what = f"transformers reports {kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)."
-            raise QconvertError(what, where=checkpoint.folder, hint="download the whole checkpoint again")
-    if checkpoint.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
-        raise QconvertError(
-            "lm_head.weight differs from the embedding, although the config ties them.",
-            where=checkpoint.folder / "config.json",
-            hint="set tie_word_embeddings to false if the head was trained on its own",
-        )
-    return model.eval()
+    if "float64" in found:
+        notes.append("weights in float64 are rounded to float32, by less than one part in 16 million")
+    return tuple(notes)
+
+
+def stored_dtypes(tensors: dict[str, TensorInfo]) -> list[str]:
+    """The types of the tensors on disk, by PyTorch's names, those of most bytes first."""
+    names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    held = {info.dtype for info in tensors.values()}
+    return [name for dtype, name in names.items() if dtype in held]
 
 
 def hash_files(paths: Iterable[Path], progress: Callable[[int], None] | None = None) -> dict[str, str]:

@@ -60,7 +60,8 @@ class CheckpointSource:
 
     def __init__(self, model: Qwen2ForCausalLM) -> None:
         self._weights = CheckpointWeights(model)
-        stored = str(model.dtype).removeprefix("torch.")
+        found = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+        stored = " and ".join(sorted(found))
         upcast = "" if stored == "float32" else f" (weights {stored}, upcast layer by layer)"
         self.description = f"float32{upcast}"
 
@@ -124,7 +125,8 @@ class Reference:
         self._source = source or CheckpointSource(model)
         self.dtype = self._source.description
         # A float32 checkpoint needs no swapping: transformers runs as it is.
-        self._swaps = source is not None or model.dtype != torch.float32
+        whole = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        self._swaps = source is not None or not whole
 
     def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """The decoder's output before the head, float32 ``[tokens, hidden_size]`` for each sequence.

@@ -118,7 +118,11 @@ class ModelFolder:
             exchange(self.path, self.output)
             self.published = None
             raise
-        remove_files(self.path, ours)
+        try:
+            remove_files(self.path, ours)
+        except KeyboardInterrupt:  # the older folder goes all the same: it has no name any more
+            remove_files(self.path, ours)
+            raise
 
 
 @contextmanager

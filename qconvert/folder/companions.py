@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from qconvert.checkpoint.load import Checkpoint
 from qconvert.models.decoder import DecoderSpec
 
+NAMED_TEMPLATES = "additional_chat_templates"
 _COPIED = (
     "config.json",
     "generation_config.json",
@@ -31,33 +32,33 @@ def write_companions(
     for name in _COPIED:
         source = checkpoint.folder / name
         if source.is_file():
-            shutil.copyfile(source, folder / name)
+            # Few programs read past a byte order mark, so the copy goes without.
+            (folder / name).write_bytes(source.read_bytes().removeprefix(codecs.BOM_UTF8))
+    named = checkpoint.folder / NAMED_TEMPLATES
+    if named.is_dir():
+        (folder / NAMED_TEMPLATES).mkdir()
+        for source in sorted(named.glob("*.jinja")):
+            (folder / NAMED_TEMPLATES / source.name).write_bytes(
+                source.read_bytes().removeprefix(codecs.BOM_UTF8)
+            )
     if not for_genai:
         return
     text = json.dumps(genai_config(checkpoint, spec), indent=2)
     (folder / "genai_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def end_token_ids(checkpoint: Checkpoint) -> list[int]:
-    """End tokens of config.json and generation_config.json, in this order, without doubles."""
-    found: list[int] = []
-    for value in ((checkpoint.generation_config or {}).get("eos_token_id"), checkpoint.config.eos_token_id):
-        for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, int) and token not in found:
-                found.append(token)
-    return found
-
-
 def genai_config(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, Any]:
     """What onnxruntime-genai reads to open the folder."""
-    generation = checkpoint.generation_config or {}
-    ends = end_token_ids(checkpoint)
-    first_end = ends[0] if ends else 0
-    pad = generation.get("pad_token_id", checkpoint.config.pad_token_id)
-    bos = generation.get("bos_token_id", checkpoint.config.bos_token_id)
+    generation, sampling = checkpoint.generation_config or {}, checkpoint.sampling
+    ends = checkpoint.ends.ids
+    tokens: dict[str, Any] = {} if not ends else {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+    for key in ("bos_token_id", "pad_token_id"):
+        named = (generation.get(key), getattr(checkpoint.config, key), *ends)
+        usable = [token for token in named if type(token) is int and 0 <= token < spec.vocab_size]
+        if usable:
+            tokens[key] = usable[0]
     return {
         "model": {
-            "bos_token_id": first_end if bos is None else bos,
             "context_length": spec.context_length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -79,14 +80,13 @@ def genai_config(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, Any]:
                 "num_hidden_layers": spec.num_hidden_layers,
                 "num_key_value_heads": spec.num_key_value_heads,
             },
-            "eos_token_id": ends if len(ends) > 1 else first_end,
-            "pad_token_id": first_end if pad is None else pad,
+            **tokens,
             "type": "qwen2",
             "vocab_size": spec.vocab_size,
         },
         "search": {
             "diversity_penalty": 0.0,
-            "do_sample": bool(generation.get("do_sample", False)),
+            "do_sample": sampling.do_sample,
             "early_stopping": True,
             "length_penalty": 1.0,
             "max_length": spec.context_length,
@@ -95,9 +95,9 @@ def genai_config(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, Any]:
             "num_beams": 1,
             "num_return_sequences": 1,
             "past_present_share_buffer": True,
-            "repetition_penalty": float(generation.get("repetition_penalty", 1.0)),
-            "temperature": float(generation.get("temperature", 1.0)),
-            "top_k": int(generation.get("top_k", 50)),
-            "top_p": float(generation.get("top_p", 1.0)),
+            "repetition_penalty": sampling.repetition_penalty,
+            "temperature": sampling.temperature,
+            "top_k": 50 if generation.get("top_k") is None else sampling.top_k,
+            "top_p": sampling.top_p,
         },
     }

@@ -156,10 +156,14 @@ def _failures(seen: Evidence, twin: TwinResult, off: NDArray[np.float32], first:
         begins = first + int(np.flatnonzero(~(off <= limit))[0])
         what = f"logits off by {twin.max_difference:.3g} ({limit:g} at most are due to float32)"
         failed.append(Failure(where, f"{what}, from position {begins} on: an error that rounding would hide"))
-    for key, value in (("mean_rounding", twin.mean_rounding), ("max_rounding", twin.max_rounding)):
-        if value is not None and not value <= (limit := limit_value(key, seen.limits)):
+    rounding = (
+        (twin.mean_rounding, limit_value("mean_rounding", seen.limits)),
+        (twin.max_rounding, limit_value("max_rounding", seen.limits)),
+    )
+    for value, most in rounding:
+        if value is not None and not value <= most:
             failed.append(
-                Failure(where, f"rounding costs the graph a KL divergence of {value:.3g} ({limit:g} at most)")
+                Failure(where, f"rounding costs the graph a KL divergence of {value:.3g} ({most:g} at most)")
             )
     return failed
 

@@ -48,6 +48,8 @@ def recipes() -> Iterator[Recipe]:
 def asked_of(recipe: Recipe) -> Iterator[str]:
     """The limits that the proof of such an export looks up by name."""
     yield from ("weight_steps", "near_tie")
+    if column_of(recipe) != "fp32":  # without rounding, nothing can hide behind it: there is no twin
+        yield from ("twin_difference", "mean_rounding", "max_rounding")
     if recipe.calibration is not None:
         yield "moved_steps"
     if recipe.shortlist is not None:

@@ -12,6 +12,7 @@ from qconvert.errors import QconvertError
 from qconvert.folder import artifact
 from qconvert.folder.artifact import ModelFolder, new_model_folder
 from qconvert.proof.report import Failure
+from qconvert.proof.verify import PROOFS, Proof
 from qrun.folder.manifest import MANIFEST_NAME
 from tests.qconvert.building import refused, run
 
@@ -199,9 +200,8 @@ def test_a_folder_of_the_users_called_like_a_failed_export_is_left_alone(
     # --keep-failed replaced it. Another name is taken, also for the second failure.
     (tmp_path / "model.failed").mkdir()
     (tmp_path / "model.failed" / "thesis.txt").write_text("mine")
-    monkeypatch.setattr(
-        "qconvert.proof.verify.find_failures", lambda *_: (Failure("short, whole", "made up by a test"),)
-    )
+    made_up = Proof("a test's", lambda _: True, lambda _: [Failure("short, whole", "made up by a test")])
+    monkeypatch.setattr("qconvert.proof.verify.PROOFS", (*PROOFS, made_up))
     for name in ("model.failed-2", "model.failed-3"):
         result = run("export", tied, "--precision", "fp32", "--output", tmp_path / "model", "--keep-failed")
         refused(result, str(tmp_path / name))

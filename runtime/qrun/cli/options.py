@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+# Only click 8.4 and later can be asked for the parameter's type at run time.
+if TYPE_CHECKING:
+    _CountsType = click.ParamType[tuple[int, ...]]
+else:
+    _CountsType = click.ParamType
 
 _MODEL_OPTIONS = (
     click.option(
@@ -78,7 +83,7 @@ _SAMPLING_NAMES = (
 )
 
 
-class _TokenCounts(click.ParamType[tuple[int, ...]]):
+class _TokenCounts(_CountsType):
     """Numbers of tokens, separated by commas."""
 
     name = "N[,N...]"

@@ -97,6 +97,7 @@ _UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None, []),
     "guidance_scale": (None, 1.0),
+    "max_length": (None,),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
     "no_repeat_ngram_size": (None, 0),
@@ -216,7 +217,8 @@ def resolve(
         if name in asked:
             values[name], sources[name] = check(name, asked[name]), REQUEST
         elif model_name is not None and model.get(model_name) is not None:
-            found = check(name, model[model_name], where=GENERATION_CONFIG, shown_as=model_name)
+            value = _off_elsewhere(name, model[model_name])
+            found = check(name, value, where=GENERATION_CONFIG, shown_as=model_name)
             values[name], sources[name] = found, GENERATION_CONFIG
 
     manifest_eos = tuple(eos_token_ids)
@@ -232,6 +234,16 @@ def resolve(
     elif values.get("temperature") == 0 and "do_sample" not in asked:
         values["do_sample"], sources["do_sample"] = False, sources["temperature"]
     return SamplingParams(**values), sources
+
+
+def _off_elsewhere(name: str, value: object) -> object:
+    """A value of generation_config.json, with what other programs write for "off" in our own way."""
+    if name == "top_k" and type(value) is int and value == -1:
+        return 0
+    if name == "eos_token_ids":
+        ids = value if isinstance(value, list) else [value]
+        return [token for token in ids if type(token) is not int or token >= 0]
+    return value
 
 
 def unsupported_settings(generation_config: Mapping[str, Any]) -> dict[str, Any]:

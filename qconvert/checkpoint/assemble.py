@@ -1,0 +1,90 @@
+"""transformers' Qwen2 with the checkpoint's tensors in it, each in the type that its file holds.
+
+``from_pretrained`` would round every tensor to the type that config.json names, and read adapters,
+generation defaults and the choice of an attention kernel besides. Here nothing but the weight files is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qconvert.checkpoint.config import expected_tensors, quiet_transformers
+from qconvert.errors import QconvertError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+_AGAIN = "download the whole checkpoint again"
+_PIECE_ROWS = 4096
+
+
+def assemble(config: Qwen2Config, weight_files: tuple[Path, ...], folder: Path) -> Qwen2ForCausalLM:
+    """The model in eval mode, its weights mapped from the files (privately: see ``CheckpointWeights``).
+
+    Raises:
+        QconvertError: transformers refuses the configuration; a tensor that is missing or of another shape
+            (files that changed after they were checked); or a head that differs from the embedding although
+            the config ties them.
+    """
+    import torch
+    from transformers import Qwen2ForCausalLM
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = Qwen2ForCausalLM(config)
+    except Exception as error:  # transformers has no error class of its own for a bad value
+        reason = " ".join(str(error).split())
+        raise QconvertError(
+            f"transformers refuses this configuration: {reason}", where=folder / "config.json"
+        ) from error
+    model.model.rotary_emb = Qwen2RotaryEmbedding(config)  # computed, not stored: it needs real numbers
+
+    tensors = _read(weight_files, folder)
+    _check_tied_head(config, tensors, folder)
+    expected = expected_tensors(config)
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise QconvertError(f"the weight files have missing keys: {name}", where=folder, hint=_AGAIN)
+        if tuple(tensors[name].shape) != shape:
+            what = f"{name} has shape {list(tensors[name].shape)}, the config implies {list(shape)}"
+            raise QconvertError(what, where=folder, hint=_AGAIN)
+    model.load_state_dict({name: tensors[name] for name in expected}, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def _read(weight_files: tuple[Path, ...], folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files:
+        try:
+            with safe_open(path, "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise QconvertError(f"{path.name} cannot be read: {error}", where=path, hint=_AGAIN) from error
+    return tensors
+
+
+def _check_tied_head(config: Qwen2Config, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if not config.tie_word_embeddings or head is None or embedding is None:
+        return
+    same = head.shape == embedding.shape and all(
+        bool(
+            (
+                head[start : start + _PIECE_ROWS].double() == embedding[start : start + _PIECE_ROWS].double()
+            ).all()
+        )
+        for start in range(0, len(head), _PIECE_ROWS)
+    )
+    if not same:
+        raise QconvertError(
+            "lm_head.weight differs from the embedding, although the config ties them.",
+            where=folder / "config.json",
+            hint="set tie_word_embeddings to false if the head was trained on its own",
+        )

@@ -1,0 +1,64 @@
+"""Which tokens end an answer: those of config.json, generation_config.json and the tokenizer together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qconvert.errors import QconvertError
+from qrun.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EndTokens:
+    """Token ids, each with the files that name it, in the order of finding; and what was left out."""
+
+    sources: dict[int, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self.sources)
+
+
+def end_tokens(
+    folder: Path, config: Any, generation_config: Mapping[str, Any] | None, vocab_size: int
+) -> EndTokens:
+    """The union of what the three say. A fine-tuned base model often changes the tokenizer's end token alone.
+
+    Raises:
+        QconvertError: something that is no token id stands where one should.
+    """
+    named = {
+        "generation_config.json": (generation_config or {}).get("eos_token_id"),
+        "config.json": config.eos_token_id,
+        "the tokenizer": _of_tokenizer(folder),
+    }
+    sources: dict[int, tuple[str, ...]] = {}
+    notes = []
+    for file, value in named.items():
+        for token in _ids(value, folder / file):
+            if 0 <= token < vocab_size:
+                sources[token] = (*sources.get(token, ()), file)
+            else:
+                notes.append(f"eos_token_id {token} of {file} is ignored: the model has no such token")
+    return EndTokens(sources, tuple(notes))
+
+
+def _of_tokenizer(folder: Path) -> int | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.from_folder(folder).special_id("eos_token")
+
+
+def _ids(value: object, where: Path) -> list[int]:
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in found):
+        raise QconvertError(
+            f"eos_token_id must be a token id or a list of them, not {value!r}",
+            where=f"{where}, eos_token_id",
+            hint="write the id as a number, or leave it out",
+        )
+    return list(dict.fromkeys(found))
