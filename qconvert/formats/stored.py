@@ -1,7 +1,7 @@
 """How a tensor of the checkpoint is named in a graph and found again: written and read through this file.
 
 ``LAYOUTS`` is the table of all layouts. The lowering writes through ``Layout.pack`` and ``Layout.parts``, the
-proof reads through ``find``, a forecast asks ``Layout.size``. See docs/adding-a-format.md.
+proof reads through ``find``, a forecast asks ``Layout.size``.
 """
 
 from __future__ import annotations
