@@ -117,7 +117,9 @@ def _build_options(command: Any) -> Any:
 )
 @click.option(
     "--precision",
-    type=click.Choice(sorted({name for target in TARGETS.values() for name in target.precisions})),
+    type=click.Choice(
+        sorted({name for target in TARGETS.values() for name in target.capabilities.precisions})
+    ),
     help="Of the weights.  [default: int8 for onnxruntime, bf16 for tensorrt]",
 )
 @click.option(

@@ -14,6 +14,7 @@ from qconvert.calibration.gptq.rounding import round_weights, write_record
 from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.calibration.kv_scales import KVScales, scales_for
 from qconvert.calibration.smoothing import folding_for
+from qconvert.calibration.text import calibration_text
 from qconvert.checkpoint.hub import Hub
 from qconvert.checkpoint.load import (
     Checkpoint,
@@ -32,9 +33,8 @@ from qconvert.formats.recipe import Recipe
 from qconvert.models.decoder import DecoderSpec, rope_tables
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
-from qconvert.recipes.choose import choose
+from qconvert.recipes.choose import Wishes, choose
 from qconvert.recipes.forecast import export_bytes, parameter_count
-from qconvert.recipes.options import with_int8_kv_cache, with_prefill_graph
 from qconvert.targets import GRAPH_NAME, Target, target_named
 
 if TYPE_CHECKING:
@@ -46,17 +46,11 @@ _LIBRARIES = ("qconvert", "torch", "transformers", "onnx-ir", "onnxruntime", "on
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Wishes):
     """What a user may choose; see ``qconvert export --help``."""
 
-    precision: str | None = None  # the target's default
-    recipe: str | None = None  # of recipes.RECIPES; "gptq" where there is a calibration text, else "rtn"
-    calibrate: str | None = None  # a text file, or "default"
     target: str = "onnxruntime"
     max_length: int | None = None
-    block_size: int | None = None
-    prefill: bool = False  # a second graph that reads prompts
-    int8_kv_cache: bool = False
     output: Path | None = None
     force: bool = False
     verify: bool = True
@@ -83,13 +77,12 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     progress.note(*checkpoint.notes)
     target = target_named(options.target)
     spec = target.fit(DecoderSpec.from_config(checkpoint.config), options.max_length)
-    recipe = target.recipe(options.precision or target.precisions[0], options.block_size, spec)
-    if options.prefill:
-        recipe = with_prefill_graph(recipe, target, spec)
-    recipe, text, kind = choose(recipe, spec, options, checkpoint.folder)
-    if options.int8_kv_cache:
-        recipe = with_int8_kv_cache(recipe, target)
-    output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{kind}")
+    choice, text = choose(options, target.capabilities, spec), None
+    recipe = choice.recipe
+    if choice.calibrated:
+        text = calibration_text(options.calibrate, checkpoint.folder, spec.vocab_size, spec.context_length)
+        recipe = choice.on_text(text.facts)
+    output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{choice.name}")
     needed = int(export_bytes(spec, recipe) * 1.01) + (64 << 20)  # graph, tokenizer and reports
 
     with new_model_folder(output, force=options.force, needed_bytes=needed) as folder:

@@ -6,17 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qconvert.errors import QconvertError
-from qconvert.formats.columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
-from qconvert.formats.recipe import (
-    PRECISIONS,
-    BlockFormat,
-    ChannelFormat,
-    Recipe,
-    recipe_for,
-)
+from qconvert.formats.recipe import ChannelFormat, Recipe
 from qconvert.models.decoder import DecoderSpec, lower_decoder, lower_prompt
 from qconvert.recipes.forecast import kv_bytes_per_token
-from qconvert.recipes.options import with_fitting_blocks, with_shortlist
+from qconvert.recipes.precisions import PRECISIONS, Capabilities
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,22 +33,14 @@ class Target(Protocol):
     Attributes:
         name: as in the manifest.
         folder_name: what stands between the model's name and the precision in a folder's default name.
-        precisions: those that it offers, the default first.
+        capabilities: what recipes may ask of it.
         read_by_genai: whether onnxruntime-genai can open the folder.
     """
 
     name: str
     folder_name: str
-    precisions: tuple[str, ...]
+    capabilities: Capabilities
     read_by_genai: bool
-
-    def recipe(self, precision: str, block_size: int | None, spec: DecoderSpec) -> Recipe:
-        """What becomes of the weights.
-
-        Raises:
-            QconvertError: a precision or block size that the target or the model does not allow.
-        """
-        ...
 
     def fit(self, spec: DecoderSpec, max_length: int | None) -> DecoderSpec:
         """The decoder as this target will run it: ``context_length`` becomes what its cache can hold.
@@ -81,14 +66,15 @@ class OnnxRuntimeTarget:
 
     name = "onnxruntime"
     folder_name = "onnx"
-    precisions: tuple[str, ...] = ("int8", *(precision for precision in PRECISIONS if precision != "int8"))
+    capabilities = Capabilities(
+        name,
+        ("int8", *(precision for precision in PRECISIONS if precision != "int8")),
+        activations="float32",
+        integer_products=True,
+        int8_kv_cache=True,
+        calibrated=True,
+    )
     read_by_genai = True
-
-    def recipe(self, precision: str, block_size: int | None, spec: DecoderSpec) -> Recipe:
-        recipe = recipe_for(precision, spec.hidden_size, block_size)
-        if isinstance(recipe.linear, ChannelFormat):
-            return replace(recipe, linear=recipe.linear.fitted(spec.intermediate_size))
-        return with_shortlist(recipe if block_size else with_fitting_blocks(recipe, spec), spec)
 
     def fit(self, spec: DecoderSpec, max_length: int | None) -> DecoderSpec:
         if max_length is not None:
@@ -152,18 +138,10 @@ class TensorRTTarget:
 
     name = "tensorrt"
     folder_name = "tensorrt"
-    precisions: tuple[str, ...] = ("bf16", "fp16", "int4", "fp32")
+    capabilities = Capabilities(
+        name, ("bf16", "fp16", "int4", "fp32"), activations="bfloat16", packed_columns=True
+    )
     read_by_genai = False
-
-    def recipe(self, precision: str, block_size: int | None, spec: DecoderSpec) -> Recipe:
-        activations = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int4": "bfloat16"}
-        if precision not in activations:
-            raise QconvertError(
-                f"--precision {precision} is not for --target tensorrt",
-                hint=f"use one of {', '.join(self.precisions)}",
-            )
-        linear = BlockFormat(4, self._block_size(block_size, spec), True) if precision == "int4" else None
-        return Recipe(precision, activations[precision], linear, None, accuracy_level=0)
 
     def fit(self, spec: DecoderSpec, max_length: int | None) -> DecoderSpec:
         length = min(DEFAULT_STATIC_LENGTH, spec.context_length) if max_length is None else max_length
@@ -210,27 +188,6 @@ class TensorRTTarget:
             },
             "kv_cache": {**_kv_facts(spec, recipe), "length": spec.context_length},
         }
-
-    def _block_size(self, wanted: int | None, spec: DecoderSpec) -> int:
-        """The block size, which must divide every matrix along its input."""
-        widths = {
-            "hidden_size": spec.hidden_size,
-            "intermediate_size": spec.intermediate_size,
-            "num_attention_heads x head_dim": spec.query_size,
-        }
-        fitting = [size for size in COLUMN_BLOCK_SIZES if not any(width % size for width in widths.values())]
-        if wanted is None:
-            wanted = 32 if 32 in fitting else next(iter(fitting), 16)
-        if wanted in fitting and not spec.intermediate_size % 2:
-            return wanted
-        bad = {key: width for key, width in widths.items() if width % wanted}
-        names = " and ".join(f"{key} {width:,}" for key, width in bad.items())
-        raise QconvertError(
-            f"blocks of {wanted} weights do not fit: TensorRT takes whole blocks of "
-            f"{', '.join(map(str, COLUMN_BLOCK_SIZES))}" + (f", and {names} is no multiple" if names else ""),
-            where="config.json" if names else None,
-            hint=f"use --block-size {fitting[-1]}" if fitting else "use --precision bf16",
-        )
 
 
 TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntimeTarget(), TensorRTTarget())}

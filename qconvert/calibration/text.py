@@ -1,4 +1,4 @@
-"""A few thousand tokens of our own, on which a model's activations are looked at before it is quantised.
+"""Texts on which a model's activations are looked at before it is quantised: our own, or the user's.
 
 ``text.txt`` holds passages of several kinds: prose, dialogue, code, Chinese, a chat in ChatML, other
 languages, tables, mathematics. None of them is among the texts with which an export is verified.
@@ -6,14 +6,19 @@ languages, tables, mathematics. None of them is among the texts with which an ex
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
+from qconvert.checkpoint.tokenizer import whole_texts
 from qconvert.errors import QconvertError
+from qconvert.formats.recipe import Calibration
 
+DEFAULT_TEXT = "default"
 SEPARATOR = "\n=====\n"
 _SEED = 20240608
 _RANDOM_LENGTH = 256
@@ -21,6 +26,18 @@ _RANDOM_SEQUENCES = 8
 # Tokens that are looked at together: each weight is then upcast once for all of them, and what lies between
 # the layers of a 1.5B model takes 0.2 GB.
 _BATCH_TOKENS = 2048
+# Rounding by GPTQ reads more text than the other calibrations: 16,384 tokens of both of the package's texts.
+_SEQUENCE_TOKENS = 512
+_MOST_TOKENS = 32 * _SEQUENCE_TOKENS
+_TEXTS = ("text.txt", "more.txt")
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids in sequences of one length, and what the manifest says of them."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    facts: Calibration
 
 
 def calibration_ids(
@@ -50,6 +67,37 @@ def calibration_ids(
     return sequences if limit is None else _cut(sequences, limit)
 
 
+def calibration_text(
+    source: str | Path | None, tokenizer_folder: Path, vocab_size: int, context_length: int
+) -> CalibrationText:
+    """The text behind ``--calibrate`` in sequences of one length: passages follow one another.
+
+    Args:
+        source: a UTF-8 text file; "default" or None: the package's own texts.
+        tokenizer_folder: the checkpoint's.
+        vocab_size: the model's.
+        context_length: the model's; sequences are no longer.
+
+    Raises:
+        QconvertError: the file cannot be read or is not text, or has too little of it.
+    """
+    own = source is None or str(source) == DEFAULT_TEXT
+    text = SEPARATOR.join(_own_texts()) if own else _read(Path(str(source)))
+    sequences = calibration_ids(tokenizer_folder, vocab_size, text=text)
+    tokens = [token for sequence in sequences for token in sequence][:_MOST_TOKENS]
+    length = min(_SEQUENCE_TOKENS, context_length, len(tokens))
+    cut = tuple(tuple(tokens[start : start + length]) for start in range(0, len(tokens) - length + 1, length))
+    if not own and len(tokens) < _SEQUENCE_TOKENS:
+        raise QconvertError(
+            f"the calibration text has {len(tokens)} tokens, too few to see what a model does",
+            where=Path(str(source)),
+            hint="give a text of some thousand words, or --calibrate default",
+        )
+    digest = hashlib.sha256(np.array(cut, dtype=np.int64).tobytes()).hexdigest()
+    name = DEFAULT_TEXT if own else Path(str(source)).name
+    return CalibrationText(cut, Calibration(name, digest, len(cut) * length))
+
+
 def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     """All sequences in groups of similar length, so that little is padding; the longest come first."""
     batch: list[Sequence[int]] = []
@@ -65,9 +113,7 @@ def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]
 def _encode(file: Path, passages: list[str], vocab_size: int) -> list[list[int]] | None:
     if not file.is_file():
         return None
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = whole_texts(file)
     sequences = [tokenizer.encode(passage, add_special_tokens=False).ids for passage in passages]
     sequences = [sequence for sequence in sequences if sequence]
     fits = sequences and max(map(max, sequences)) < vocab_size
@@ -82,3 +128,23 @@ def _cut(sequences: list[list[int]], limit: int) -> list[list[int]]:
         kept.append(sequence[:limit])
         limit -= len(kept[-1])
     return kept
+
+
+def _own_texts() -> list[str]:
+    folder = files("qconvert") / "calibration"
+    return [(folder / name).read_text(encoding="utf-8").strip("\n") for name in _TEXTS]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise QconvertError(
+            f"the calibration text cannot be read: {error.strerror}",
+            where=file,
+            hint="give a text file, or --calibrate default for the package's own text",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise QconvertError(
+            "the calibration text is not UTF-8", where=file, hint="give a plain text file in UTF-8"
+        ) from error

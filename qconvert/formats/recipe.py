@@ -10,19 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from qconvert.errors import QconvertError
-
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-# Longer blocks are fewer bytes to read for a token. int4: a 0.5B model decodes 1.21 times as fast with 128 as
-# with 32 (64: 1.10), a 1.5B model 1.04 times as fast with 256 as with 128. They cost the sample, rounded to
-# nearest, a mean KL on prose of 0.302 (64: 0.254, 32: 0.243); 256 in down_proj takes the mean over prose,
-# code and German from 0.456 to 0.488, with GPTQ from 0.161 to 0.164. int8: 0.006 with 64 (32: 0.004), and
-# decode 1.2 to 1.4 times as fast.
-DEFAULT_BLOCK_SIZES = {"int8": 64, "int4": 256}
 # Channels of the MLP that integer products compute at once: longer parts leave the processor's cache, shorter
 # ones are more operators. A 0.5B model (4,864) reads prompts 1.04 to 1.08 times as fast in 2 parts as in 4, a
 # 1.5B model (8,960) no faster in 2 than in 4.
@@ -32,8 +23,6 @@ LONGEST_PART = 3072
 PROMPT_GROUPS = 2
 # Codes of a matrix in halves, relative to their zero: beyond +119 the upper half would have no number left.
 LOWEST_HALVES, HIGHEST_HALVES = -128, 119
-# Of the head, which is the embedding too: a tenth of what is read.
-_LONGEST_HEAD_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -159,43 +148,3 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def recipe_for(precision: str, hidden_size: int, block_size: int | None = None) -> Recipe:
-    """The recipe behind ``--precision`` and ``--block-size`` for a model of ``hidden_size``.
-
-    Without a block size, the precision's own in ``DEFAULT_BLOCK_SIZES``; int8 then has blocks in its
-    embedding and head alone, and integer products everywhere else.
-
-    Raises:
-        QconvertError: an unknown precision or block size, or a model that cannot be cut into blocks.
-    """
-    if precision not in PRECISIONS:
-        raise QconvertError(f"unknown precision {precision!r}", hint=f"use one of {', '.join(PRECISIONS)}")
-    integers = precision == "int8" and block_size is None
-    if block_size is None:
-        block_size = DEFAULT_BLOCK_SIZES.get(precision, BLOCK_SIZES[0])
-    if block_size not in BLOCK_SIZES:
-        raise QconvertError(
-            f"unknown block size {block_size}", hint=f"use one of {', '.join(map(str, BLOCK_SIZES))}"
-        )
-    if precision in ("fp32", "fp16"):
-        return Recipe(precision, {"fp32": "float32", "fp16": "float16"}[precision], None, None)
-    # Rows of the embedding are looked up as they are stored: they must be whole blocks.
-    longest = min(block_size, _LONGEST_HEAD_BLOCK)
-    fitting = [size for size in BLOCK_SIZES if size <= longest and hidden_size % size == 0]
-    if not fitting:
-        raise QconvertError(
-            f"hidden_size {hidden_size} is no multiple of {BLOCK_SIZES[0]}: the embedding cannot be packed",
-            where="config.json: hidden_size",
-            hint="use --precision fp32 or fp16",
-        )
-    head = BlockFormat(8, fitting[-1], symmetric=True)
-    linear: BlockFormat | ChannelFormat
-    if integers:
-        linear = ChannelFormat()
-    elif precision == "int8":
-        linear = BlockFormat(8, block_size, symmetric=True)
-    else:
-        linear = BlockFormat(4, block_size, symmetric=False)
-    return Recipe(precision, "float32", linear, head)

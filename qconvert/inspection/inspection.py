@@ -11,9 +11,11 @@ from qconvert.checkpoint.config import load_config, tensor_problems
 from qconvert.checkpoint.files import read_json_object, read_weight_files, text_file_states
 from qconvert.checkpoint.load import FileState, TensorInfo, checkpoint_name
 from qconvert.errors import QconvertError
-from qconvert.formats.recipe import PRECISIONS, recipe_for
 from qconvert.models.decoder import DecoderSpec
+from qconvert.recipes.choose import Wishes, choose
 from qconvert.recipes.forecast import export_bytes, kv_bytes_per_token, parameter_count
+from qconvert.recipes.precisions import PRECISIONS
+from qconvert.targets import TARGETS
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
@@ -118,9 +120,10 @@ def describe(folder: Path) -> Inspection:
 
 def _weight_bytes(spec: DecoderSpec, precision: str) -> int | None:
     try:
-        return export_bytes(spec, recipe_for(precision, spec.hidden_size))
+        choice = choose(Wishes(precision), TARGETS["onnxruntime"].capabilities, spec)
     except QconvertError:
         return None
+    return export_bytes(spec, choice.recipe)
 
 
 def _facts(

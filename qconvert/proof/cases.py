@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qconvert.checkpoint.tokenizer import whole_texts
 from qconvert.proof import paths as ways
 from qconvert.proof.paths import PromptPath, with_one_position, with_static_cache
 
@@ -106,9 +107,7 @@ def _encode(folder: Path, vocab_size: int) -> tuple[list[tuple[int, ...]], bool,
     file = folder / "tokenizer.json"
     if not file.is_file():
         return _random(vocab_size), False, ["random tokens: the folder has no tokenizer.json"]
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = whole_texts(file)
     encoded = [_tokens(tokenizer, plan.file) for plan in _PLANS]
     if not all(encoded) or max(map(max, encoded)) >= vocab_size:
         return _random(vocab_size), False, ["random tokens: the tokenizer is not of this model's vocabulary"]

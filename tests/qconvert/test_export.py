@@ -72,11 +72,12 @@ def test_the_forecast_is_what_is_written(tmp_path: Path, precision: str, tied_he
         str(checkpoint), ExportOptions(precision=precision, output=tmp_path / "m", verify=False), QUIET
     ).folder
     from qconvert.checkpoint.load import open_checkpoint
-    from qconvert.formats.recipe import recipe_for
     from qconvert.models.decoder import DecoderSpec
+    from qconvert.recipes.choose import Wishes, choose
+    from qconvert.targets import TARGETS
 
     spec = DecoderSpec.from_config(open_checkpoint(checkpoint).config)
-    expected = export_bytes(spec, recipe_for(precision, spec.hidden_size))
+    expected = export_bytes(spec, choose(Wishes(precision), TARGETS["onnxruntime"].capabilities, spec).recipe)
     written = (folder / "model.onnx.data").stat().st_size
     assert expected * 0.95 < written < expected * 1.15 + 64 * 4096
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,7 @@ from qconvert.formats import shortlist
 from qconvert.formats.recipe import BLOCK_SIZES, Calibration, Recipe
 from qconvert.models.decoder import DecoderSpec
 from qconvert.proof.limits import COLUMNS, LIMITS, limit_value, limits_name
-from qconvert.recipes.choose import RECIPES, calibrated
-from qconvert.recipes.options import with_int8_kv_cache, with_prefill_graph
+from qconvert.recipes.choose import RECIPES, Wishes, choose
 from qconvert.targets import TARGETS
 
 TEXT = Calibration("default", "0" * 64, 1024)
@@ -29,20 +29,19 @@ LARGE = DecoderSpec(3, 4, 2, 16, 64, 128, 151_936, 1e-6, True, 256, (None, None,
 def recipes() -> Iterator[Recipe]:
     """Every recipe that the command line can ask for, for a vocabulary as large as Qwen2.5's."""
     for target in TARGETS.values():
-        for precision in target.precisions:
-            for block_size in (None, *BLOCK_SIZES):
-                for name in RECIPES:
-                    for prefill in (False, True):
-                        for int8_kv in (False, True):
-                            try:
-                                recipe = target.recipe(precision, block_size, LARGE)
-                                recipe = with_prefill_graph(recipe, target, LARGE) if prefill else recipe
-                                if name != "rtn":
-                                    recipe = calibrated(recipe, name, LARGE, block_size, TEXT)
-                                recipe = with_int8_kv_cache(recipe, target) if int8_kv else recipe
-                            except QconvertError:
-                                continue
-                            yield recipe
+        for options in product(
+            target.capabilities.precisions,
+            (None, *BLOCK_SIZES),
+            RECIPES,
+            (None,),
+            (False, True),
+            (False, True),
+        ):
+            try:
+                choice = choose(Wishes(*options), target.capabilities, LARGE)
+            except QconvertError:
+                continue
+            yield choice.on_text(TEXT) if choice.calibrated else choice.recipe
 
 
 def asked_of(recipe: Recipe) -> Iterator[str]:

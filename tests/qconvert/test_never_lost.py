@@ -224,7 +224,7 @@ def test_an_export_touches_nothing_beside_its_output(tied: Path, tmp_path: Path)
 
 def test_stores_of_rounded_weights_are_known_by_more_than_their_name(tmp_path: Path) -> None:
     from qconvert.calibration.gptq.store import RoundedWeights
-    from qconvert.formats.recipe import recipe_for
+    from qconvert.recipes.precisions import recipe_for
 
     before = foreign_tree(tmp_path)
     store = RoundedWeights(tmp_path / "model", {}, recipe_for("int4", 64))

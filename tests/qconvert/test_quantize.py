@@ -13,8 +13,10 @@ import torch
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.layout import PIECE, NonFiniteWeightError, row_ranges
-from qconvert.formats.recipe import BlockFormat, recipe_for
+from qconvert.formats.recipe import BlockFormat
 from qconvert.models.decoder import DecoderSpec
+from qconvert.recipes.choose import Wishes, choose
+from qconvert.recipes.precisions import recipe_for
 from qconvert.targets import target_named
 
 FORMATS = [
@@ -148,11 +150,11 @@ def test_int4_takes_the_longest_blocks_that_divide_each_matrix(
     spec = DecoderSpec(
         2, heads, 2, hidden // heads, hidden, intermediate, 9999, 1e-6, True, 256, (None, None)
     )
-    recipe = target_named("onnxruntime").recipe("int4", None, spec)
+    recipe = choose(Wishes("int4"), target_named("onnxruntime").capabilities, spec).recipe
     assert isinstance(recipe.linear, BlockFormat)
     assert recipe.linear.block_size == linear
     assert {part: fmt.block_size for part, fmt in recipe.exceptions.items()} == exceptions
-    asked = target_named("onnxruntime").recipe("int4", 32, spec)
+    asked = choose(Wishes("int4", 32), target_named("onnxruntime").capabilities, spec).recipe
     assert (asked.linear, asked.exceptions) == (BlockFormat(4, 32, symmetric=False), {})
 
 

@@ -19,6 +19,7 @@ from qconvert.formats.shortlist import Shortlist
 from qconvert.models.decoder import DecoderSpec
 from qconvert.progress import Progress
 from qconvert.proof.weight_check import error_in_steps
+from qconvert.recipes.choose import Wishes, choose
 from qconvert.recipes.forecast import export_bytes
 from qconvert.targets import target_named
 from qrun.backends.opening import open_session
@@ -112,7 +113,7 @@ def test_the_export_is_proven_and_no_larger(tmp_path: Path) -> None:
     assert manifest.raw["recipe"]["head"]["halves"] is True
     assert manifest.raw["verification"]["status"] == "passed"
     spec = _spec(320)
-    recipe = target_named("onnxruntime").recipe("int4", None, spec)
+    recipe = choose(Wishes("int4"), target_named("onnxruntime").capabilities, spec).recipe
     whole = replace(recipe, shortlist=None, head=replace(recipe.head, halves=False))
     assert export_bytes(spec, recipe) == export_bytes(spec, whole)
 
@@ -153,7 +154,7 @@ def test_a_graph_for_prompts_reads_the_embedding_in_halves(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("precision", "vocab"), [("int4", 16 * SIZE - 1), ("int8", 320), ("fp32", 320)])
 def test_where_it_is_not_used(precision: str, vocab: int) -> None:
-    recipe = target_named("onnxruntime").recipe(precision, None, _spec(vocab))
+    recipe = choose(Wishes(precision), target_named("onnxruntime").capabilities, _spec(vocab)).recipe
     assert recipe.shortlist is None
     assert recipe.head is None or not recipe.head.halves
 

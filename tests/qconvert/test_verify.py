@@ -16,13 +16,13 @@ from qconvert.checkpoint.reference import Reference
 from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
-from qconvert.formats.recipe import PRECISIONS
 from qconvert.progress import Progress
 from qconvert.proof.cases import GREEDY_STEPS, LONG_TOKENS
 from qconvert.proof.limits import ENOUGH_FOR_SHARES, LIMITS, limits_table
 from qconvert.proof.paths import STEPS
 from qconvert.proof.report_view import summary, write_report
 from qconvert.proof.verify import Report, verify
+from qconvert.recipes.precisions import PRECISIONS
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.mutants import Exporter, overwrite
 from tests.tiny import make_tiny_checkpoint
