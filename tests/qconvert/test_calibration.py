@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from qconvert.calibration.text import SEPARATOR, batches, calibration_ids
 from qconvert.errors import QconvertError
+from qconvert.proof.cases import make_cases
 from tests.tiny import write_tiny_tokenizer
 
 
@@ -69,3 +71,25 @@ def test_batches_hold_every_sequence_once_and_are_bounded() -> None:
         assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 2048
     assert len(found) < len(sequences)
     assert list(batches([])) == []
+
+
+def test_a_tokenizer_that_cuts_and_pads_is_given_whole_texts(tokenizer_folder: Path, tmp_path: Path) -> None:
+    # Saved by a trainer with sequences of 8 tokens: calibration and proof then saw 8 tokens of every text.
+    expected = calibration_ids(tokenizer_folder, 320), make_cases(tokenizer_folder, 320, 256).cases
+    settings = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    settings["truncation"] = {
+        "direction": "Right",
+        "max_length": 8,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    settings["padding"] = {
+        "strategy": {"Fixed": 900},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    assert (calibration_ids(tmp_path, 320), make_cases(tmp_path, 320, 256).cases) == expected
