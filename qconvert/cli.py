@@ -16,7 +16,7 @@ from qconvert.errors import QconvertError
 from qconvert.formats.recipe import BLOCK_SIZES
 from qconvert.progress import Progress
 from qconvert.recipes.choose import RECIPES
-from qconvert.targets import TARGETS
+from qconvert.targets import DEFAULT_TARGET, TARGETS
 from qrun.cli.group import CommandGroup
 from qrun.cli.terminal import complain
 
@@ -212,7 +212,7 @@ def export(
     if not engine and build != BuildOptions():
         raise click.UsageError("--backend, --compute-capability and --prompt-length are for --engine.")
     chosen = ExportOptions(
-        target=target or "onnxruntime",
+        target=target or DEFAULT_TARGET,
         block_size=int(block_size) if block_size else None,
         prefill=prefill == "int8",
         int8_kv_cache=kv_cache == "int8",

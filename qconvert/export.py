@@ -34,8 +34,8 @@ from qconvert.models.decoder import DecoderSpec, rope_tables
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 from qconvert.recipes.choose import Wishes, choose
-from qconvert.recipes.forecast import export_bytes, parameter_count
-from qconvert.targets import GRAPH_NAME, Target, target_named
+from qconvert.recipes.forecast import parameter_count
+from qconvert.targets import DEFAULT_TARGET, Target, target_named
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
@@ -49,7 +49,7 @@ _LIBRARIES = ("qconvert", "torch", "transformers", "onnx-ir", "onnxruntime", "on
 class ExportOptions(Wishes):
     """What a user may choose; see ``qconvert export --help``."""
 
-    target: str = "onnxruntime"
+    target: str = DEFAULT_TARGET
     max_length: int | None = None
     output: Path | None = None
     force: bool = False
@@ -73,6 +73,8 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     Raises:
         QconvertError: a bad checkpoint or option, no space, or an export that failed its verification.
     """
+    from qconvert.lowering.forecast import data_bytes
+
     checkpoint = open_checkpoint(resolve_source(source, hub=options.hub, revision=options.revision))
     progress.note(*checkpoint.notes)
     target = target_named(options.target)
@@ -83,7 +85,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
         text = calibration_text(options.calibrate, checkpoint.folder, spec.vocab_size, spec.context_length)
         recipe = choice.on_text(text.facts)
     output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{choice.name}")
-    needed = int(export_bytes(spec, recipe) * 1.01) + (64 << 20)  # graph, tokenizer and reports
+    needed = sum(data_bytes(target.lower, spec, recipe).values()) + (64 << 20)  # graph, tokenizer and reports
 
     with new_model_folder(output, force=options.force, needed_bytes=needed) as folder:
         with ThreadPoolExecutor(1) as background:
@@ -139,10 +141,10 @@ def write_graph(
     import onnx_ir
 
     from qconvert.checkpoint.weights import CheckpointWeights
-    from qconvert.lowering.data_file import DataFile
+    from qconvert.lowering.data_file import DATA_NAME, DataFile
     from qconvert.lowering.initializers import Initializers
 
-    with DataFile(folder / f"{GRAPH_NAME}.data") as data, piece_workers() as workers:
+    with DataFile(folder / DATA_NAME) as data, piece_workers() as workers:
         initializers = Initializers(CheckpointWeights(model, advance), data, workers, folding, rounded)
         for name, scale in kv_scales.items():
             initializers.constant(name, scale.numpy())

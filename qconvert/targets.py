@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from qconvert.lowering.initializers import Initializers
 
+DEFAULT_TARGET = "onnxruntime"
 GRAPH_NAME = "model.onnx"
 PREFILL_GRAPH_NAME = "prefill.onnx"
 # A prompt's piece of fewer tokens is read faster by the decode graph (benchmarks/README.md).

@@ -108,10 +108,15 @@ def head_size(config: Qwen2Config) -> int:
 
 def expected_tensors(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the configuration implies; a tied head is not among them."""
-    hidden, inner, size = config.hidden_size, config.intermediate_size, head_size(config)
-    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
+    return tensor_shapes(config, head_size(config))
+
+
+def tensor_shapes(sizes: Any, head_size: int) -> dict[str, tuple[int, ...]]:
+    """The same for a model's sizes, which a configuration and a ``DecoderSpec`` give the same names."""
+    hidden, inner = sizes.hidden_size, sizes.intermediate_size
+    queries, keys = sizes.num_attention_heads * head_size, sizes.num_key_value_heads * head_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.vocab_size, hidden)}
+    for layer in range(sizes.num_hidden_layers):
         block = f"model.layers.{layer}"
         for name, width in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
             shapes[f"{block}.self_attn.{name}.weight"] = (width, hidden)
@@ -123,8 +128,8 @@ def expected_tensors(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
         shapes[f"{block}.input_layernorm.weight"] = (hidden,)
         shapes[f"{block}.post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    if not sizes.tie_word_embeddings:
+        shapes["lm_head.weight"] = (sizes.vocab_size, hidden)
     return shapes
 
 

@@ -6,7 +6,7 @@ share one scale (and a zero point); 4-bit values are packed two to a byte, the e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,20 +42,23 @@ class Blocks:
         """One matrix, rounded to nearest."""
         return pack(weight, self.fmt, workers)
 
-    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
-        """Codes, scales, and zero points where the format has them."""
-        yield Part.of("data", _data_suffix(self.fmt.bits), [each.data for each in packed])
-        yield Part.of("scales", SCALES, [each.scales for each in packed])
-        if not self.fmt.symmetric:
-            zeros = [each.zero_points for each in packed if each.zero_points is not None]
-            yield Part.of("zero_points", _ZERO_POINTS, zeros)
-
-    def size(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix, what fills up its last blocks included."""
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+        """Codes, scales, and zero points where the format has them; the last blocks are filled up."""
         fmt, blocks = self.fmt, -(-columns // self.fmt.block_size)
-        scales = blocks * (2 if fmt.scale_dtype == "bfloat16" else 4)
-        zeros = 0 if fmt.symmetric else -(-blocks * fmt.bits // 8)
-        return rows * (blocks * fmt.block_size * fmt.bits // 8 + scales + zeros)
+        found = (
+            Part("data", _data_suffix(fmt.bits), "uint8", (rows, blocks, fmt.block_size * fmt.bits // 8)),
+            Part("scales", SCALES, fmt.scale_dtype, (rows, blocks)),
+        )
+        if fmt.symmetric:
+            return found
+        return *found, Part("zero_points", _ZERO_POINTS, "uint8", (rows, -(-blocks * fmt.bits // 8)))
+
+    def pieces(self, packed: Sequence[PackedWeight]) -> Iterator[Iterable[torch.Tensor]]:
+        """See ``layout.Layout``."""
+        yield [each.data for each in packed]
+        yield [each.scales for each in packed]
+        if not self.fmt.symmetric:
+            yield [each.zero_points for each in packed if each.zero_points is not None]
 
 
 class StoredBlocks:

@@ -6,7 +6,7 @@ VNNI that is two to three times as fast as any kernel with blocks (docs/life-of-
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -94,22 +94,26 @@ class Channels:
         """One matrix, rounded to nearest."""
         return PackedWeight(*pack_int8_channels(weight, workers))
 
-    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
         """Data and scales of each cut."""
+        found: list[Part] = []
+        for cut, channels in enumerate(channel_groups(rows, self.cuts)):
+            number, width = f".{cut}" if self.cuts > 1 else "", channels.stop - channels.start
+            found.append(Part("data", _DATA + number, "int8", (columns, width)))
+            found.append(Part("scales", _SCALES + number, "float32", (width,)))
+        return tuple(found)
+
+    def pieces(self, packed: Sequence[PackedWeight]) -> Iterator[Iterable[torch.Tensor]]:
+        """See ``layout.Layout``."""
         import torch
 
         data, scales = (
             torch.cat([each.data for each in packed], 1),
             torch.cat([each.scales for each in packed]),
         )
-        for cut, channels in enumerate(channel_groups(len(scales), self.cuts)):
-            number = f".{cut}" if self.cuts > 1 else ""
-            yield Part.of("data", _DATA + number, [data[:, channels]])
-            yield Part.of("scales", _SCALES + number, [scales[channels]])
-
-    def size(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix."""
-        return rows * (columns + 4)
+        for channels in channel_groups(len(scales), self.cuts):
+            yield [data[:, channels]]
+            yield [scales[channels]]
 
 
 @dataclass(frozen=True)
@@ -129,16 +133,20 @@ class InputChannels:
             data[inputs], scales[cut] = pack_int8_channels(weight[:, inputs], workers)
         return PackedWeight(data, scales)
 
-    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
         """Data and scales of each cut."""
+        found: list[Part] = []
+        for cut, inputs in enumerate(channel_groups(columns, self.cuts)):
+            found.append(Part("data", f"{_INPUTS_DATA}.{cut}", "int8", (inputs.stop - inputs.start, rows)))
+            found.append(Part("scales", f"{_INPUTS_SCALES}.{cut}", "float32", (rows,)))
+        return tuple(found)
+
+    def pieces(self, packed: Sequence[PackedWeight]) -> Iterator[Iterable[torch.Tensor]]:
+        """See ``layout.Layout``."""
         (matrix,) = packed
         for cut, inputs in enumerate(channel_groups(len(matrix.data), self.cuts)):
-            yield Part.of("data", f"{_INPUTS_DATA}.{cut}", [matrix.data[inputs]])
-            yield Part.of("scales", f"{_INPUTS_SCALES}.{cut}", [matrix.scales[cut]])
-
-    def size(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix."""
-        return rows * (columns + 4 * len(channel_groups(columns, self.cuts)))
+            yield [matrix.data[inputs]]
+            yield [matrix.scales[cut]]
 
 
 class _StoredCuts:

@@ -43,18 +43,19 @@ class Int4Columns:
             *pack_int4_columns(weight, self.block_size, getattr(torch, self.scale_dtype), workers)
         )
 
-    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
         """Numbers of 4 bits, and their scales."""
+        return (
+            Part("data", _DATA, "int4", (columns, rows)),
+            Part("scales", _SCALES, self.scale_dtype, (columns // self.block_size, rows)),
+        )
+
+    def pieces(self, packed: Sequence[PackedWeight]) -> Iterator[Iterable[torch.Tensor]]:
+        """See ``layout.Layout``."""
         import torch
 
-        data = torch.cat([each.data for each in packed], 1)
-        yield Part("data", _DATA, [data], (data.shape[0], 2 * data.shape[1]), int4=True)
-        yield Part.of("scales", _SCALES, [torch.cat([each.scales for each in packed], 1)])
-
-    def size(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix."""
-        scales = columns // self.block_size * (4 if self.scale_dtype == "float32" else 2)
-        return rows * scales + rows // 2 * columns
+        yield [torch.cat([each.data for each in packed], 1)]
+        yield [torch.cat([each.scales for each in packed], 1)]
 
 
 class StoredColumns:

@@ -10,7 +10,7 @@ them; u is the nearest that 4 bits have. Both share the block's scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,15 +49,22 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 class Halves(Blocks):
     """The layout of one matrix whose upper halves are multiplied by themselves; see ``layout.Layout``."""
 
-    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
         """The upper halves as blocks, the lower ones as rows, and the scales of both."""
+        size = self.fmt.block_size
+        blocks = -(-columns // size)
+        return (
+            Part("data", _UPPER, "uint8", (rows, blocks, size // 2)),
+            Part("lower", _LOWER, "uint8", (rows, blocks * size // 2)),
+            Part("scales", SCALES, self.fmt.scale_dtype, (rows, blocks)),
+        )
+
+    def pieces(self, packed: Sequence[PackedWeight]) -> Iterator[Iterable[torch.Tensor]]:
+        """See ``layout.Layout``; the halves are split piece by piece."""
         (matrix,) = packed
-        rows, blocks, width = matrix.data.shape
-        shapes = ((rows, blocks, width // 2), (rows, blocks * width // 2))
-        for half, (role, suffix) in enumerate((("data", _UPPER), ("lower", _LOWER))):
-            pieces = (split_codes(matrix.data[piece])[half] for piece in row_ranges(matrix.data))
-            yield Part(role, suffix, pieces, shapes[half])
-        yield Part.of("scales", SCALES, [matrix.scales])
+        for half in (0, 1):
+            yield (split_codes(matrix.data[piece])[half] for piece in row_ranges(matrix.data))
+        yield [matrix.scales]
 
 
 class StoredHalves(StoredBlocks):

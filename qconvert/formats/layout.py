@@ -44,27 +44,20 @@ class NonFiniteWeightError(ValueError):
 
 @dataclass(frozen=True)
 class Part:
-    """One initializer of a stored matrix.
+    """One initializer of a stored matrix, without its content.
 
     Attributes:
         role: what it is to an operator: "data", "scales", and what else the layout has. A matrix that is cut
             has several of each.
         suffix: follows the matrix's name.
-        pieces: its content, cut along the first axis.
-        shape: of the whole.
-        int4: bytes that hold two signed numbers of 4 bits each; PyTorch has no such type.
+        dtype: of its elements: a name of PyTorch's types, or "int4" for two signed numbers to a byte.
+        shape: in elements.
     """
 
     role: str
     suffix: str
-    pieces: Iterable[torch.Tensor]
+    dtype: str
     shape: tuple[int, ...]
-    int4: bool = False
-
-    @classmethod
-    def of(cls, role: str, suffix: str, pieces: Sequence[torch.Tensor]) -> Part:
-        """The initializer that holds some tensors one below the other."""
-        return cls(role, suffix, pieces, (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:]))
 
 
 class Layout(Protocol):
@@ -78,12 +71,15 @@ class Layout(Protocol):
         """
         ...
 
-    def parts(self, packed: Sequence[PackedWeight]) -> Iterator[Part]:
-        """The initializers of matrices side by side along N, in the order in which they are written."""
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+        """The initializers of matrices side by side along N, which have so many rows together.
+
+        They are written in this order, and a forecast takes their sizes from here.
+        """
         ...
 
-    def size(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix ``[rows, columns]`` in this layout."""
+    def pieces(self, packed: Sequence[PackedWeight]) -> Iterator[Iterable[torch.Tensor]]:
+        """The content of each of these initializers, cut along its first axis."""
         ...
 
 

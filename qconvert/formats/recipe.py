@@ -40,12 +40,6 @@ class BlockFormat:
     scale_dtype: str = "float32"
     halves: bool = False
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales and zero points included."""
-        scale_bits = 16 if self.scale_dtype == "bfloat16" else 32
-        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.block_size
-
     def step(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """The step of blocks whose values lie between ``low`` and ``high``; 0 for a block of zeros.
 
@@ -97,11 +91,6 @@ class ChannelFormat:
         while channels > parts * LONGEST_PART:
             parts *= 2
         return replace(self, mlp_parts=parts, mlp_groups=max(parts, self.mlp_groups))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight; the scales, one per thousands of weights, do not count."""
-        return 8.0
 
 
 @dataclass(frozen=True)

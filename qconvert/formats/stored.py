@@ -1,7 +1,7 @@
 """How a tensor of the checkpoint is named in a graph and found again: written and read through this file.
 
 ``LAYOUTS`` is the table of all layouts. The lowering writes through ``Layout.pack`` and ``Layout.parts``, the
-proof reads through ``find``, a forecast asks ``Layout.size``.
+proof reads through ``find``, a forecast adds up the sizes of ``Layout.parts``.
 """
 
 from __future__ import annotations

@@ -12,15 +12,14 @@ from qconvert.checkpoint.files import read_json_object, read_weight_files, text_
 from qconvert.checkpoint.load import FileState, TensorInfo, checkpoint_name
 from qconvert.errors import QconvertError
 from qconvert.models.decoder import DecoderSpec
-from qconvert.recipes.choose import Wishes, choose
-from qconvert.recipes.forecast import export_bytes, kv_bytes_per_token, parameter_count
-from qconvert.recipes.precisions import PRECISIONS
-from qconvert.targets import TARGETS
+from qconvert.recipes.choose import RECIPES, Wishes, choose
+from qconvert.recipes.forecast import kv_bytes_per_token, parameter_count
+from qconvert.targets import DEFAULT_TARGET, TARGETS, Target
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config
 
-_KV_DTYPES = {"fp32": "float32", "fp16": "float16"}
+_KV_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 _GENERATION_MEANINGS = {
     "do_sample": "false: the likeliest token; true: draw",
     "temperature": "below 1 sharper, above 1 flatter",
@@ -48,8 +47,9 @@ class Fact:
 class Inspection:
     """Everything ``qconvert inspect`` tells.
 
-    ``weight_bytes`` is keyed by precision, None where an export would refuse it; ``kv_bytes_per_token``
-    by precision of the cache; ``context_length`` is in tokens. ``problems`` is empty for a whole checkpoint.
+    ``weight_bytes`` is keyed by precision, with the options that change it, and holds the bytes of an
+    export's data files, None where it would be refused; ``kv_bytes_per_token`` is keyed by precision of the
+    cache; ``context_length`` is in tokens. ``problems`` is empty for a whole checkpoint.
     """
 
     name: str
@@ -110,7 +110,7 @@ def describe(folder: Path) -> Inspection:
         folder=str(folder),
         facts=tuple(_facts(folder, config, spec, weights.tensors)),
         parameters=parameter_count(spec),
-        weight_bytes={precision: _weight_bytes(spec, precision) for precision in PRECISIONS},
+        weight_bytes={name: _weight_bytes(spec, *offer) for name, offer in _offers()},
         context_length=spec.context_length,
         kv_bytes_per_token={name: kv_bytes_per_token(spec, dtype) for name, dtype in _KV_DTYPES.items()},
         files=files,
@@ -118,12 +118,27 @@ def describe(folder: Path) -> Inspection:
     )
 
 
-def _weight_bytes(spec: DecoderSpec, precision: str) -> int | None:
+def _offers() -> Iterator[tuple[str, tuple[Target, Wishes]]]:
+    """Exports whose weights are told, and the names under which they are."""
+    for target in TARGETS.values():
+        prefix = "" if target.name == DEFAULT_TARGET else f"{target.name} "
+        for precision in target.capabilities.precisions:
+            yield f"{prefix}{precision}", (target, Wishes(precision))
+    target = TARGETS[DEFAULT_TARGET]
+    for recipe in RECIPES[1:]:
+        yield f"int4 --recipe {recipe}", (target, Wishes("int4", recipe=recipe))
+    yield "int4 --prefill int8", (target, Wishes("int4", prefill=True))
+
+
+def _weight_bytes(spec: DecoderSpec, target: Target, wishes: Wishes) -> int | None:
+    from qconvert.lowering.forecast import data_bytes
+
     try:
-        choice = choose(Wishes(precision), TARGETS["onnxruntime"].capabilities, spec)
+        spec = target.fit(spec, None)
+        choice = choose(wishes, target.capabilities, spec)
     except QconvertError:
         return None
-    return export_bytes(spec, choice.recipe)
+    return sum(data_bytes(target.lower, spec, choice.recipe).values())
 
 
 def _facts(

@@ -60,7 +60,7 @@ def _shown(value: object) -> str:
 def _weight_rows(inspection: Inspection) -> Iterable[tuple[str, str, str]]:
     for precision, size in inspection.weight_bytes.items():
         if size is None:
-            yield precision, "-", "hidden_size does not divide into blocks"
+            yield precision, "-", "not for a model of these sizes"
         else:
             yield precision, readable_bytes(size), f"{8 * size / inspection.parameters:.1f} bits a weight"
 
@@ -79,7 +79,7 @@ def _print_rows(console: Console, title: str, rows: Iterable[tuple[str, str, str
     table = Table(
         box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False, width=min(console.width, 110)
     )
-    table.add_column(width=23, style="cyan", overflow="fold")
+    table.add_column(width=24, style="cyan", overflow="fold")
     table.add_column(width=16, overflow="fold")
     table.add_column(ratio=1, overflow="fold")
     for row in rows:

@@ -16,11 +16,21 @@ from numpy.typing import NDArray
 
 from qconvert.formats.layout import part_name
 
+DATA_NAME = "model.onnx.data"  # beside the graph that decodes
 # ONNX Runtime maps external data. A large tensor begins with a page, so that no two share one; small ones
 # only with a cache line: a page each would be most of a megabyte for a model of 135M.
 ALIGNMENT = 4096
 SMALL_ALIGNMENT = 64
 _LARGE = 1 << 20
+# Element types by the names that PyTorch and ``formats.layout.Part`` give them.
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+}
 
 
 class DataFile:
@@ -31,6 +41,7 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.size = 0  # in bytes
         self._file = path.open("wb", buffering=0)  # numpy's tofile writes to the descriptor itself
 
     def __enter__(self) -> DataFile:
@@ -39,35 +50,31 @@ class DataFile:
     def __exit__(self, *exc: object) -> None:
         self._file.close()
 
+    def beside(self, name: str) -> DataFile:
+        """Another data file in the same folder."""
+        return DataFile(self.path.with_name(name))
+
     def add(
-        self,
-        name: str,
-        tensors: Iterable[torch.Tensor],
-        shape: Iterable[int],
-        dtype: ir.DataType | None = None,
+        self, name: str, tensors: Iterable[torch.Tensor], shape: Iterable[int], dtype: ir.DataType
     ) -> ir.Value:
         """Append a tensor given in pieces along its first axis.
 
         Args:
             name: the initializer's.
             tensors: the pieces.
-            shape: of the whole.
-            dtype: what the bytes mean, where PyTorch has no such type (int4, two to a byte).
+            shape: of the whole, in elements.
+            dtype: of its elements; of those with 4 bits, the pieces hold two to a byte.
 
         Raises:
             OSError: no space left, or whatever else the disk says.
         """
-        sizes, offset = tuple(shape), None
-        for piece in tensors:
-            if offset is None:
-                large = piece.element_size() * math.prod(sizes) >= _LARGE
-                self._file.write(b"\0" * (-self._file.tell() % (ALIGNMENT if large else SMALL_ALIGNMENT)))
-                offset = self._file.tell()
-            dtype = dtype or _ir_dtype(piece)
-            _as_numpy(piece.contiguous()).tofile(self._file)
-        assert dtype is not None, f"{name} has no pieces"
-        assert offset is not None, f"{name} has no pieces"
-        return self.view(name, dtype, sizes, offset, self._file.tell() - offset)
+        sizes = tuple(shape)
+        length = math.prod(sizes) * dtype.bitwidth // 8
+        alignment = ALIGNMENT if length >= _LARGE else SMALL_ALIGNMENT
+        offset = -(-self.size // alignment) * alignment
+        self._write(offset - self.size, tensors)
+        self.size = offset + length
+        return self.view(name, dtype, sizes, offset, length)
 
     def view(
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, length: int
@@ -90,15 +97,10 @@ class DataFile:
         name = part_name(str(tensor.name), start)
         return self.view(name, tensor.dtype, shape, tensor.offset + start * row, shape[0] * row)
 
-
-def _ir_dtype(tensor: torch.Tensor) -> ir.DataType:
-    return {
-        torch.float32: ir.DataType.FLOAT,
-        torch.float16: ir.DataType.FLOAT16,
-        torch.bfloat16: ir.DataType.BFLOAT16,
-        torch.uint8: ir.DataType.UINT8,
-        torch.int8: ir.DataType.INT8,
-    }[tensor.dtype]
+    def _write(self, padding: int, tensors: Iterable[torch.Tensor]) -> None:
+        self._file.write(b"\0" * padding)
+        for piece in tensors:
+            _as_numpy(piece.contiguous()).tofile(self._file)
 
 
 def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:

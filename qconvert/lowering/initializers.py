@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import Blocks
 from qconvert.formats.folding import NO_FOLDING, FoldedWeights, Folding, Weights
-from qconvert.formats.layout import Layout, NonFiniteWeightError, PackedWeight, Part, row_ranges, rows_name
+from qconvert.formats.layout import Layout, NonFiniteWeightError, PackedWeight, row_ranges, rows_name
 from qconvert.formats.stored import joined_name
-from qconvert.lowering.data_file import DataFile
+from qconvert.lowering.data_file import DTYPES, DataFile
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ class Initializers:
     @contextmanager
     def in_another_file(self, name: str) -> Iterator[Initializers]:
         """``for_another_graph`` whose further tensors go to a data file ``name`` beside this one's."""
-        with DataFile(self._data.path.with_name(name)) as data:
+        with self._data.beside(name) as data:
             yield self.for_another_graph(data)
 
     def for_another_graph(self, data: DataFile | None = None) -> Initializers:
         """The same tensors as values of a second graph: a value belongs to one, the data to both."""
-        twin = Initializers(self._weights, data or self._data, self._workers, self._folding, self._rounded)
+        kind = type(self)
+        twin = kind(self._weights, data or self._data, self._workers, self._folding, self._rounded)
         for name, value in self._by_name.items():
             twin._by_name[name] = ir.Value(
                 name=name, shape=value.shape, type=value.type, const_value=value.const_value
@@ -109,7 +110,7 @@ class Initializers:
     def table(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """A large tensor that does not come from the checkpoint; the same name gives the same value."""
         if name not in self._by_name:
-            self._keep(self._data.add(name, [tensor], tensor.shape))
+            self._keep(self._data.add(name, [tensor], tensor.shape, _ir_dtype(tensor.dtype)))
         return self._by_name[name]
 
     def dense(self, names: Sequence[str], dtype: torch.dtype) -> ir.Value:
@@ -121,8 +122,8 @@ class Initializers:
         joined = joined_name(names)
         if joined not in self._by_name:
             first = self._weights[names[0]]
-            rows = sum(self._weights[name].shape[0] for name in names)
-            self._keep(self._data.add(joined, self._cast(names, dtype), (rows, *first.shape[1:])))
+            shape = (sum(self._weights[name].shape[0] for name in names), *first.shape[1:])
+            self._keep(self._data.add(joined, self._cast(names, dtype), shape, _ir_dtype(dtype)))
         return self._by_name[joined]
 
     def packed(self, names: Sequence[str], layout: Layout) -> PackedValues:
@@ -134,10 +135,11 @@ class Initializers:
         joined = joined_name(names)
         rows, columns = sum(self._weights[name].shape[0] for name in names), self._weights[names[0]].shape[1]
         if (joined, layout) not in self._packed:  # else a tied embedding, or a graph beside this one has it
-            packed = [self._pack(name, layout) for name in names]
-            self._packed[joined, layout] = [
-                (part.role, self._store(f"{joined}{part.suffix}", part)) for part in layout.parts(packed)
-            ]
+            parts = layout.parts(rows, columns)
+            for part, pieces in zip(parts, self._contents(names, layout), strict=True):
+                value = self._data.add(f"{joined}{part.suffix}", pieces, part.shape, DTYPES[part.dtype])
+                self._keep(value)
+            self._packed[joined, layout] = [(part.role, f"{joined}{part.suffix}") for part in parts]
         found = self._packed[joined, layout]
         return PackedValues(tuple((role, self._by_name[name]) for role, name in found), rows, columns)
 
@@ -176,16 +178,15 @@ class Initializers:
             )
         )
 
+    def _contents(self, names: Sequence[str], layout: Layout) -> Iterable[Iterable[torch.Tensor]]:
+        """The content of each of a layout's parts, in pieces."""
+        return layout.pieces([self._pack(name, layout) for name in names])
+
     def _pack(self, name: str, layout: Layout) -> PackedWeight:
         with self._used(name) as weight:
             if name in self._rounded and isinstance(layout, Blocks):
                 return self._rounded[name]
             return layout.pack(weight, self._workers)
-
-    def _store(self, name: str, part: Part) -> str:
-        dtype = ir.DataType.INT4 if part.int4 else None
-        self._keep(self._data.add(name, part.pieces, part.shape, dtype))
-        return name
 
     @contextmanager
     def _used(self, name: str) -> Iterator[torch.Tensor]:
@@ -219,6 +220,10 @@ class Initializers:
         assert value.name not in self._by_name, f"{value.name} is stored twice"
         self._by_name[value.name] = value
         return value
+
+
+def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
+    return DTYPES[str(dtype).removeprefix("torch.")]
 
 
 def _not_finite(name: str) -> QconvertError:

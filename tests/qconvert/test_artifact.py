@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -114,7 +115,7 @@ def test_a_disk_that_fills_up_while_writing_is_one_clear_message(tmp_path: Path)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_the_data_file_notices_a_full_device() -> None:
     with DataFile(Path("/dev/full")) as data, pytest.raises(OSError, match=r"space|requested"):
-        data.add("w", [torch.zeros(1 << 16)], (1 << 16,))
+        data.add("w", [torch.zeros(1 << 16)], (1 << 16,), ir.DataType.FLOAT)
 
 
 def test_an_unwritable_parent_is_one_clear_message(tmp_path: Path) -> None:

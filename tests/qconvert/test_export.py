@@ -14,10 +14,8 @@ from safetensors.torch import load_file, save_file
 from qconvert.cli import main
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
-from qconvert.recipes.forecast import export_bytes
 from qrun.backends.opening import open_session
 from qrun.folder.manifest import read_manifest
-from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)
 
@@ -59,27 +57,6 @@ def test_what_was_not_verified_says_so(tied: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "not verified" in result.output
     assert read_manifest(tmp_path / "model").verification == "not verified"
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
-@pytest.mark.parametrize("tied_head", [True, False])
-def test_the_forecast_is_what_is_written(tmp_path: Path, precision: str, tied_head: bool) -> None:
-    # A vocabulary that dwarfs the padding between tensors: a tensor stored twice would show.
-    checkpoint = make_tiny_checkpoint(
-        tmp_path / "c", vocab_size=20_000, tie_word_embeddings=tied_head, num_hidden_layers=1
-    )
-    folder = export(
-        str(checkpoint), ExportOptions(precision=precision, output=tmp_path / "m", verify=False), QUIET
-    ).folder
-    from qconvert.checkpoint.load import open_checkpoint
-    from qconvert.models.decoder import DecoderSpec
-    from qconvert.recipes.choose import Wishes, choose
-    from qconvert.targets import TARGETS
-
-    spec = DecoderSpec.from_config(open_checkpoint(checkpoint).config)
-    expected = export_bytes(spec, choose(Wishes(precision), TARGETS["onnxruntime"].capabilities, spec).recipe)
-    written = (folder / "model.onnx.data").stat().st_size
-    assert expected * 0.95 < written < expected * 1.15 + 64 * 4096
 
 
 def test_logits_of_the_exported_folder_are_pytorchs(tied: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_config_alone_is_explained_and_counted(qwen25: Path) -> None:
     assert inspection.parameters == 1_543_714_304  # as the model card counts: 1.54 billion
     assert inspection.context_length == 32768
     # 2 (key, value) * 28 layers * 2 heads * 128 numbers
-    assert inspection.kv_bytes_per_token == {"fp32": 57344, "fp16": 28672}
+    assert inspection.kv_bytes_per_token == {"fp32": 57344, "fp16": 28672, "int8": 14336}
     assert inspection.kv_bytes_full_context["fp16"] == 28672 * 32768
     facts = inspection.to_json()["facts"]
     assert facts["attention"]["num_key_value_heads"]["meaning"].startswith("6 queries share one")
@@ -85,7 +85,7 @@ def test_bytes_of_weights_follow_the_precision(qwen25: Path) -> None:
     assert sizes["fp16"] is not None
     assert sizes["int8"] is not None
     assert sizes["int4"] is not None
-    assert sizes["fp32"] == 2 * sizes["fp16"]
+    assert abs(sizes["fp32"] - 2 * sizes["fp16"]) < 100_000  # room before tensors that begin with a page
     assert 4 * 1_543_714_304 < sizes["fp32"] < 4.02 * 1_543_714_304
     assert 1.0 < sizes["int8"] / 1_543_714_304 < 1.05  # bytes a weight: 8 bits, the embedding in 8.5
     assert 0.6 < sizes["int4"] / 1_543_714_304 < 0.85  # 5.1 bits, the embedding in 9

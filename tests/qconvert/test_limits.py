@@ -8,40 +8,24 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 
 import pytest
 
 import qconvert.proof
-from qconvert.errors import QconvertError
 from qconvert.formats import shortlist
-from qconvert.formats.recipe import BLOCK_SIZES, Calibration, Recipe
+from qconvert.formats.recipe import Recipe
 from qconvert.models.decoder import DecoderSpec
 from qconvert.proof.limits import COLUMNS, LIMITS, limit_value, limits_name
-from qconvert.recipes.choose import RECIPES, Wishes, choose
-from qconvert.targets import TARGETS
+from tests.qconvert.combinations import accepted
 
-TEXT = Calibration("default", "0" * 64, 1024)
 LARGE = DecoderSpec(3, 4, 2, 16, 64, 128, 151_936, 1e-6, True, 256, (None, None, None))
 
 
 def recipes() -> Iterator[Recipe]:
     """Every recipe that the command line can ask for, for a vocabulary as large as Qwen2.5's."""
-    for target in TARGETS.values():
-        for options in product(
-            target.capabilities.precisions,
-            (None, *BLOCK_SIZES),
-            RECIPES,
-            (None,),
-            (False, True),
-            (False, True),
-        ):
-            try:
-                choice = choose(Wishes(*options), target.capabilities, LARGE)
-            except QconvertError:
-                continue
-            yield choice.on_text(TEXT) if choice.calibrated else choice.recipe
+    for combination in accepted(LARGE):
+        yield combination.recipe(LARGE)
 
 
 def asked_of(recipe: Recipe) -> Iterator[str]:

@@ -16,11 +16,11 @@ from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.halves import join_codes, split_codes
 from qconvert.formats.recipe import HIGHEST_HALVES, LOWEST_HALVES, BlockFormat
 from qconvert.formats.shortlist import Shortlist
+from qconvert.lowering.forecast import data_bytes
 from qconvert.models.decoder import DecoderSpec
 from qconvert.progress import Progress
 from qconvert.proof.weight_check import error_in_steps
 from qconvert.recipes.choose import Wishes, choose
-from qconvert.recipes.forecast import export_bytes
 from qconvert.targets import target_named
 from qrun.backends.opening import open_session
 from qrun.folder.manifest import read_manifest
@@ -115,7 +115,8 @@ def test_the_export_is_proven_and_no_larger(tmp_path: Path) -> None:
     spec = _spec(320)
     recipe = choose(Wishes("int4"), target_named("onnxruntime").capabilities, spec).recipe
     whole = replace(recipe, shortlist=None, head=replace(recipe.head, halves=False))
-    assert export_bytes(spec, recipe) == export_bytes(spec, whole)
+    lower = target_named("onnxruntime").lower
+    assert data_bytes(lower, spec, recipe) == data_bytes(lower, spec, whole)
 
 
 @pytest.mark.parametrize("half", ["upper", "lower"])
