@@ -73,13 +73,65 @@ def test_every_round_does_the_same_work(folder: Path, monkeypatch: pytest.Monkey
     assert len(measured.rounds) == 2
 
 
+def test_several_rows_are_timed_while_all_of_them_decode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(folder)
+    fed: list[tuple[int, int, int]] = []
+    real = session.forward
+
+    def watched(token_ids, cache, logits="last"):
+        fed.append((int(cache.lengths[0]), *token_ids.shape))
+        return real(token_ids, cache, logits)
+
+    monkeypatch.setattr(session, "forward", watched)
+    *_, measured = measure(session, Workload(20, 4, depth=8, rows=3), repetitions=2, chunk=32)
+    depths = [(0, 1, 8)] * 3
+    reading = [(8, 1, 20), (28, 1, 1), (8, 1, 20), (29, 2, 1), (8, 1, 20)]
+    timed = [(30, 3, 1), (31, 3, 1), (32, 3, 1)]  # three steps follow the first tokens
+    assert fed == depths + 3 * (reading + timed)
+    assert len(measured.rounds) == 2
+
+
+def test_several_rows_may_fill_the_context(folder: Path) -> None:
+    *_, measured = measure(open_session(folder), Workload(200, 49, rows=8), repetitions=1)
+    assert len(measured.rounds) == 1
+
+
+def test_rates_of_several_rows_are_of_all_together() -> None:
+    measured = Measured(Workload(100, 11, rows=4), (Round(2.0, 5.0, 1.5),))
+    row = measured.to_json()
+    assert row["rows"] == 4
+    assert row["prefill_tokens_per_second"] == 200
+    assert row["decode_tokens_per_second"] == 8
+    assert row["seconds_per_output_token"] == 0.5  # of one answer
+
+
+def test_rows_are_an_option_and_a_column(folder: Path) -> None:
+    result = run("--engine", folder, "-p", 8, "-n", 4, "-r", 1, "--rows", "1,2,8")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split()[:4] == ["rows", "depth", "prompt", "new"]
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:4]] == ["1", "2", "8"]
+    assert max(map(len, result.stdout.splitlines()[:4])) <= 80
+
+
 def test_lists_give_every_combination() -> None:
     assert workloads([1, 2], [3], [0, 5]) == [
         Workload(1, 3, 0), Workload(2, 3, 0), Workload(1, 3, 5), Workload(2, 3, 5)
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("workload", [Workload(0, 4), Workload(4, 0), Workload(4, 4, -1), Workload(200, 60)])
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload(0, 4),
+        Workload(4, 0),
+        Workload(4, 4, -1),
+        Workload(200, 60),
+        Workload(4, 4, rows=0),
+        Workload(200, 50, rows=8),  # the first one decodes while the others' prompts are read
+    ],
+)
 def test_what_cannot_be_measured_is_refused(folder: Path, workload: Workload) -> None:
     with pytest.raises(QrunError, match=r"is 0|is -1|exceed the context of 256"):
         list(measure(open_session(folder), workload, repetitions=1))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import platform
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from qrun.backends.session import Session
-from qrun.decoding.generate import PREFILL_CHUNK, Context, Finished, generate
+from qrun.decoding.generate import Context, generate
+from qrun.decoding.scheduler import PREFILL_CHUNK, Scheduler
+from qrun.decoding.sequence import Finished, Sequence, Token
+from qrun.decoding.slots import Slots
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
 from qrun.sampling.params import SamplingParams
@@ -26,16 +30,25 @@ _CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to measure: a prompt after ``depth`` cached tokens, then greedy generation; in tokens."""
+    """One thing to measure: a prompt after ``depth`` cached tokens, then greedy generation; in tokens.
+
+    With several ``rows`` it is so many prompts and answers at once, each of these lengths.
+    """
 
     prompt_tokens: int
     generated_tokens: int
     depth: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True)
 class Round:
-    """One repetition. Prefill counts new prompt tokens; decode counts steps after the first token."""
+    """One repetition. Prefill counts new prompt tokens; decode counts steps after the first token.
+
+    Several rows: prompts are read one after the other while the answers before them go on, so that
+    prefill ends with the last first token; decode counts steps of all rows together; a row waits for its
+    first token for ``first_token_seconds`` on average.
+    """
 
     prefill_seconds: float
     decode_seconds: float
@@ -50,13 +63,14 @@ class Measured:
     rounds: tuple[Round, ...]
 
     def prefill_rates(self) -> list[float]:
-        """Prompt tokens per second, round by round."""
-        return [self.workload.prompt_tokens / each.prefill_seconds for each in self.rounds]
+        """Prompt tokens per second, of all rows together, round by round."""
+        tokens = self.workload.rows * self.workload.prompt_tokens
+        return [tokens / each.prefill_seconds for each in self.rounds]
 
     def decode_rates(self) -> list[float]:
-        """Generated tokens per second, round by round; empty where only one token was asked for."""
+        """Generated tokens per second, of all rows together, round by round; empty for one token a row."""
         steps = self.workload.generated_tokens - 1
-        return [steps / each.decode_seconds for each in self.rounds] if steps else []
+        return [self.workload.rows * steps / each.decode_seconds for each in self.rounds] if steps else []
 
     def to_json(self) -> dict[str, Any]:
         """Medians, and the range of each rate; seconds and tokens per second."""
@@ -68,7 +82,7 @@ class Measured:
             "prefill_range": [min(prefill), max(prefill)],
             "decode_tokens_per_second": median(decode) if decode else None,
             "decode_range": [min(decode), max(decode)] if decode else None,
-            "seconds_per_output_token": 1 / median(decode) if decode else None,
+            "seconds_per_output_token": self.workload.rows / median(decode) if decode else None,
             "time_to_first_token": median(each.first_token_seconds for each in self.rounds),
         }
 
@@ -84,32 +98,99 @@ def measure(
     Raises:
         QrunError: the workload does not fit into the model's context.
     """
-    _check(session.manifest, workload)
-    total = workload.depth + workload.prompt_tokens
-    ids = np.random.default_rng(0).integers(0, session.manifest.model.vocab_size, total).tolist()
-    params = SamplingParams(max_tokens=workload.generated_tokens, ignore_eos=True)
-    context = Context(session)
-    for start in range(0, workload.depth, chunk):
-        context.feed(ids[start : min(start + chunk, workload.depth)], logits="none")
+    _check(session.manifest, workload, chunk)
+    one_round = (_Alone if workload.rows == 1 else _Together)(session, workload, chunk)
     rounds: list[Round] = []
     for number in range(repetitions + 1):
-        context.cache.trim(workload.depth)
-        del context.token_ids[workload.depth :]
-        started, first, last = perf_counter(), 0.0, None
-        for event in generate(context, ids, params, chunk=chunk):
-            last = event
-            if first == 0.0 and hasattr(event, "token_id"):
-                first = perf_counter() - started
-        assert isinstance(last, Finished), "the loop ends with its summary"
-        assert last.completion_tokens == workload.generated_tokens
+        found = one_round()
         if number > 0:  # the first one pays for memory that the others find in place
-            rounds.append(Round(last.prefill_seconds, last.decode_seconds, first))
+            rounds.append(found)
             yield Measured(workload, tuple(rounds))
 
 
-def workloads(prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int]) -> list[Workload]:
+class _Alone:
+    """A round with one row, through ``generate``."""
+
+    def __init__(self, session: Session, workload: Workload, chunk: int) -> None:
+        self._workload, self._chunk = workload, chunk
+        self._ids = _prompts(session, workload)[0]
+        self._context = Context(session)
+        _fill(self._context.slots, [self._ids], workload.depth, chunk)
+
+    def __call__(self) -> Round:
+        workload, context = self._workload, self._context
+        context.slots.trim(0, workload.depth)
+        params = SamplingParams(max_tokens=workload.generated_tokens, ignore_eos=True)
+        started, first, last = perf_counter(), 0.0, None
+        for event in generate(context, self._ids, params, chunk=self._chunk):
+            last = event
+            if first == 0.0 and isinstance(event, Token):
+                first = perf_counter() - started
+        assert isinstance(last, Finished), "the loop ends with its summary"
+        assert last.completion_tokens == workload.generated_tokens
+        return Round(last.prefill_seconds, last.decode_seconds, first)
+
+
+class _Together:
+    """A round with several rows, through the scheduler: all prompts, then steps in which all rows decode."""
+
+    def __init__(self, session: Session, workload: Workload, chunk: int) -> None:
+        self._workload, self._chunk = workload, chunk
+        self._limit = session.manifest.model.context_length
+        self._ids = _prompts(session, workload)
+        self._slots = Slots(session, workload.rows)
+        _fill(self._slots, self._ids, workload.depth, chunk)
+
+    def __call__(self) -> Round:
+        workload, slots = self._workload, self._slots
+        for row in range(workload.rows):
+            slots.trim(row, workload.depth)
+        scheduler = Scheduler(slots, chunk=self._chunk, reuse_all=True)
+        sequences = [Sequence(ids, SamplingParams(ignore_eos=True), self._limit) for ids in self._ids]
+        for sequence in sequences:
+            scheduler.add(sequence)
+        started, firsts = perf_counter(), list[float]()
+        while len(firsts) < workload.rows:
+            scheduler.step()
+            begun = sum(bool(sequence.token_ids) for sequence in sequences)
+            firsts += [perf_counter() - started] * (begun - len(firsts))
+        decoding = perf_counter()
+        for _ in range(workload.generated_tokens - 1):
+            scheduler.step()
+        ended = perf_counter()
+        assert all(sequence.finish_reason is None for sequence in sequences), "the context has room for all"
+        for sequence in sequences:
+            sequence.cancel()
+        scheduler.step()
+        return Round(decoding - started, ended - decoding, fmean(firsts))
+
+
+def _prompts(session: Session, workload: Workload) -> list[list[int]]:
+    total = workload.depth + workload.prompt_tokens
+    shape = (workload.rows, total)
+    found: list[list[int]] = (
+        np.random.default_rng(0).integers(0, session.manifest.model.vocab_size, shape).tolist()
+    )
+    return found
+
+
+def _fill(slots: Slots, prompts: Sequences[list[int]], depth: int, chunk: int) -> None:
+    for row, ids in enumerate(prompts):
+        for start in range(0, depth, chunk):
+            slots.feed(row, ids[start : min(start + chunk, depth)], logits="none")
+
+
+def workloads(
+    prompts: Sequences[int], generated: Sequences[int], depths: Sequences[int], rows: Sequences[int] = (1,)
+) -> list[Workload]:
     """Every combination, in the order given."""
-    return [Workload(prompt, new, depth) for depth in depths for prompt in prompts for new in generated]
+    return [
+        Workload(prompt, new, depth, count)
+        for depth in depths
+        for prompt in prompts
+        for new in generated
+        for count in rows
+    ]
 
 
 def conditions(session: Session, load_seconds: float) -> dict[str, Any]:
@@ -132,16 +213,20 @@ def peak_rss_bytes() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _check(manifest: Manifest, workload: Workload) -> None:
+def _check(manifest: Manifest, workload: Workload, chunk: int) -> None:
     for name, value in asdict(workload).items():
         if value < (0 if name == "depth" else 1):
-            raise QrunError(f"{name} is {value}", hint="give a positive number of tokens")
+            raise QrunError(f"{name} is {value}", hint="give a positive number")
     # The last generated token is sampled and never fed.
     needed = workload.depth + workload.prompt_tokens + workload.generated_tokens - 1
+    if workload.rows > 1:  # the first row decodes while the others' prompts are read, and does not end
+        pieces = (workload.depth + workload.prompt_tokens - 1) // chunk - workload.depth // chunk + 1
+        needed += (workload.rows - 1) * pieces + 1
     if needed > manifest.model.context_length:
+        rows = f" in {workload.rows} rows" if workload.rows > 1 else ""
         raise QrunError(
             f"depth {workload.depth:,}, prompt {workload.prompt_tokens:,} and {workload.generated_tokens:,} "
-            f"generated tokens exceed the context of {manifest.model.context_length:,}",
+            f"generated tokens{rows} exceed the context of {manifest.model.context_length:,}",
             hint="measure shorter lengths",
         )
 

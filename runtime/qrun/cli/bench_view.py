@@ -16,13 +16,15 @@ from qrun.cli.bench import Measured
 def as_table(measured: Sequence[Measured]) -> RenderableType:
     """A row for each workload: median tokens per second and their range, within 80 columns."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("depth", "prompt", "new"):
+    several = any(each.workload.rows > 1 for each in measured)
+    for column in (*(("rows",) if several else ()), "depth", "prompt", "new"):
         table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     for column in ("prompt tokens/s", "new tokens/s", "first token"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in measured:
         row, workload = each.to_json(), each.workload
         table.add_row(
+            *((str(workload.rows),) if several else ()),
             f"{workload.depth:,}",
             f"{workload.prompt_tokens:,}",
             f"{workload.generated_tokens:,}",

@@ -21,7 +21,7 @@ from qrun.cli.group import CommandGroup
 from qrun.cli.info import check, describe, lines
 from qrun.cli.lines import decode_input
 from qrun.cli.options import (
-    TOKEN_COUNTS,
+    COUNTS,
     model_options,
     open_engine,
     open_model,
@@ -141,7 +141,7 @@ def info(path: Path, check_hashes: bool, as_json: bool) -> None:
     "-p",
     "--prompt-tokens",
     "prompts",
-    type=TOKEN_COUNTS,
+    type=COUNTS,
     default="512",
     show_default=True,
     help="Lengths of the prompt.",
@@ -150,7 +150,7 @@ def info(path: Path, check_hashes: bool, as_json: bool) -> None:
     "-n",
     "--generated-tokens",
     "generated",
-    type=TOKEN_COUNTS,
+    type=COUNTS,
     default="64",
     show_default=True,
     help="Tokens to generate after it.",
@@ -159,10 +159,17 @@ def info(path: Path, check_hashes: bool, as_json: bool) -> None:
     "-d",
     "--depth",
     "depths",
-    type=TOKEN_COUNTS,
+    type=COUNTS,
     default="0",
     show_default=True,
     help="Tokens in the KV cache before the prompt.",
+)
+@click.option(
+    "--rows",
+    type=COUNTS,
+    default="1",
+    show_default=True,
+    help="Prompts at once. Rates are of all of them together.",
 )
 @click.option(
     "-r",
@@ -179,6 +186,7 @@ def bench(
     prompts: tuple[int, ...],
     generated: tuple[int, ...],
     depths: tuple[int, ...],
+    rows: tuple[int, ...],
     repetitions: int,
     as_json: bool,
     as_csv: bool,
@@ -195,20 +203,21 @@ def bench(
     session = open_engine(**options)
     load_seconds = perf_counter() - started
     measured: list[Measured] = []
-    for workload in workloads(prompts, generated, depths):
+    for workload in workloads(prompts, generated, depths, rows):
         what = (
             f"prompt {workload.prompt_tokens:,}, new {workload.generated_tokens:,}, depth {workload.depth:,}"
+            + (f", rows {workload.rows}" if workload.rows > 1 else "")
         )
         with working(f"measuring: {what}"):
             *_, result = measure(session, workload, repetitions=repetitions)
         measured.append(result)
     facts = conditions(session, load_seconds)
     common = {name: facts[name] for name in ("load_seconds", "peak_rss_bytes")}
-    rows = [{**result.to_json(), **common} for result in measured]
+    results = [{**result.to_json(), **common} for result in measured]
     if as_json:
-        click.echo(json.dumps({**facts, "results": rows}, indent=2, ensure_ascii=False))
+        click.echo(json.dumps({**facts, "results": results}, indent=2, ensure_ascii=False))
     elif as_csv:
-        click.echo(as_csv_text(rows), nl=False)
+        click.echo(as_csv_text(results), nl=False)
     else:
         Console().print(as_table(measured))
         for line in as_lines(facts):

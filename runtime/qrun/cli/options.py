@@ -83,8 +83,8 @@ _SAMPLING_NAMES = (
 )
 
 
-class _TokenCounts(_CountsType):
-    """Numbers of tokens, separated by commas."""
+class _Counts(_CountsType):
+    """Whole numbers, separated by commas."""
 
     name = "N[,N...]"
 
@@ -99,7 +99,7 @@ class _TokenCounts(_CountsType):
             self.fail(f"{value!r} is not a list of whole numbers, such as 128,512", param, ctx)
 
 
-TOKEN_COUNTS = _TokenCounts()
+COUNTS = _Counts()
 
 
 def model_options(command: Command) -> Command:

@@ -30,15 +30,22 @@ class Scheduler:
     Sequences whose prompts are read decode in the first rows, without a gap; the one whose prompt is being
     read has the row behind them; the others wait. Nobody else may feed these rows meanwhile.
 
+    A sequence gets the tokens that it would get alone, whatever runs beside it and whatever ran before, where
+    the graph's products give a row the same bits in any company (fp32, int8, int4 in blocks of up to 32).
+
     Args:
         slots: the rows; what they hold is reused where a prompt begins with it.
         chunk: tokens of a prompt that are read at once. Pieces end at its multiples, so they are the same
             whatever else runs.
+        reuse_all: reuse all that a prompt begins with, and not its whole pieces alone. For one conversation:
+            its answers are not read again, and their keys and values are those of single steps, which may
+            differ in the last bits from those of a prompt.
     """
 
-    def __init__(self, slots: Slots, *, chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(self, slots: Slots, *, chunk: int = PREFILL_CHUNK, reuse_all: bool = False) -> None:
         self._slots = slots
         self._chunk = chunk
+        self._reuse_all = reuse_all
         self._waiting: deque[Sequence] = deque()
         self._reading: Sequence | None = None
         self._decoding: list[Sequence] = []
@@ -111,7 +118,8 @@ class Scheduler:
         events.append((sequence, self._begin(sequence)))
 
     def _begin(self, sequence: Sequence) -> Prefilled:
-        return sequence.begin(self._slots.keep(len(self._decoding), sequence.prompt_ids))
+        piece = None if self._reuse_all else self._chunk
+        return sequence.begin(self._slots.keep(len(self._decoding), sequence.prompt_ids, piece=piece))
 
     def _choose(self, sequence: Sequence, logits: NDArray[np.float32], events: Events) -> bool:
         """Take a sequence's next token; whether it goes on."""
