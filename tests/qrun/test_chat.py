@@ -9,7 +9,6 @@ from qrun.errors import QrunError
 from tests.fakes import (
     AB,
     IM_END,
-    FakeSession,
     Rule,
     fake_manifest,
     fake_model,
@@ -271,12 +270,27 @@ def test_a_model_without_a_template_cannot_chat(tokenizer):
 
 
 def test_two_chats_with_one_model_do_not_disturb_each_other(tokenizer):
-    model = fake_model(tokenizer, scripted(tokenizer, ["first", "second"]))
+    """Each has questions and answers of its own: a token, logit or buffer that crossed over would show."""
+    left_script = scripted(tokenizer, ["first answer", "a second one"])
+    right_script = scripted(tokenizer, ["eins", "und zwei, etwas laenger"])
+    mark = tokenizer.encode("R")[0]
+    model = fake_model(tokenizer, lambda seen: (right_script if mark in seen else left_script)(seen))
     left, right = model.chat(), model.chat()
-    pairs = list(zip(left.send("a"), right.send("b")))
-    assert [answer.text for answer in pairs[-1]] == ["first", "first"]
-    assert say(left, "c").text == say(right, "d").text == "second"
-    assert isinstance(model.session, FakeSession)
+    found = []
+    for questions in (("a", "R1"), ("and b?", "R2, and more")):
+        running = [left.send(questions[0]), right.send(questions[1])]
+        answers = [None, None]
+        while None in answers:
+            for index, events in enumerate(running):
+                if answers[index] is None:
+                    event = next(events)
+                    if isinstance(event, qrun.Answer):
+                        answers[index] = event.text
+                        assert list(events) == []
+        found.append(answers)
+    assert found == [["first answer", "eins"], ["a second one", "und zwei, etwas laenger"]]
+    assert [message["content"] for message in left.messages[::2]] == ["a", "and b?"]
+    assert [message["content"] for message in left.messages[1::2]] == ["first answer", "a second one"]
 
 
 def test_kept_turns_give_the_same_answer_as_a_fresh_computation(tiny_export):

@@ -105,6 +105,19 @@ def test_too_little_memory_is_told_before_anything_is_allocated(monkeypatch):
     assert (cache.capacity, cache.ids.shape) == (0, (1, 0))
 
 
+def test_two_caches_are_not_promised_the_same_memory(monkeypatch):
+    """Pages that nobody has written yet are still reported as free."""
+    first, second = cache_of(), cache_of()
+    monkeypatch.setattr(ledger, "available_memory", lambda: second.manifest.kv.bytes_per_token * 1500)
+    first.reserve(1000)
+    with pytest.raises(QrunError, match="a KV cache of 1,000 tokens needs"):
+        second.reserve(1000)
+    assert second.capacity == 0
+    del first
+    second.reserve(1000)
+    assert second.capacity == 1000
+
+
 def test_where_doubling_does_not_fit_what_is_needed_still_may(monkeypatch):
     cache = cache_of()
     fill(cache, 1000)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from qrun.backends.opening import open_session
 from qrun.backends.ort import attention as ort_attention
-from qrun.backends.ort.attention import most_tokens, scores_in_one_matrix
+from qrun.backends.ort.attention import most_tokens
 from qrun.backends.ort.session import OrtSession
 from qrun.errors import QrunError
 
@@ -25,37 +27,29 @@ def test_scores_stay_within_bounds() -> None:
     assert most_tokens(0, 1) > 0
 
 
-def test_the_switch_is_on_while_sessions_open_and_off_again(monkeypatch) -> None:
-    monkeypatch.delenv(SWITCH, raising=False)
-    seen = []
-
-    def open_badly() -> None:
-        with scores_in_one_matrix():
-            seen.append(os.environ[SWITCH])
-            raise QrunError("a graph that does not open")
-
-    with pytest.raises(QrunError):
-        open_badly()
-    assert seen == ["1"]
-    assert SWITCH not in os.environ
-
-
-def test_the_switch_stays_on_until_the_last_of_several_openings(monkeypatch) -> None:
-    monkeypatch.delenv(SWITCH, raising=False)
-    first, second = scores_in_one_matrix(), scores_in_one_matrix()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert os.environ[SWITCH] == "1"
-    second.__exit__(None, None, None)
-    assert SWITCH not in os.environ
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_the_switch_is_set_before_anything_runs_and_whoever_has_set_it_keeps_it(given, expected) -> None:
+    """It was set and taken back at every opening, while other threads were running."""
+    environment = {name: value for name, value in os.environ.items() if name != SWITCH}
+    code = (
+        "import os, sys, qrun.backends.opening, qrun.backends.ort.session\n"
+        f"assert 'onnxruntime' not in sys.modules; print(os.environ['{SWITCH}'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | ({} if given is None else {SWITCH: given}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == expected, done.stderr
 
 
-def test_whoever_has_set_the_switch_keeps_it(monkeypatch) -> None:
-    monkeypatch.setenv(SWITCH, "0")
-    with scores_in_one_matrix():
-        assert os.environ[SWITCH] == "0"
-    assert os.environ[SWITCH] == "0"
+def test_opening_and_answering_leave_the_environment_alone(exporter) -> None:
+    before = dict(os.environ)
+    session = open_session(exporter(max_position_embeddings=1024), threads=2)
+    session.forward(TOKENS, session.new_cache())
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("int8_kv_cache", [False, True])

@@ -7,6 +7,7 @@ import pytest
 
 from qrun.backends import kvcache, ledger
 from qrun.backends.opening import open_session
+from qrun.backends.ort import cache as ort_cache
 from qrun.backends.ort.session import OrtSession
 from qrun.errors import QrunError
 from qrun.machine import usable_cores
@@ -188,6 +189,40 @@ def test_too_little_memory_for_the_cache_is_told_before_it_is_taken(session, mon
     monkeypatch.setattr(ledger, "available_memory", lambda: 1000)
     with pytest.raises(QrunError, match=r"a KV cache of 10 tokens needs .* GB of memory are free"):
         session.forward(row(TOKENS[:10]), session.new_cache(), "last")
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4])
+def test_a_cache_that_cannot_grow_is_what_it_was(session, whole, monkeypatch, taken):
+    """Memory ends after some of the new buffers: the old ones stay, all of them, and go on being used."""
+    cache = session.new_cache()
+    session.forward(row(TOKENS[:20]), cache, "none")
+    real, made = ort_cache.Buffer, []
+
+    def scarce(*arguments):
+        if len(made) == taken:
+            raise MemoryError
+        made.append(real(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(ort_cache, "Buffer", scarce)
+    many = np.zeros((1, kvcache.MINIMUM_CAPACITY), dtype=np.int64)
+    with pytest.raises(QrunError, match=r"a KV cache of .* tokens needs"):
+        session.forward(many, cache, "none")
+    assert cache.lengths.tolist() == [20]
+    np.testing.assert_allclose(session.forward(row(TOKENS[20:]), cache, "all")[0], whole[20:], atol=TOLERANCE)
+    monkeypatch.undo()
+    cache.trim(20)
+    session.forward(many, cache, "none")  # memory is there again
+    cache.trim(20)
+    np.testing.assert_allclose(session.forward(row(TOKENS[20:]), cache, "all")[0], whole[20:], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_cache_of_another_session_is_refused(session, exporter, batch):
+    """Both fit in shape: the check once looked at the class alone."""
+    other = open_session(session.manifest.folder, threads=1)
+    with pytest.raises(AssertionError, match="another session"):
+        session.forward(np.zeros((batch, 1), dtype=np.int64), other.new_cache(batch))
 
 
 def test_the_forecast_is_what_the_buffers_take(session):

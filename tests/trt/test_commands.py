@@ -64,6 +64,16 @@ def test_generate_and_bench_take_a_plan(plan: Path, device: EmulatedDevice) -> N
     assert json.loads(result.stdout)["device"] == "Emulated GPU, TensorRT-RTX 1.7.1.116"
 
 
+def test_several_rows_of_a_plan_or_its_folder_are_refused(plan: Path, device: EmulatedDevice) -> None:
+    for engine, message in (
+        (plan, "a plan runs one sequence at a time, not 2"),
+        (plan.parent, "rows that could"),
+    ):
+        result = qrun("bench", "--engine", engine, "-p", 8, "-n", 4, "-r", 1, "--rows", 2)
+        assert result.exit_code == 1
+        assert message in result.output
+
+
 def test_the_cuda_graph_can_be_left_out(plan: Path, device: EmulatedDevice) -> None:
     command = ("generate", "--engine", plan, "--prompt", "hi", "--greedy", "--max-tokens", 8, "--json")
     plain = json.loads(qrun(*command, "--no-cuda-graph").stdout)

@@ -100,6 +100,9 @@ class KVCache(ABC):
         """Rows ``first`` to ``first + count`` as a cache of their own over the same memory.
 
         The same one each time, as long as somebody holds it: what is bound for it stays bound.
+
+        Raises:
+            QrunError: this kind of cache has no rows apart.
         """
         assert 0 <= first < first + count <= self.batch, f"rows {first} to {first + count} of {self.batch}"
         if count == self.batch:
@@ -151,16 +154,20 @@ class KVCache(ABC):
         self.lengths[:] = lengths
 
     def copy_out(self, row: int, length: int) -> list[NDArray[Any]]:
-        """The first ``length`` keys and values of a row: ``[kv_heads, length, head_size]`` of each buffer."""
-        raise NotImplementedError
+        """The first ``length`` keys and values of a row: ``[kv_heads, length, head_size]`` of each buffer.
+
+        Raises:
+            QrunError: this kind of cache has no rows apart.
+        """
+        raise self._not_apart()
 
     def copy_in(self, row: int, states: list[NDArray[Any]]) -> None:
         """Fill a row with what ``copy_out`` gave; what it held is forgotten.
 
         Raises:
-            QrunError: more memory than the machine has left.
+            QrunError: this kind of cache has no rows apart, or more memory than the machine has left.
         """
-        raise NotImplementedError
+        raise self._not_apart()
 
     def _grow(self, needed: int) -> None:
         capacity = next_capacity(needed, self.capacity, self.limit)
@@ -191,4 +198,11 @@ class KVCache(ABC):
 
     def _show(self, first: int, count: int) -> Self:
         """A cache of some rows over the memory of this one."""
-        raise NotImplementedError(f"{type(self).__name__} has no rows to be shown one by one")
+        raise self._not_apart()
+
+    def _not_apart(self) -> QrunError:
+        return QrunError(
+            "this kind of KV cache has no rows that could be used apart",
+            where=self.manifest.folder,
+            hint="run one sequence at a time; or use a folder for onnxruntime and a cache in place",
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.backends.kvcache import KVCache
-from qrun.backends.ort.attention import most_tokens, scores_in_one_matrix
+from qrun.backends.ort.attention import most_tokens
 from qrun.backends.ort.cache import GrowingKVCache, InPlaceKVCache, OrtKVCache
 from qrun.backends.ort.prefill import PrefillGraph
 from qrun.backends.ort.values import Values
@@ -176,11 +175,10 @@ class OrtSession:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         providers = self.providers(device)
         try:
-            with scores_in_one_matrix() if device == "cpu" else nullcontext():
-                # Its own fall-back would print, and try another device than the one that was asked for.
-                inference = self._ort.InferenceSession(
-                    RawPath(graph), options, providers=providers, enable_fallback=False
-                )
+            # Its own fall-back would print, and try another device than the one that was asked for.
+            inference = self._ort.InferenceSession(
+                RawPath(graph), options, providers=providers, enable_fallback=False
+            )
         except Exception as error:  # ONNX Runtime has no base class for its errors
             raise QrunError(
                 f"ONNX Runtime {self._ort.__version__} cannot open the graph: {_reason(error)}",
