@@ -34,7 +34,8 @@ def make_random(shape: str, folder: Path, *, seed: int = 0) -> Path:
         return folder
     from transformers import Qwen2Config
 
-    from qconvert.checkpoint.config import expected_tensors
+    from qconvert.models.families import spec_of
+    from qconvert.models.recorder import expected_tensors
     from tests.tiny import write_tiny_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def make_random(shape: str, folder: Path, *, seed: int = 0) -> Path:
     write_tiny_tokenizer(folder)
 
     generator = np.random.default_rng(seed)
-    shards = list(_shards(expected_tensors(Qwen2Config(**SHAPES[shape]))))
+    shards = list(_shards(expected_tensors(spec_of(Qwen2Config(**SHAPES[shape])))))
     places: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         name = (

@@ -30,7 +30,8 @@ from qconvert.folder.companions import write_companions
 from qconvert.formats.folding import Folding
 from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import Recipe
-from qconvert.models.decoder import DecoderSpec, rope_tables
+from qconvert.models.families import family_of, rope_tables, spec_of
+from qconvert.models.spec import DecoderSpec
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 from qconvert.recipes.choose import Wishes, choose
@@ -38,7 +39,7 @@ from qconvert.recipes.forecast import parameter_count
 from qconvert.targets import DEFAULT_TARGET, Target, target_named
 
 if TYPE_CHECKING:
-    from transformers import Qwen2ForCausalLM
+    from transformers import PreTrainedModel
 
     from qconvert.proof.verify import Report
 
@@ -78,7 +79,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     checkpoint = open_checkpoint(resolve_source(source, hub=options.hub, revision=options.revision))
     progress.note(*checkpoint.notes)
     target = target_named(options.target)
-    spec = target.fit(DecoderSpec.from_config(checkpoint.config), options.max_length)
+    spec = target.fit(spec_of(checkpoint.config), options.max_length)
     choice, text = choose(options, target.capabilities, spec), None
     recipe = choice.recipe
     if choice.calibrated:
@@ -126,7 +127,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
 
 
 def write_graph(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     spec: DecoderSpec,
     recipe: Recipe,
     target: Target,
@@ -156,7 +157,7 @@ def write_graph(
 def prove(
     folder: ModelFolder,
     facts: dict[str, Any],
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     options: ExportOptions,
     progress: Progress,
 ) -> Report:
@@ -209,7 +210,7 @@ def describe(
             ],
         },
         "model": {
-            "architecture": "Qwen2ForCausalLM",
+            "architecture": family_of(checkpoint.config).architecture,
             "parameters": parameter_count(spec),
             "num_hidden_layers": spec.num_hidden_layers,
             "num_attention_heads": spec.num_attention_heads,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qconvert.errors import QconvertError
 from qconvert.formats.recipe import ChannelFormat, Recipe
-from qconvert.models.decoder import DecoderSpec, lower_decoder, lower_prompt
+from qconvert.models.decoder import lower_decoder, lower_prompt
+from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.forecast import kv_bytes_per_token
 from qconvert.recipes.precisions import PRECISIONS, Capabilities
 
@@ -94,15 +95,15 @@ class OnnxRuntimeTarget:
         if isinstance(recipe.linear, ChannelFormat):
             integers = IntegerLowering(spec, recipe, recipe.linear, initializers.folded(), rope)
             lower_decoder(spec, integers)
-            return {GRAPH_NAME: integers.model("qwen2")}
+            return {GRAPH_NAME: integers.model(spec.model_type)}
         lowering = OnnxRuntimeLowering(spec, recipe, initializers, rope)
         lower_decoder(spec, lowering)
-        graphs = {GRAPH_NAME: lowering.model("qwen2")}
+        graphs = {GRAPH_NAME: lowering.model(spec.model_type)}
         if recipe.prefill is not None:
             with initializers.in_another_file(f"{PREFILL_GRAPH_NAME}.data") as others:
                 prompts = IntegerLowering(spec, recipe, recipe.prefill, others.folded(), rope, prompts=True)
                 lower_prompt(spec, prompts)
-            graphs[PREFILL_GRAPH_NAME] = prompts.model("qwen2_prefill")
+            graphs[PREFILL_GRAPH_NAME] = prompts.model(f"{spec.model_type}_prefill")
         return graphs
 
     def facts(self, spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:
@@ -167,7 +168,7 @@ class TensorRTTarget:
         for file, spelling in spellings.items():
             lowering = TensorRTLowering(spec, recipe, initializers, rope, spelling)
             lower_decoder(spec, lowering)
-            graphs[file] = lowering.model("qwen2")
+            graphs[file] = lowering.model(spec.model_type)
             initializers = initializers.for_another_graph()
         compute_in_float32(graphs[STANDARD_GRAPH_NAME])
         return graphs

@@ -28,6 +28,11 @@ _CONFIG: dict[str, Any] = {
 }
 
 
+def tiny_config() -> dict[str, Any]:
+    """The sizes of the tiny checkpoints, as fields of config.json."""
+    return dict(_CONFIG)
+
+
 def make_tiny_checkpoint(
     folder: Path,
     *,

@@ -21,7 +21,7 @@ from qconvert.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2ForCausalLM
+    from transformers import PreTrainedModel
 
 # Tokens of a passage that are read. It bounds time and memory where a tokenizer knows bytes only.
 _LONGEST = 512
@@ -35,7 +35,7 @@ KVScales = Mapping[str, "torch.Tensor"]
 
 
 def scales_for(
-    recipe: Recipe, model: Qwen2ForCausalLM, tokenizer_folder: Path, progress: Progress
+    recipe: Recipe, model: PreTrainedModel, tokenizer_folder: Path, progress: Progress
 ) -> KVScales:
     """The scales that a recipe needs: none, unless its KV cache is of 8 bits.
 

@@ -19,7 +19,7 @@ from qconvert.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2ForCausalLM
+    from transformers import PreTrainedModel
 
 # Factors beyond have no use, and could bring float32 arithmetic near its ends.
 _LARGEST_FACTOR = 2.0**12
@@ -28,7 +28,7 @@ _LONGEST = 256
 
 
 def folding_for(
-    recipe: Recipe, model: Qwen2ForCausalLM, tokenizer_folder: Path, progress: Progress
+    recipe: Recipe, model: PreTrainedModel, tokenizer_folder: Path, progress: Progress
 ) -> Folding:
     """The folding that a recipe asks for, calibrated on the package's own text."""
     fmt = recipe.integer_products
@@ -44,7 +44,7 @@ def folding_for(
 
 
 def smooth(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     sequences: Sequence[Sequence[int]],
     strength: float,
     advance: Callable[[int], Any] | None = None,
@@ -89,7 +89,7 @@ def factors_for(size: torch.Tensor, largest: torch.Tensor, strength: float) -> t
 
 
 def column_sizes(
-    model: Qwen2ForCausalLM, sequences: Sequence[Sequence[int]], advance: Callable[[int], Any] | None = None
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], advance: Callable[[int], Any] | None = None
 ) -> dict[FoldedInput, torch.Tensor]:
     """The size of each input's columns, float32 ``[columns]``, in units of a token's root mean square.
 

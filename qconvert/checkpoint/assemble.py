@@ -1,4 +1,4 @@
-"""transformers' Qwen2 with the checkpoint's tensors in it, each in the type that its file holds.
+"""transformers' model with the checkpoint's tensors in it, each in the type that its file holds.
 
 ``from_pretrained`` would round every tensor to the type that config.json names, and read adapters,
 generation defaults and the choice of an attention kernel besides. Here nothing but the weight files is read.
@@ -9,18 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qconvert.checkpoint.config import expected_tensors, quiet_transformers
+from qconvert.checkpoint.config import quiet_transformers
 from qconvert.errors import QconvertError
+from qconvert.models.families import family_of, spec_of
+from qconvert.models.recorder import expected_tensors
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _AGAIN = "download the whole checkpoint again"
 _PIECE_ROWS = 4096
 
 
-def assemble(config: Qwen2Config, weight_files: tuple[Path, ...], folder: Path) -> Qwen2ForCausalLM:
+def assemble(config: PreTrainedConfig, weight_files: tuple[Path, ...], folder: Path) -> PreTrainedModel:
     """The model in eval mode, its weights mapped from the files (privately: see ``CheckpointWeights``).
 
     Raises:
@@ -29,22 +31,22 @@ def assemble(config: Qwen2Config, weight_files: tuple[Path, ...], folder: Path) 
             the config ties them.
     """
     import torch
-    from transformers import Qwen2ForCausalLM
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+    family = family_of(config)
     try:
         with quiet_transformers(), torch.device("meta"):
-            model = Qwen2ForCausalLM(config)
+            model = family.transformers_class("ForCausalLM")(config)
     except Exception as error:  # transformers has no error class of its own for a bad value
         reason = " ".join(str(error).split())
         raise QconvertError(
             f"transformers refuses this configuration: {reason}", where=folder / "config.json"
         ) from error
-    model.model.rotary_emb = Qwen2RotaryEmbedding(config)  # computed, not stored: it needs real numbers
+    # Computed, not stored: it needs real numbers.
+    model.model.rotary_emb = family.transformers_class("RotaryEmbedding")(config)
 
     tensors = _read(weight_files, folder)
     _check_tied_head(config, tensors, folder)
-    expected = expected_tensors(config)
+    expected = expected_tensors(spec_of(config))
     for name, shape in expected.items():
         if name not in tensors:
             raise QconvertError(f"the weight files have missing keys: {name}", where=folder, hint=_AGAIN)
@@ -70,7 +72,7 @@ def _read(weight_files: tuple[Path, ...], folder: Path) -> dict[str, torch.Tenso
     return tensors
 
 
-def _check_tied_head(config: Qwen2Config, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _check_tied_head(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if not config.tie_word_embeddings or head is None or embedding is None:
         return

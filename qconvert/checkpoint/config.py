@@ -1,4 +1,4 @@
-"""config.json, read through transformers' ``Qwen2Config`` and refused where an export would be wrong."""
+"""config.json, read through transformers' own class and refused where an export would be wrong."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from qconvert.checkpoint.files import TensorInfo, read_json_object
 from qconvert.errors import QconvertError
+from qconvert.models.families import SUPPORTED, family_of, find_family, spec_of
+from qconvert.models.family import Family, head_size
+from qconvert.models.recorder import expected_tensors
 
 if TYPE_CHECKING:
-    from transformers import Qwen2Config
+    from transformers import PreTrainedConfig
 
-ARCHITECTURE = "Qwen2ForCausalLM"
-SUPPORTED = (
-    f"{ARCHITECTURE} is supported: Qwen2, Qwen2.5, Qwen2.5-Coder, Qwen2.5-Math, QwQ-32B, "
-    "DeepSeek-R1-Distill-Qwen"
-)
 # transformers computes these once, from the config alone, so a table of cosines can stand in a graph.
 # Others (dynamic, longrope) change the frequencies with the length of the sequence.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -51,7 +49,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_config(folder: Path) -> Qwen2Config:
+def load_config(folder: Path) -> PreTrainedConfig:
     """The checkpoint's configuration, with everything in it covered by an export.
 
     ``auto_map`` (remote code) is ignored: transformers' own class is used and nothing is executed.
@@ -82,17 +80,19 @@ def load_config(folder: Path) -> Qwen2Config:
         )
         raise QconvertError(f"{what}.", where=path, hint=hint)
 
-    _check_identity(raw, path)
-    from transformers import Qwen2Config
-
+    family = _check_identity(raw, path)
     try:
         with quiet_transformers():
-            config = Qwen2Config.from_dict({key: raw[key] for key in raw if key not in _NOT_THE_MODELS})
+            config = family.transformers_class("Config").from_dict(
+                {key: raw[key] for key in raw if key not in _NOT_THE_MODELS}
+            )
     except Exception as error:  # transformers has no error class of its own for a bad value
         reason = " ".join(str(error).split())
         raise QconvertError(f"transformers refuses this configuration: {reason}", where=path) from error
     _check_sizes(config, path)
     _check_attention(config, path)
+    for problem in family.unsupported(config):
+        _refuse(path, *problem)
     pad = config.pad_token_id
     if type(pad) is not int or not 0 <= pad < config.vocab_size:
         config.pad_token_id = None  # no effect on an export; transformers refuses to build such a model
@@ -100,42 +100,9 @@ def load_config(folder: Path) -> Qwen2Config:
     return config
 
 
-def head_size(config: Qwen2Config) -> int:
-    """Width of one attention head: ``head_dim`` where the config has it, else hidden size / heads."""
-    explicit = getattr(config, "head_dim", None)
-    return int(explicit or config.hidden_size // config.num_attention_heads)
-
-
-def expected_tensors(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the configuration implies; a tied head is not among them."""
-    return tensor_shapes(config, head_size(config))
-
-
-def tensor_shapes(sizes: Any, head_size: int) -> dict[str, tuple[int, ...]]:
-    """The same for a model's sizes, which a configuration and a ``DecoderSpec`` give the same names."""
-    hidden, inner = sizes.hidden_size, sizes.intermediate_size
-    queries, keys = sizes.num_attention_heads * head_size, sizes.num_key_value_heads * head_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.vocab_size, hidden)}
-    for layer in range(sizes.num_hidden_layers):
-        block = f"model.layers.{layer}"
-        for name, width in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            shapes[f"{block}.self_attn.{name}.weight"] = (width, hidden)
-            shapes[f"{block}.self_attn.{name}.bias"] = (width,)
-        shapes[f"{block}.self_attn.o_proj.weight"] = (hidden, queries)
-        shapes[f"{block}.mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[f"{block}.mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{block}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes[f"{block}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{block}.post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not sizes.tie_word_embeddings:
-        shapes["lm_head.weight"] = (sizes.vocab_size, hidden)
-    return shapes
-
-
-def tensor_problems(config: Qwen2Config, tensors: dict[str, TensorInfo]) -> list[str]:
+def tensor_problems(config: PreTrainedConfig, tensors: dict[str, TensorInfo]) -> list[str]:
     """What the weight files lack, misshape or have too much, one sentence each; empty when they fit."""
-    expected = expected_tensors(config)
+    expected = expected_tensors(spec_of(config))
     allowed_extra = {"lm_head.weight"} if config.tie_word_embeddings else set()
     problems = []
     for name, shape in expected.items():
@@ -151,15 +118,16 @@ def tensor_problems(config: Qwen2Config, tensors: dict[str, TensorInfo]) -> list
     for name in tensors:
         harmless = name in allowed_extra or name.endswith(".rotary_emb.inv_freq")
         if name not in expected and not harmless:
-            problems.append(f"{name} has no place in {ARCHITECTURE}")
+            problems.append(f"{name} has no place in {family_of(config).architecture}")
     return problems
 
 
-def _check_identity(raw: dict[str, Any], path: Path) -> None:
+def _check_identity(raw: dict[str, Any], path: Path) -> Family:
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if architectures is not None and not isinstance(architectures, list):
         _refuse(path, "architectures", architectures, "a list of names is needed")
-    if model_type != "qwen2" or (architectures and ARCHITECTURE not in architectures):
+    family = find_family(model_type, architectures)
+    if family is None:
         names = architectures or ["(no architecture)"]
         found = f"{', '.join(map(str, names))}, model_type {model_type}"
         raise QconvertError(f"This checkpoint is another architecture: {found}.", where=path, hint=SUPPORTED)
@@ -171,9 +139,10 @@ def _check_identity(raw: dict[str, Any], path: Path) -> None:
             where=f"{path}, quantization_config",
             hint="give the original checkpoint: qconvert quantises its weights itself (--precision)",
         )
+    return family
 
 
-def _check_sizes(config: Qwen2Config, path: Path) -> None:
+def _check_sizes(config: PreTrainedConfig, path: Path) -> None:
     for key in _COUNTS:
         value = getattr(config, key)
         if not isinstance(value, int) or value < 1:
@@ -192,9 +161,7 @@ def _check_sizes(config: Qwen2Config, path: Path) -> None:
         _refuse(path, "head_dim", head_size(config), "rotary positions need an even head size")
 
 
-def _check_attention(config: Qwen2Config, path: Path) -> None:
-    if config.hidden_act != "silu":
-        _refuse(path, "hidden_act", config.hidden_act, "Qwen2's MLP uses silu")
+def _check_attention(config: PreTrainedConfig, path: Path) -> None:
     if getattr(config, "is_causal", True) is not True:
         _refuse(
             path, "is_causal", config.is_causal, "an embedding model that looks ahead is not a language model"
@@ -208,8 +175,6 @@ def _check_attention(config: Qwen2Config, path: Path) -> None:
         value = rope.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             _refuse(path, f"rope_parameters.{key}", value, "a positive number is needed")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        _refuse(path, "partial_rotary_factor", rope["partial_rotary_factor"], "Qwen2 rotates whole heads")
 
     kinds = config.layer_types
     if len(kinds) != config.num_hidden_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:

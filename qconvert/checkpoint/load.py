@@ -1,4 +1,4 @@
-"""A Qwen2 checkpoint on disk: found, checked, and loaded by transformers.
+"""A checkpoint on disk: found, checked, and loaded by transformers.
 
 With ``files`` and ``header`` (the weight files), ``config`` (config.json), ``assemble`` (the model) and
 ``hub`` (downloads) this is the only place that knows how checkpoints lie on disk.
@@ -29,7 +29,7 @@ from qrun.errors import QrunError
 from qrun.sampling.params import SamplingParams, resolve
 
 if TYPE_CHECKING:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "Checkpoint",
@@ -51,7 +51,7 @@ class Checkpoint:
     """A checked checkpoint. ``tensors`` comes from the headers; no weight was read."""
 
     folder: Path
-    config: Qwen2Config
+    config: PreTrainedConfig
     generation_config: dict[str, Any] | None
     weight_files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Checks that the folder is a whole Qwen2 checkpoint that an export covers.
+    """Checks that the folder is a whole checkpoint that an export covers.
 
     A missing tokenizer is no error here (``inspect_files`` tells it): the graph does not need one.
 
@@ -128,7 +128,7 @@ def checkpoint_name(folder: Path) -> str:
     return folder.name
 
 
-def load_model(checkpoint: Checkpoint) -> Qwen2ForCausalLM:
+def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """transformers' model in eval mode, each tensor mapped from its file in the type that it has there.
 
     Raises:
@@ -137,7 +137,7 @@ def load_model(checkpoint: Checkpoint) -> Qwen2ForCausalLM:
     return assemble(checkpoint.config, checkpoint.weight_files, checkpoint.folder)
 
 
-def _notes(config: Qwen2Config, tensors: dict[str, TensorInfo], ends: EndTokens) -> tuple[str, ...]:
+def _notes(config: PreTrainedConfig, tensors: dict[str, TensorInfo], ends: EndTokens) -> tuple[str, ...]:
     """What a user may not expect, and is told before the work."""
     notes = list(ends.notes)
     found = stored_dtypes(tensors)

@@ -1,4 +1,4 @@
-"""PyTorch's answer: the logits of transformers' own Qwen2, computed in float32 with bounded memory.
+"""PyTorch's answer: the logits of transformers' own model, computed in float32 with bounded memory.
 
 The checkpoint stays mapped in its own type. Each module gets its weights in float32 when it is
 about to run and gives them back right after, so that one module's weights are the most that is
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
-    from transformers import Qwen2ForCausalLM
+    from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
     from qconvert.formats.shortlist import Shortlist
@@ -58,7 +58,7 @@ class CheckpointSource:
 
     shortlist = None
 
-    def __init__(self, model: Qwen2ForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._weights = CheckpointWeights(model)
         found = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
         stored = " and ".join(sorted(found))
@@ -95,7 +95,7 @@ class PromptWeights:
 
 
 class Reference:
-    """A loaded ``Qwen2ForCausalLM`` of any dtype that computes in float32.
+    """A loaded model of transformers, of any dtype, that computes in float32.
 
     Args:
         model: in eval mode; its weights are untouched between calls.
@@ -111,7 +111,7 @@ class Reference:
 
     def __init__(
         self,
-        model: Qwen2ForCausalLM,
+        model: PreTrainedModel,
         source: WeightSource | None = None,
         prompt: PromptWeights | None = None,
         kv: KVObserver | None = None,

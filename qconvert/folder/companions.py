@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert.checkpoint.load import Checkpoint
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 
 NAMED_TEMPLATES = "additional_chat_templates"
 _COPIED = (
@@ -81,7 +81,7 @@ def genai_config(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, Any]:
                 "num_key_value_heads": spec.num_key_value_heads,
             },
             **tokens,
-            "type": "qwen2",
+            "type": spec.model_type,
             "vocab_size": spec.vocab_size,
         },
         "search": {

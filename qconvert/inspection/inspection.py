@@ -11,13 +11,14 @@ from qconvert.checkpoint.config import load_config, tensor_problems
 from qconvert.checkpoint.files import read_json_object, read_weight_files, text_file_states
 from qconvert.checkpoint.load import FileState, TensorInfo, checkpoint_name
 from qconvert.errors import QconvertError
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.families import spec_of
+from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.choose import RECIPES, Wishes, choose
 from qconvert.recipes.forecast import kv_bytes_per_token, parameter_count
 from qconvert.targets import DEFAULT_TARGET, TARGETS, Target
 
 if TYPE_CHECKING:
-    from transformers import Qwen2Config
+    from transformers import PreTrainedConfig
 
 _KV_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 _GENERATION_MEANINGS = {
@@ -99,7 +100,7 @@ def describe(folder: Path) -> Inspection:
         QconvertError: no folder, no or a malformed config.json, or a model that an export does not cover.
     """
     config = load_config(folder)
-    spec = DecoderSpec.from_config(config)
+    spec = spec_of(config)
     weights = read_weight_files(folder)
     files = (*text_file_states(folder), *weights.states)
     problems = [state.problem for state in files if state.harmful]
@@ -142,7 +143,7 @@ def _weight_bytes(spec: DecoderSpec, target: Target, wishes: Wishes) -> int | No
 
 
 def _facts(
-    folder: Path, config: Qwen2Config, spec: DecoderSpec, tensors: Mapping[str, TensorInfo]
+    folder: Path, config: PreTrainedConfig, spec: DecoderSpec, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[Fact]:
     tokenizer = read_json_object(folder / "tokenizer.json")[1] or {}
     names = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
@@ -153,7 +154,9 @@ def _facts(
     yield from _generation_facts(read_json_object(folder / "generation_config.json")[1] or {}, names)
 
 
-def _model_facts(config: Qwen2Config, spec: DecoderSpec, tensors: Mapping[str, TensorInfo]) -> Iterator[Fact]:
+def _model_facts(
+    config: PreTrainedConfig, spec: DecoderSpec, tensors: Mapping[str, TensorInfo]
+) -> Iterator[Fact]:
     section = "model"
     architectures = ", ".join(config.architectures or ["(not stated)"])
     yield Fact(section, "architectures", architectures, f"model_type {config.model_type}")
@@ -180,7 +183,7 @@ def _dtype_meaning(dtype: str | None) -> str:
     }.get(dtype, "")
 
 
-def _attention_facts(config: Qwen2Config, spec: DecoderSpec) -> Iterator[Fact]:
+def _attention_facts(config: PreTrainedConfig, spec: DecoderSpec) -> Iterator[Fact]:
     section = "attention"
     heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
     yield Fact(section, "num_attention_heads", heads, "query heads")
@@ -188,7 +191,7 @@ def _attention_facts(config: Qwen2Config, spec: DecoderSpec) -> Iterator[Fact]:
     shared = f"{group} queries share one: a cache {group}x smaller" if group > 1 else "one for each query"
     yield Fact(section, "num_key_value_heads", kv_heads, shared)
     origin = "head_dim" if getattr(config, "head_dim", None) else "hidden_size / heads"
-    yield Fact(section, "head size", spec.head_size, f"from {origin}; q, k, v have biases")
+    yield Fact(section, "head size", spec.head_size, f"from {origin}; {_extras(spec)}")
     sliding = [layer for layer, window in enumerate(spec.sliding_windows) if window is not None]
     yield Fact(
         section, "use_sliding_window", bool(config.use_sliding_window), _sliding_meaning(spec, sliding)
@@ -196,6 +199,12 @@ def _attention_facts(config: Qwen2Config, spec: DecoderSpec) -> Iterator[Fact]:
     if sliding:
         window = config.sliding_window
         yield Fact(section, "sliding_window", window, f"tokens seen by a query, layers {_ranges(sliding)}")
+
+
+def _extras(spec: DecoderSpec) -> str:
+    """What families have or lack beside the projections."""
+    biases = "q, k, v have biases" if spec.qkv_bias else "no biases"
+    return f"{biases}, heads of q and k are normed" if spec.qk_norm else biases
 
 
 def _sliding_meaning(spec: DecoderSpec, sliding: list[int]) -> str:
@@ -215,7 +224,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _position_facts(config: Qwen2Config, spec: DecoderSpec) -> Iterator[Fact]:
+def _position_facts(config: PreTrainedConfig, spec: DecoderSpec) -> Iterator[Fact]:
     section = "positions"
     rope = config.rope_parameters
     kind = rope["rope_type"]
@@ -235,7 +244,7 @@ def _position_facts(config: Qwen2Config, spec: DecoderSpec) -> Iterator[Fact]:
 
 
 def _token_facts(
-    folder: Path, config: Qwen2Config, tokenizer: Mapping[str, Any], names: Mapping[int, str]
+    folder: Path, config: PreTrainedConfig, tokenizer: Mapping[str, Any], names: Mapping[int, str]
 ) -> Iterator[Fact]:
     section = "tokens"
     yield Fact(

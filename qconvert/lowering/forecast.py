@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from qconvert.checkpoint.config import tensor_shapes
 from qconvert.formats.folding import Folding, folded_inputs
 from qconvert.formats.layout import Layout
 from qconvert.formats.recipe import Recipe
 from qconvert.formats.stored import kv_scale_name
 from qconvert.lowering.data_file import DATA_NAME, DataFile
 from qconvert.lowering.initializers import Initializers
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.recorder import expected_tensors
+from qconvert.models.spec import DecoderSpec
 
 Lower = Callable[[DecoderSpec, Recipe, Initializers, Any], object]
 
@@ -64,7 +64,7 @@ class _Weights(dict[str, torch.Tensor]):
     """The checkpoint's tensors, of which only the shapes are known."""
 
     def __init__(self, spec: DecoderSpec) -> None:
-        shapes = tensor_shapes(spec, spec.head_size)
+        shapes = expected_tensors(spec)
         super().__init__((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
 
     def __contains__(self, name: object) -> bool:

@@ -1,4 +1,4 @@
-"""The Qwen2 decoder, written once, in the checkpoint's own names.
+"""The decoder, written once for all families, in the checkpoint's own names.
 
 It knows what is multiplied by what, and nothing of any runtime: a ``Lowering`` turns each verb into
 the operators of one runtime. Compare with ``modeling_qwen2.py`` of transformers, which this mirrors.
@@ -7,84 +7,11 @@ the operators of one runtime. Compare with ``modeling_qwen2.py`` of transformers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from qconvert.models.spec import DecoderSpec
 
 V = TypeVar("V")
-
-
-@dataclass(frozen=True)
-class DecoderSpec:
-    """The sizes of one Qwen2 decoder, taken from its ``Qwen2Config``.
-
-    ``sliding_windows`` holds, layer by layer, the number of tokens that a query sees (itself
-    included), or None for the whole context. ``context_length`` is in tokens.
-    """
-
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_size: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    context_length: int
-    sliding_windows: tuple[int | None, ...]
-
-    @classmethod
-    def from_config(cls, config: Any) -> DecoderSpec:
-        """Take the sizes from a ``transformers.Qwen2Config`` that ``checkpoint/config.py`` has checked."""
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rope = config.rope_parameters
-        context_length = config.max_position_embeddings
-        if rope["rope_type"] == "yarn":  # checkpoints may state the context before or after stretching
-            original = rope.get("original_max_position_embeddings") or context_length
-            context_length = max(context_length, int(rope["factor"] * original))
-        return cls(
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_size=head_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=config.tie_word_embeddings,
-            context_length=context_length,
-            sliding_windows=tuple(
-                config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
-            ),
-        )
-
-    @property
-    def query_size(self) -> int:
-        return self.num_attention_heads * self.head_size
-
-    @property
-    def kv_size(self) -> int:
-        return self.num_key_value_heads * self.head_size
-
-
-def rope_tables(config: Any, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines of the rotary embedding, from transformers' own rope functions.
-
-    Returns:
-        Two float32 arrays ``[length, head_size / 2]``, the scaling of YaRN included.
-    """
-    import torch
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    rotary = Qwen2RotaryEmbedding(config)
-    with torch.no_grad():
-        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
-    half = cos.shape[-1] // 2  # transformers repeats each angle for both halves of a head
-    return cos[0, :, :half].contiguous().numpy(), sin[0, :, :half].contiguous().numpy()
 
 
 class Lowering(Protocol[V]):
@@ -104,6 +31,10 @@ class Lowering(Protocol[V]):
 
     def linear(self, hidden: V, weights: Sequence[str], biases: Sequence[str] = ()) -> V:
         """One product with the given weights side by side: ``[.., sum of their output sizes]``."""
+        ...
+
+    def norm_heads(self, qkv: V, query_weight: str, key_weight: str) -> V:
+        """Packed q, k and v with the RMS norm of every head of q and k, in the weights' own scale."""
         ...
 
     def attention(self, qkv: V, layer: int) -> V:
@@ -128,7 +59,7 @@ def lower_decoder(spec: DecoderSpec, lowering: Lowering[V]) -> None:
     residual, delta = lowering.embed("model.embed_tokens.weight"), None
     last = spec.num_hidden_layers - 1
     for layer in range(spec.num_hidden_layers):
-        residual, delta = _attention_block(lowering, residual, delta, layer)
+        residual, delta = _attention_block(spec, lowering, residual, delta, layer)
         if layer == last:
             # Nothing after the last attention looks at other positions: drop those nobody asked for.
             residual, delta = lowering.requested_positions(residual), lowering.requested_positions(delta)
@@ -146,15 +77,17 @@ def lower_prompt(spec: DecoderSpec, lowering: Lowering[V]) -> None:
     residual, delta = lowering.embed("model.embed_tokens.weight"), None
     last = spec.num_hidden_layers - 1
     for layer in range(last):
-        residual, delta = _attention_block(lowering, residual, delta, layer)
+        residual, delta = _attention_block(spec, lowering, residual, delta, layer)
         residual, delta = _mlp_block(lowering, residual, delta, layer)
     _, hidden = lowering.add_and_norm(residual, delta, _norm(last, "input"))
-    lowering.attention(_qkv(lowering, hidden, last), last)
+    lowering.attention(_qkv(spec, lowering, hidden, last), last)
 
 
-def _attention_block(lowering: Lowering[V], residual: V, delta: V | None, layer: int) -> tuple[V, V]:
+def _attention_block(
+    spec: DecoderSpec, lowering: Lowering[V], residual: V, delta: V | None, layer: int
+) -> tuple[V, V]:
     residual, hidden = lowering.add_and_norm(residual, delta, _norm(layer, "input"))
-    context = lowering.attention(_qkv(lowering, hidden, layer), layer)
+    context = lowering.attention(_qkv(spec, lowering, hidden, layer), layer)
     return residual, lowering.linear(context, [f"model.layers.{layer}.self_attn.o_proj.weight"])
 
 
@@ -167,9 +100,14 @@ def _norm(layer: int, place: str) -> str:
     return f"model.layers.{layer}.{place}_layernorm.weight"
 
 
-def _qkv(lowering: Lowering[V], hidden: V, layer: int) -> V:
-    projections = [f"model.layers.{layer}.self_attn.{part}_proj" for part in "qkv"]
-    return lowering.linear(hidden, [f"{p}.weight" for p in projections], [f"{p}.bias" for p in projections])
+def _qkv(spec: DecoderSpec, lowering: Lowering[V], hidden: V, layer: int) -> V:
+    attention = f"model.layers.{layer}.self_attn"
+    projections = [f"{attention}.{part}_proj" for part in "qkv"]
+    biases = [f"{name}.bias" for name in projections] if spec.qkv_bias else []
+    qkv = lowering.linear(hidden, [f"{name}.weight" for name in projections], biases)
+    if spec.qk_norm:
+        qkv = lowering.norm_heads(qkv, f"{attention}.q_norm.weight", f"{attention}.k_norm.weight")
+    return qkv
 
 
 def _mlp(lowering: Lowering[V], hidden: V, name: str) -> V:

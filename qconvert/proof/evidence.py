@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qconvert.checkpoint.reference import Reference
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.families import spec_of
 from qconvert.progress import Progress
 from qconvert.proof.cases import CaseSet, make_cases
 from qconvert.proof.exported_weights import ExportedWeights
@@ -43,7 +43,7 @@ class Evidence:
         self.reference = reference
         self.progress = progress
         self.manifest: Manifest = read_manifest(path)
-        self.spec = DecoderSpec.from_config(reference.model.config)
+        self.spec = spec_of(reference.model.config)
         self.of_plan = names_plan(path)
         self.weights = WeightCheck(0, 0, 0.0, None, ())
         self.paths: list[PathResult] = []

@@ -17,12 +17,13 @@ from qconvert.formats.halves import StoredHalves
 from qconvert.formats.layout import Arrays, Rounding, Stored
 from qconvert.formats.shortlist import Shortlist
 from qconvert.formats.stored import SHORTLIST_RANGES, SHORTLIST_SIZE, find, joined_name
-from qconvert.models.decoder import DecoderSpec, lower_decoder
+from qconvert.models.decoder import lower_decoder
+from qconvert.models.families import spec_of
 from qconvert.models.recorder import LowerDecoder, tensor_groups
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2ForCausalLM
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class ExportedWeights:
         QconvertError: a tensor of the checkpoint is not in the graph, or has another shape there.
     """
 
-    def __init__(self, graph: Path, model: Qwen2ForCausalLM, lower: LowerDecoder = lower_decoder) -> None:
+    def __init__(self, graph: Path, model: PreTrainedModel, lower: LowerDecoder = lower_decoder) -> None:
         self._arrays = Arrays(graph)
         self._path = graph
         self._stored: dict[str, _Place] = {}
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for group in tensor_groups(DecoderSpec.from_config(model.config), lower):
+        for group in tensor_groups(spec_of(model.config), lower):
             self._place(group, shapes)
         self.folding = self._recover_folding(CheckpointWeights(model), model.config.num_hidden_layers)
         self.description = "float32 (with the export's own weights)"

@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qconvert.formats.stored import kv_scale_name
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 from qconvert.proof.weight_check import WeightFault
 from qrun.folder.manifest import Manifest
 

@@ -17,13 +17,14 @@ from qconvert.checkpoint.kv_observers import LARGEST, Observed, Rounded
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
 from qconvert.formats.stored import kv_scale_name
+from qconvert.models.family import head_size
 from qconvert.proof.exported_weights import ExportedWeights
 from qconvert.proof.limits import limit_value
 from qconvert.proof.weight_check import WeightCheck, WeightFault
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2Config
+    from transformers import PreTrainedConfig
 
 
 class KVProof:
@@ -84,7 +85,7 @@ class KVProof:
 
 
 def stored_scales(
-    exported: ExportedWeights, graph: Path, config: Qwen2Config
+    exported: ExportedWeights, graph: Path, config: PreTrainedConfig
 ) -> dict[tuple[int, str], torch.Tensor]:
     """The scales ``[kv_heads, head_size]`` in a graph, by layer and "key" or "value".
 
@@ -93,8 +94,7 @@ def stored_scales(
     """
     import torch
 
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    due, found = (1, config.num_key_value_heads, 1, head_size), {}
+    due, found = (1, config.num_key_value_heads, 1, head_size(config)), {}
     for place in ((layer, part) for layer in range(config.num_hidden_layers) for part in ("key", "value")):
         scale = exported.array(kv_scale_name(*place))
         if scale.shape != due or scale.dtype != np.float32:

@@ -20,7 +20,7 @@ from qconvert.proof.weight_check import WeightCheck, check_weights
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2ForCausalLM
+    from transformers import PreTrainedModel
 
     from qconvert.proof.cases import Case
     from qconvert.proof.report import PathResult
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     RunCase = Callable[[Case, States], list[PathResult]]
 
 
-def prompt_weights(graph: Path, model: Qwen2ForCausalLM) -> ExportedWeights:
+def prompt_weights(graph: Path, model: PreTrainedModel) -> ExportedWeights:
     """The second graph's weights.
 
     Raises:
@@ -39,7 +39,7 @@ def prompt_weights(graph: Path, model: Qwen2ForCausalLM) -> ExportedWeights:
 
 
 def add_weights(
-    check: WeightCheck, exported: ExportedWeights, graph: Path, model: Qwen2ForCausalLM, limit: float
+    check: WeightCheck, exported: ExportedWeights, graph: Path, model: PreTrainedModel, limit: float
 ) -> WeightCheck:
     """The outcome of both graphs' weights; a fault of the second one's is named after its file."""
     other = check_weights(exported, model, limit)

@@ -12,12 +12,12 @@ import numpy as np
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.layout import PIECE, Rounding
 from qconvert.formats.record import Digest
-from qconvert.models.decoder import rope_tables
+from qconvert.models.families import rope_tables
 from qconvert.proof.exported_weights import ExportedWeights
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2ForCausalLM
+    from transformers import PreTrainedModel
 
 # float32 angles: inverse frequencies of two builds of PyTorch may differ in their last bit, which
 # grows with the position; on top of that the tables' own rounding.
@@ -87,7 +87,7 @@ class _MovedTensor:
 
 def check_weights(
     exported: ExportedWeights,
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     limit_steps: float,
     advance: Any = None,
     moved: MovedWeights | None = None,
@@ -176,7 +176,7 @@ def _cast_fault(true: torch.Tensor, stored: torch.Tensor, dtype: str, start: int
     return f"row {start + row}: not the checkpoint's values in {dtype}"
 
 
-def _rope_faults(exported: ExportedWeights, model: Qwen2ForCausalLM) -> list[WeightFault]:
+def _rope_faults(exported: ExportedWeights, model: PreTrainedModel) -> list[WeightFault]:
     faults = []
     for name, due in zip(
         ("cos_cache", "sin_cache"), rope_tables(model.config, len(exported.array("cos_cache")))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from qconvert.errors import QconvertError
 from qconvert.formats import shortlist
 from qconvert.formats.recipe import PROMPT_GROUPS, BlockFormat, Calibration, ChannelFormat, Recipe
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.precisions import Capabilities, base_recipe
 
 # Round to nearest; GPTQ in few bits; GPTQ with more bits where they matter most.

@@ -5,18 +5,17 @@ The bytes of an export's weights are those that its lowering asks for: ``lowerin
 
 from __future__ import annotations
 
-from qconvert.models.decoder import DecoderSpec
+from math import prod
+
+from qconvert.models.recorder import expected_tensors
+from qconvert.models.spec import DecoderSpec
 
 _ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def parameter_count(spec: DecoderSpec) -> int:
     """Parameters of the checkpoint; a tied embedding counts once."""
-    hidden, inner, layers = spec.hidden_size, spec.intermediate_size, spec.num_hidden_layers
-    qkv = spec.query_size + 2 * spec.kv_size
-    attention = hidden * qkv + qkv + spec.query_size * hidden
-    heads = 1 if spec.tie_word_embeddings else 2
-    return layers * (attention + 3 * hidden * inner + 2 * hidden) + hidden + heads * hidden * spec.vocab_size
+    return sum(prod(shape) for shape in expected_tensors(spec).values())
 
 
 def kv_bytes_per_token(spec: DecoderSpec, dtype: str) -> int:

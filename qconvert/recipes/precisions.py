@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from qconvert.errors import QconvertError
 from qconvert.formats.columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
 from qconvert.formats.recipe import BLOCK_SIZES, BlockFormat, ChannelFormat, Recipe
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 # Longer blocks are fewer bytes to read for a token. int4: a 0.5B model decodes 1.21 times as fast with 128 as

@@ -8,7 +8,7 @@ from itertools import product
 
 from qconvert.errors import QconvertError
 from qconvert.formats.recipe import BLOCK_SIZES, Calibration, Recipe
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.choose import RECIPES, Wishes, choose
 from qconvert.targets import TARGETS
 

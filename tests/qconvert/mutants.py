@@ -16,6 +16,7 @@ import qconvert.export as flow
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.checkpoint.reference import Reference
 from qconvert.export import ExportOptions, export
+from qconvert.models.spec import DecoderSpec
 from qconvert.progress import Progress
 from qconvert.proof.report import Report
 from qconvert.proof.verify import verify
@@ -62,27 +63,25 @@ class Exporter:
 
 
 def wrong_rope_base(config: Any, length: int) -> Any:
-    """``decoder.rope_tables`` with five times the base."""
+    """``families.rope_tables`` with five times the base."""
     from copy import deepcopy
 
-    from qconvert.models.decoder import rope_tables
+    from qconvert.models.families import rope_tables
 
     config = deepcopy(config)
     config.rope_parameters["rope_theta"] *= 5
     return rope_tables(config, length)
 
 
-def spec_with(**changes: Any) -> Any:
-    """A ``DecoderSpec`` class whose specs come out with other sizes."""
-    from qconvert.models.decoder import DecoderSpec
+def spec_with(**changes: Any) -> Callable[[Any], DecoderSpec]:
+    """``families.spec_of``, with other sizes in what it returns."""
+    from qconvert.models.families import spec_of
 
-    class Changed(DecoderSpec):
-        @classmethod
-        def from_config(cls, config: Any) -> DecoderSpec:
-            spec = DecoderSpec.from_config(config)
-            return replace(spec, **{name: change(getattr(spec, name)) for name, change in changes.items()})
+    def changed(config: Any) -> DecoderSpec:
+        spec = spec_of(config)
+        return replace(spec, **{name: change(getattr(spec, name)) for name, change in changes.items()})
 
-    return Changed
+    return changed
 
 
 def edit_graph(folder: Path, edit: Callable[[ir.Graph], None], name: str = "model.onnx") -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qconvert.checkpoint.config import expected_tensors
 from qconvert.checkpoint.load import checkpoint_name, hash_files, inspect_files, load_model, open_checkpoint
+from qconvert.models.families import spec_of
+from qconvert.models.recorder import expected_tensors
 from tests.qconvert.breaking import edit_json, edit_weights
 from tests.tiny import make_tiny_checkpoint
 
@@ -19,7 +20,7 @@ def test_a_tied_checkpoint_opens_with_headers_only(tied: Path) -> None:
     checkpoint = open_checkpoint(tied)
     assert checkpoint.name == "tied"
     assert checkpoint.weight_files == (tied / "model.safetensors",)
-    assert set(checkpoint.tensors) == set(expected_tensors(checkpoint.config))
+    assert set(checkpoint.tensors) == set(expected_tensors(spec_of(checkpoint.config)))
     assert checkpoint.tensors["model.layers.1.self_attn.k_proj.weight"].shape == (32, 64)
     assert checkpoint.generation_config is not None
     assert checkpoint.generation_config["eos_token_id"] == [258, 256]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from qconvert.errors import QconvertError
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.choose import Wishes, choose
 from qconvert.targets import TARGETS
 

@@ -18,7 +18,8 @@ from qconvert.formats.recipe import Recipe
 from qconvert.formats.stored import kv_scale_name
 from qconvert.inspection.inspection import describe
 from qconvert.lowering.forecast import data_bytes
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.families import spec_of
+from qconvert.models.spec import DecoderSpec
 from qconvert.progress import Progress
 from qconvert.targets import TARGETS
 from tests.qconvert.combinations import accepted
@@ -45,7 +46,7 @@ def written(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
 def test_every_combination_of_options_is_forecast_to_the_byte(tmp_path: Path, sizes: dict[str, Any]) -> None:
     model = load_model(open_checkpoint(make_tiny_checkpoint(tmp_path / "c", **sizes)))
-    spec = DecoderSpec.from_config(model.config)
+    spec = spec_of(model.config)
     combinations = accepted(spec)
     assert len(combinations) > 90
     for number, combination in enumerate(combinations):

@@ -15,10 +15,12 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qconvert.checkpoint.config import expected_tensors, load_config
+from qconvert.checkpoint.config import load_config
 from qconvert.cli import main
 from qconvert.inspection.inspection import describe
 from qconvert.inspection.view import readable_bytes, render
+from qconvert.models.families import spec_of
+from qconvert.models.recorder import expected_tensors
 from tests.qconvert.breaking import POINTER, edit_json
 from tests.tiny import make_tiny_checkpoint
 
@@ -219,7 +221,7 @@ def test_a_checkpoint_larger_than_memory_is_inspected(qwen25: Path) -> None:
     }
     edit_json(qwen25 / "config.json", lambda config: config.update(shape))
     header, end = {}, 0
-    for name, dimensions in expected_tensors(load_config(qwen25)).items():
+    for name, dimensions in expected_tensors(spec_of(load_config(qwen25))).items():
         begin, end = end, end + 2 * math.prod(dimensions)
         header[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [begin, end]}
     raw = json.dumps(header).encode()

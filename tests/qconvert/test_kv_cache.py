@@ -18,7 +18,7 @@ from qconvert.checkpoint.reference import Reference
 from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.formats.stored import kv_scale_name
-from qconvert.models.decoder import rope_tables
+from qconvert.models.families import rope_tables
 from qconvert.proof.report import Report
 from tests.qconvert.mutants import Exporter, edit_graph
 from tests.tiny import make_tiny_checkpoint

@@ -15,7 +15,7 @@ import pytest
 import qconvert.proof
 from qconvert.formats import shortlist
 from qconvert.formats.recipe import Recipe
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 from qconvert.proof.limits import COLUMNS, LIMITS, limit_value, limits_name
 from tests.qconvert.combinations import accepted
 

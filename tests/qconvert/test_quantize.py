@@ -14,7 +14,7 @@ from qconvert.errors import QconvertError
 from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.layout import PIECE, NonFiniteWeightError, row_ranges
 from qconvert.formats.recipe import BlockFormat
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.choose import Wishes, choose
 from qconvert.recipes.precisions import recipe_for
 from qconvert.targets import target_named

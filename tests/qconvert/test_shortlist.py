@@ -17,7 +17,7 @@ from qconvert.formats.halves import join_codes, split_codes
 from qconvert.formats.recipe import HIGHEST_HALVES, LOWEST_HALVES, BlockFormat
 from qconvert.formats.shortlist import Shortlist
 from qconvert.lowering.forecast import data_bytes
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 from qconvert.progress import Progress
 from qconvert.proof.weight_check import error_in_steps
 from qconvert.recipes.choose import Wishes, choose

@@ -166,9 +166,7 @@ def test_a_window_that_is_one_token_short(
     def shorten(windows: Any) -> Any:
         return tuple(window and window - 1 for window in windows)
 
-    report = exporter.verify(
-        exporter.export_with(precision, "DecoderSpec", spec_with(sliding_windows=shorten))
-    )
+    report = exporter.verify(exporter.export_with(precision, "spec_of", spec_with(sliding_windows=shorten)))
     assert not report.passed
     assert not report.weights.faults
     assert "long, whole" in wrong_paths(report)
@@ -177,7 +175,7 @@ def test_a_window_that_is_one_token_short(
 @PRECISIONS
 def test_the_wrong_epsilon_of_the_norms(exporter: Exporter, precision: str) -> None:
     report = exporter.verify(
-        exporter.export_with(precision, "DecoderSpec", spec_with(rms_norm_eps=lambda epsilon: 0.3))
+        exporter.export_with(precision, "spec_of", spec_with(rms_norm_eps=lambda epsilon: 0.3))
     )
     assert not report.passed
     assert not report.weights.faults

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qconvert.checkpoint.weights import CheckpointWeights
+from qconvert.models.families import family_of
 
 if TYPE_CHECKING:
-    from transformers import Qwen2Config
+    from transformers import PreTrainedConfig
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -24,11 +25,10 @@ class Layer:
         linears: the seven linear modules by their names in the checkpoint's layer.
     """
 
-    def __init__(self, config: Qwen2Config, index: int, weights: CheckpointWeights, rope: Rope) -> None:
-        from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-
+    def __init__(self, config: PreTrainedConfig, index: int, weights: CheckpointWeights, rope: Rope) -> None:
         with torch.device("meta"):
-            module: Any = Qwen2DecoderLayer(config, index).eval().requires_grad_(False)
+            decoder_layer = family_of(config).transformers_class("DecoderLayer")
+            module: Any = decoder_layer(config, index).eval().requires_grad_(False)
         prefix = f"model.layers.{index}."
         state = {}
         for name in module.state_dict():
@@ -38,7 +38,7 @@ class Layer:
         self.linears: dict[str, torch.nn.Linear] = {
             name: part for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)
         }
-        # So that attention ends where the input of this product is.
+        # With o_proj an identity, attention returns o_proj's input.
         module.self_attn.o_proj = torch.nn.Identity()
         self._module, self._rope = module, rope
         self._mask = _window_mask(rope[0].shape[1], module.self_attn.sliding_window)

@@ -17,11 +17,11 @@ from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import Qwen2ForCausalLM
+    from transformers import PreTrainedModel
 
 
 def round_weights(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     recipe: Recipe,
     sequences: Sequence[Sequence[int]],
     store: RoundedWeights,
@@ -55,7 +55,7 @@ def round_weights(
             advance(1)
 
 
-def write_record(folder: Path, model: Qwen2ForCausalLM, recipe: Recipe, store: RoundedWeights) -> None:
+def write_record(folder: Path, model: PreTrainedModel, recipe: Recipe, store: RoundedWeights) -> None:
     """``rounding.json``: for each weight that was rounded on purpose, the digest of what it stands for."""
     columns = {name: tensor.shape[-1] for name, tensor in model.named_parameters()}
     digests = {}

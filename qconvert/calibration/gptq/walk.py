@@ -18,10 +18,11 @@ from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
 from qconvert.formats.recipe import BlockFormat, Recipe
+from qconvert.models.families import family_of
 from qconvert.parallel import all_threads
 
 if TYPE_CHECKING:
-    from transformers import Qwen2ForCausalLM
+    from transformers import PreTrainedModel
 
 EMBEDDING = "model.embed_tokens.weight"
 # Sequences whose inputs are in memory together.
@@ -41,10 +42,8 @@ class Walk:
     """
 
     def __init__(
-        self, model: Qwen2ForCausalLM, recipe: Recipe, sequences: Sequence[Sequence[int]], workers: Executor
+        self, model: PreTrainedModel, recipe: Recipe, sequences: Sequence[Sequence[int]], workers: Executor
     ) -> None:
-        from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
         self._config = model.config
         self._weights = CheckpointWeights(model)
         self._recipe = recipe
@@ -53,7 +52,8 @@ class Walk:
         self._rounded, self._true = self._embed(tokens)
         with torch.no_grad():
             positions = torch.arange(tokens.shape[1])[None]
-            self._rope = Qwen2RotaryEmbedding(model.config)(self._true, positions)
+            rotary = family_of(model.config).transformers_class("RotaryEmbedding")(model.config)
+            self._rope = rotary(self._true, positions)
 
     def layer(self, index: int, known: Solved | None = None) -> Solved:
         """Solve one layer's weights and move on to the next; ``known`` ones are taken as they are.

@@ -23,7 +23,7 @@ from qconvert.lowering.initializers import Initializers, PackedValues
 from qconvert.lowering.ort import shortlist
 from qconvert.lowering.ort.graph import CONTRIB, IR_TYPES, IR_VERSION, OPSET, OrtGraph, value
 from qconvert.lowering.ort.rounded_kv import RoundedKV
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 
 # Weights of the head that are multiplied at once: a fifth of a 0.5B model's.
 _HEAD_PART = 1 << 25
@@ -131,6 +131,19 @@ class OnnxRuntimeLowering:
         product = self.graph.multiply_dense(hidden, self._initializers.dense(weights, self._dtype), name)
         return product if bias is None else self._op("Add", [product, bias], name=joined_name(biases))
 
+    def norm_heads(self, qkv: ir.Value, query_weight: str, key_weight: str) -> ir.Value:
+        spec, name = self._spec, joined_name([query_weight, key_weight])
+        sizes = self._constant("qkv_sizes", [spec.query_size, spec.kv_size, spec.kv_size])
+        query, key, value = self.graph.ops("Split", [qkv, sizes], {"axis": -1}, 3, name=name)
+        norms = [
+            self._norm_of_heads(states, heads, weight)
+            for states, heads, weight in (
+                (query, spec.num_attention_heads, query_weight),
+                (key, spec.num_key_value_heads, key_weight),
+            )
+        ]
+        return self._op("Concat", [*norms, value], {"axis": -1}, name=name)
+
     def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
         spec = self._spec
         attributes: dict[str, Any] = {
@@ -209,6 +222,22 @@ class OnnxRuntimeLowering:
         return model
 
     # Pieces of them.
+
+    def _norm_of_heads(self, states: ir.Value, heads: int, weight: str) -> ir.Value:
+        """``[batch, seq, heads x head_size]``, each head normed by itself."""
+        # Every length is given: -1 would not do where no position is asked for.
+        split = self._constant(f"{heads}_heads", [0, 0, heads, self._spec.head_size])
+        whole = self._constant(f"{heads}_heads_whole", [0, 0, heads * self._spec.head_size])
+        norm = self._op(
+            "SimplifiedLayerNormalization",
+            [
+                self._op("Reshape", [states, split], name=weight),
+                self._initializers.dense([weight], self._dtype),
+            ],
+            {"epsilon": self._spec.rms_norm_eps, "axis": -1},
+            name=weight,
+        )
+        return self._op("Reshape", [norm, whole], name=weight)
 
     def _multiply_head(self, hidden: ir.Value, packed: PackedValues, fmt: BlockFormat) -> ir.Value:
         """The largest product in parts: ONNX Runtime arranges one part's weights anew while it holds two."""

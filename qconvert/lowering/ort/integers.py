@@ -23,7 +23,7 @@ from qconvert.formats.stored import joined_name
 from qconvert.lowering.initializers import Initializers
 from qconvert.lowering.ort.decoder import OnnxRuntimeLowering
 from qconvert.lowering.ort.graph import CONTRIB
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 
 _ZERO_POINT = 128
 _SPLIT = (".gate_proj.weight", ".up_proj.weight")
@@ -103,6 +103,9 @@ class IntegerLowering:
             return result
         bias = self._initializers.dense(biases, torch.float32)
         return Activation((self._op("Add", [self._whole(result), bias], joined_name(biases)),))
+
+    def norm_heads(self, qkv: Activation, query_weight: str, key_weight: str) -> Activation:
+        return Activation((self._floats.norm_heads(self._whole(qkv), query_weight, key_weight),))
 
     def attention(self, qkv: Activation, layer: int) -> Activation:
         return Activation((self._floats.attention(self._whole(qkv), layer),))

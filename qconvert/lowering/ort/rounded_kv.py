@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qconvert.formats.stored import kv_scale_name
 from qconvert.lowering.ort.graph import CONTRIB, OrtGraph
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -29,7 +29,7 @@ from qconvert.formats.recipe import ChannelFormat, Recipe
 from qconvert.formats.stored import joined_name
 from qconvert.lowering.initializers import Initializers
 from qconvert.lowering.nodes import Nodes
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.spec import DecoderSpec
 
 Spelling = Literal["standard", "trt"]
 SPELLINGS: tuple[Spelling, ...] = ("standard", "trt")
@@ -117,6 +117,19 @@ class TensorRTLowering:
         bias = self._initializers.dense(biases, torch.float32)
         return self._op("Add", [product, bias], _FLOAT, name=joined_name(biases))
 
+    def norm_heads(self, qkv: ir.Value, query_weight: str, key_weight: str) -> ir.Value:
+        spec, name = self._spec, joined_name([query_weight, key_weight])
+        sizes = self._constant("qkv_sizes", [spec.query_size, spec.kv_size, spec.kv_size])
+        query, key, value = self._nodes.ops("Split", [qkv, sizes], [_FLOAT] * 3, {"axis": -1}, name=name)
+        norms = [
+            self._norm_of_heads(states, heads, weight)
+            for states, heads, weight in (
+                (query, spec.num_attention_heads, query_weight),
+                (key, spec.num_key_value_heads, key_weight),
+            )
+        ]
+        return self._op("Concat", [*norms, value], _FLOAT, {"axis": -1}, name=name)
+
     def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
         spec, name = self._spec, f"model.layers.{layer}.self_attn"
         heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
@@ -168,6 +181,21 @@ class TensorRTLowering:
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="qconvert")
 
     # Pieces of them.
+
+    def _norm_of_heads(self, states: ir.Value, heads: int, weight: str) -> ir.Value:
+        """``[batch, sequence, heads x head_size]``, each head normed by itself."""
+        split = self._constant(f"{heads}_split_heads", [0, 0, heads, self._spec.head_size])
+        norm = self._op(
+            "RMSNormalization",
+            [
+                self._op("Reshape", [states, split], _FLOAT, name=weight),
+                self._initializers.dense([weight], torch.float32),
+            ],
+            _FLOAT,
+            {"axis": -1, "epsilon": self._spec.rms_norm_eps},
+            name=weight,
+        )
+        return self._op("Reshape", [norm, self._constant("flat", [0, 0, -1])], _FLOAT, name=weight)
 
     def _attend(self, query: ir.Value, key: ir.Value, value: ir.Value, layer: int) -> ir.Value:
         """Attention over the cache in the graph's spelling; the query comes scaled."""
