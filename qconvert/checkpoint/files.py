@@ -170,16 +170,20 @@ def _index_problem(state: FileState, status: Status, detail: str) -> FileState:
 
 def _read_shard(folder: Path, name: str) -> tuple[FileState, dict[str, TensorInfo]]:
     size = 0
+    linked = ""
     try:
         path = _inside(folder, name)
+        if path.is_symlink():
+            linked = f", a link to {path.resolve()}"
         if not path.is_file():
-            raise BrokenFileError("missing", "the index names this shard, but it is not on disk")
+            raise BrokenFileError("missing", "the index names this shard, but it is not on disk" + linked)
         size = path.stat().st_size
         _refuse_pointer(path)
         tensors = {key: TensorInfo(*value, name) for key, value in read_header(path, size).items()}
     except BrokenFileError as broken:
         return FileState(name, size, broken.status, broken.detail, broken.hint), {}
-    return FileState(name, size, "whole", f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"), tensors
+    count = f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"
+    return FileState(name, size, "whole", count + linked), tensors
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -189,19 +193,13 @@ def _inside(folder: Path, name: str) -> Path:
         raise BrokenFileError(
             "refused", "the index points outside the folder or to another kind of file", hint
         )
-    path = folder / name
-    target = path.resolve()
-    if target.is_relative_to(folder.resolve()):
-        return path
-    # The hub's cache links a snapshot's files to <repo>/blobs/<hash>, or to <cache>/blobs/<xx>/<hash>.
-    if "blobs" in (target.parent.name, target.parent.parent.name):
-        return path
-    raise BrokenFileError(
-        "refused", f"a link to {target}, outside the folder", "copy the file into the folder"
-    )
+    return folder / name  # a link to another folder, a hub's cache or another disk, is the user's own choice
 
 
 def _no_weights(folder: Path) -> FileState:
+    if (single := folder / SINGLE_FILE).is_symlink():
+        detail = f"a link to {single.readlink()}, and nothing is there"
+        return FileState(SINGLE_FILE, 0, "missing", detail, "mount the disk, or correct the link")
     if shards := sorted(folder.glob("model-*-of-*.safetensors")):
         detail = f"there are shards ({shards[0].name}, ...) but no index that says what is in them"
         return FileState(INDEX_FILE, 0, "missing", detail, DOWNLOAD_HINT)

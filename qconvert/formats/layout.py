@@ -129,10 +129,10 @@ class Arrays:
     """
 
     def __init__(self, graph: Path) -> None:
-        import onnx_ir
+        from qconvert.formats.graph_file import load_graph
 
         self._path = graph
-        self._graph = onnx_ir.load(graph)
+        self._graph = load_graph(graph)
         self._tensors = {name: value.const_value for name, value in self._graph.graph.initializers.items()}
 
     def __contains__(self, name: object) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qconvert.formats.graph_file import load_graph
 from qconvert.formats.stored import kv_scale_name
 from qconvert.models.spec import DecoderSpec
 from qconvert.proof.weight_check import WeightFault
@@ -61,7 +62,7 @@ def check_graphs(manifest: Manifest, spec: DecoderSpec) -> list[WeightFault]:
 
 
 def _check(path: Path, due: _Due) -> Iterator[WeightFault]:
-    for node in ir.traversal.RecursiveGraphIterator(ir.load(path).graph):
+    for node in ir.traversal.RecursiveGraphIterator(load_graph(path).graph):
         where = node.name or node.op_type
         rule = _ATTRIBUTES.get((node.domain, node.op_type))
         if rule is None:

@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qconvert.errors import QconvertError
+from qconvert.formats.graph_file import load_graph
 
 _CONTRIB = "com.microsoft"
 _FLOAT = ir.DataType.FLOAT
@@ -63,7 +64,7 @@ def sharp_twin(path: Path, *, half: bool) -> ir.Model:
     Raises:
         QconvertError: an operator, or a use of one, of which nobody knows what it is without rounding.
     """
-    model = ir.load(path)
+    model = load_graph(path)
     _Rewrite(path, model.graph, half).run()
     return model
 

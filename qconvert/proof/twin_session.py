@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
+from qrun.folder.external_data import DATA_FOLDER, with_data_from_root
 from qrun.folder.manifest import Manifest
 from qrun.machine import usable_cores
 
@@ -37,9 +38,9 @@ class TwinSession:
         # No constant folding, no prepacking: a dequantised matrix lives as long as its product takes.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry(DATA_FOLDER, folder.resolve().anchor)
         self._name = model.graph.name or "graph"
-        content = ir.serde.serialize_model(model).SerializeToString()
+        content = with_data_from_root(ir.serde.serialize_model(model).SerializeToString(), folder)
         try:
             self._inference: Any = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"], enable_fallback=False

@@ -13,6 +13,7 @@ import torch
 
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.errors import QconvertError
+from qconvert.inspection.inspection import describe
 from tests.qconvert.breaking import POINTER, edit_json, edit_weights, refusal
 
 
@@ -140,10 +141,16 @@ def test_an_index_that_points_outside(sharded: Path, tmp_path: Path, style: str)
     assert f"{target} is refused: the index points outside the folder" in str(refusal(sharded))
 
 
-def test_a_link_out_of_the_folder(tied: Path, tmp_path: Path) -> None:
-    (tied / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    (tied / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
-    assert "is refused: a link to" in str(refusal(tied))
+def test_a_link_to_another_disk_is_the_user_s_choice_and_one_that_leads_nowhere_is_named(
+    tied: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    (tied / "model.safetensors").rename(elsewhere)
+    (tied / "model.safetensors").symlink_to(elsewhere)
+    open_checkpoint(tied)
+    assert describe(tied).files[-1].detail.endswith(f"tensors, a link to {elsewhere}")
+    elsewhere.unlink()
+    assert f"missing: a link to {elsewhere}, and nothing is there" in str(refusal(tied))
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.embed_tokens.weight"])

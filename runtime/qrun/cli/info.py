@@ -59,7 +59,13 @@ def describe(manifest: Manifest, *, hashes_checked: bool = False) -> dict[str, A
         "total_bytes": sum(entry.size for entry in manifest.files),
         "hashes_checked": hashes_checked,
         "files": [
-            {"path": entry.path, "size": entry.size, "sha256": entry.sha256} for entry in manifest.files
+            {
+                "path": entry.path,
+                "size": entry.size,
+                "sha256": entry.sha256,
+                "link_to": _link_to(manifest.folder / entry.path),
+            }
+            for entry in manifest.files
         ],
         "here": here(_why_not_here()),
         "engine": _describe_engine(manifest, hashes_checked),
@@ -89,10 +95,15 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
     }
     yield from rows(facts)
     for entry in sorted(info["files"], key=lambda entry: -entry["size"]):
-        yield f"  {size(entry['size']):>9}  {entry['path']}"
+        link = f", a link to {entry['link_to']}" if entry["link_to"] else ""
+        yield f"  {size(entry['size']):>9}  {entry['path']}{link}"
     if info["engine"] is not None:
         yield ""
         yield from plan_lines(info["engine"])
+
+
+def _link_to(path: Path) -> str | None:
+    return str(path.resolve()) if path.is_symlink() else None
 
 
 def _why_not_here() -> QrunError | None:

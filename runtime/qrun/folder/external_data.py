@@ -4,18 +4,25 @@ A graph may name any path for its weights, and ONNX Runtime before 1.24 opens wh
 every name is held against the manifest before the graph is opened. Only the fields that lead to such
 names are followed; the rest, embedded weights included, is skipped by its length.
 
+A file of the folder may be a link, as in a hub's cache, or to another disk: that is the choice of whoever
+made the link. ONNX Runtime from 1.24 on refuses weights that a link keeps in another folder than the graph's,
+so it is then given the graph with the true places in it (``with_true_places``).
+
 Source: onnx/onnx.proto3, and the wire format in protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
 
+# ONNX Runtime's option for where the data of a graph lie that is given as bytes.
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _VARINT, _BYTES = 0, 2
 _FIXED_LENGTHS = {1: 8, 5: 4}
 
@@ -50,7 +57,6 @@ def check_external_data(manifest: Manifest) -> None:
 
 def _check_graph(graph: Path, manifest: Manifest) -> None:
     ours = {manifest.folder / entry.path for entry in manifest.files}
-    root = manifest.folder.resolve()
     try:
         locations = external_locations(graph)
     except (_MalformedError, OSError, ValueError) as error:
@@ -60,9 +66,8 @@ def _check_graph(graph: Path, manifest: Manifest) -> None:
             hint="copy the folder again as a whole, or export it again with `qconvert export`",
         ) from error
     for location in sorted(locations):
-        path = graph.parent / PurePosixPath(location)
-        # A link may lead out of the folder although its name does not.
-        if path not in ours or not path.resolve().is_relative_to(root):
+        # By its name alone: a name that the manifest has stays inside the folder.
+        if graph.parent / PurePosixPath(location) not in ours:
             raise QrunError(
                 f"the graph wants to read {location!r}, which is not one of the model folder's files",
                 where=graph,
@@ -84,6 +89,40 @@ def external_locations(path: Path) -> set[str]:
             view.release()
 
 
+def with_true_places(graph: Path) -> bytes | None:
+    """An ONNX file as bytes, where links keep some of its data in another folder than the graph.
+
+    Returns:
+        See ``with_data_from_root``; None where ONNX Runtime finds all data beside the graph.
+
+    Raises:
+        OSError, ValueError: as ``external_locations``.
+    """
+    beside = graph.resolve().parent  # ONNX Runtime follows links of the graph, too
+    names = external_locations(graph)
+    if all((graph.parent / name).resolve().is_relative_to(beside) for name in names):
+        return None
+    return with_data_from_root(graph.read_bytes(), graph.parent)
+
+
+def with_data_from_root(model: bytes, folder: Path) -> bytes:
+    """An ONNX model whose data are named from the root of the file system on, where links lead to.
+
+    ONNX Runtime opens it with the root as its ``DATA_FOLDER``.
+
+    Args:
+        model: with names of data as seen from ``folder``.
+        folder: where the graph lies.
+    """
+    content = memoryview(model)
+
+    def from_root(name: str) -> bytes:
+        place = (folder / name).resolve()
+        return os.fsencode(place.relative_to(place.anchor))
+
+    return _renamed(content, 0, len(content), "model", from_root)
+
+
 def _locations(data: memoryview, start: int, end: int, message: str, depth: int) -> Iterator[str]:
     if depth > _DEEPEST:
         raise _MalformedError("it is nested too deeply")
@@ -91,32 +130,60 @@ def _locations(data: memoryview, start: int, end: int, message: str, depth: int)
         yield from _location(data, start, end)
         return
     inside = _FIELDS[message]
-    for number, low, high in _fields(data, start, end):
+    for number, _, low, high in _fields(data, start, end):
         if number in inside:
             if low < 0:
                 raise _MalformedError(f"field {number} is a number where a {inside[number]} should be")
             yield from _locations(data, low, high, inside[number], depth + 1)
 
 
+def _renamed(data: memoryview, start: int, end: int, message: str, rename: Callable[[str], bytes]) -> bytes:
+    """The bytes of a message, with other names for the external data in it."""
+    if message == "location":
+        found = next(_location(data, start, end), None)
+        return bytes(data[start:end]) if found is None else b"\x0a\x08location\x12" + _sized(rename(found))
+    inside = _FIELDS[message]
+    parts, copied = [], start
+    for number, tag_end, low, high in _fields(data, start, end):
+        if number in inside:
+            new = _renamed(data, low, high, inside[number], rename)
+            parts += [bytes(data[copied:tag_end]), _sized(new)]
+            copied = high
+    return b"".join([*parts, bytes(data[copied:end])])
+
+
+def _sized(content: bytes) -> bytes:
+    return _varint_bytes(len(content)) + content
+
+
+def _varint_bytes(value: int) -> bytes:
+    """A whole number in base 128, the lowest digits first."""
+    digits = bytearray()
+    while value >= 0x80:
+        digits.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*digits, value])
+
+
 def _location(data: memoryview, start: int, end: int) -> Iterator[str]:
     """The value of one entry of ``TensorProto.external_data`` if its key is "location"."""
     entry = {1: b"", 2: b""}
-    for number, low, high in _fields(data, start, end):
+    for number, _, low, high in _fields(data, start, end):
         if number in entry and low >= 0:
             entry[number] = bytes(data[low:high])  # the last one counts, as in protobuf
     if entry[1] == b"location":
         yield entry[2].decode("utf-8")
 
 
-def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(field number, first byte, end) of each field of a message; -1, -1 where it is a number."""
+def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, end of its tag, first byte, end) of each field; the last two are -1 for a number."""
     position = start
     while position < end:
         tag, position = _varint(data, position, end)
-        number, kind = tag >> 3, tag & 7
+        number, kind, tag_end = tag >> 3, tag & 7, position
         if kind == _VARINT:
             _, position = _varint(data, position, end)
-            yield number, -1, -1
+            yield number, tag_end, -1, -1
             continue
         if kind == _BYTES:
             length, position = _varint(data, position, end)
@@ -126,7 +193,8 @@ def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, 
             raise _MalformedError(f"wire type {kind} at byte {position:,}")
         if position + length > end:
             raise _MalformedError(f"a field at byte {position:,} is longer than what holds it")
-        yield (number, position, position + length) if kind == _BYTES else (number, -1, -1)
+        first = position if kind == _BYTES else -1
+        yield number, tag_end, first, position + length if kind == _BYTES else -1
         position += length
 
 

@@ -106,8 +106,7 @@ class Manifest:
         for entry in self.files:
             path = self.folder / entry.path
             if not path.is_file():
-                what = f"{entry.path} is missing from the model folder"
-                raise QrunError(what, where=path, hint=_COPY_AGAIN)
+                raise QrunError(f"{entry.path} {_why_no_file(path)}", where=path, hint=_COPY_AGAIN)
             size = path.stat().st_size
             if size != entry.size:
                 state = "truncated" if size < entry.size else "altered"
@@ -119,6 +118,14 @@ class Manifest:
             if hashes and sha256_of(path, progress) != entry.sha256:
                 what = f"{entry.path} is altered: its SHA-256 is not the manifest's"
                 raise QrunError(what, where=path, hint=_COPY_AGAIN)
+
+
+def _why_no_file(path: Path) -> str:
+    if path.exists():
+        return "is not a regular file"
+    if path.is_symlink():
+        return f"is a link to {path.readlink()}, and nothing is there"
+    return "is missing from the model folder"
 
 
 def forecast_bytes(manifest: Manifest, capacity: int, batch: int = 1) -> int:

@@ -22,6 +22,7 @@ from qrun.backends.ort.values import Values
 from qrun.backends.ort.wheels import check_onnxruntime_wheels
 from qrun.backends.token_ids import check_token_ids
 from qrun.errors import QrunError
+from qrun.folder.external_data import DATA_FOLDER, with_true_places
 from qrun.folder.manifest import Manifest
 from qrun.folder.paths import RawPath
 
@@ -174,11 +175,13 @@ class OrtSession:
         if device != "cpu":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         providers = self.providers(device)
+        model: RawPath | bytes = RawPath(graph)
+        if (moved := with_true_places(graph)) is not None:
+            model = moved
+            options.add_session_config_entry(DATA_FOLDER, graph.resolve().anchor)
         try:
             # Its own fall-back would print, and try another device than the one that was asked for.
-            inference = self._ort.InferenceSession(
-                RawPath(graph), options, providers=providers, enable_fallback=False
-            )
+            inference = self._ort.InferenceSession(model, options, providers=providers, enable_fallback=False)
         except Exception as error:  # ONNX Runtime has no base class for its errors
             raise QrunError(
                 f"ONNX Runtime {self._ort.__version__} cannot open the graph: {_reason(error)}",
