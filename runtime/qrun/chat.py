@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Protocol
 
 from qrun.answer import Answer, Answering, Event
+from qrun.decoding.generate import Context
 from qrun.errors import QrunError
-from qrun.model import Model
+from qrun.folder.manifest import Manifest
+from qrun.sampling.params import SamplingParams
+from qrun.text.chat_template import ChatTemplate
+from qrun.text.tokenizer import Tokenizer
+
+
+class Speaker(Protocol):
+    """What a conversation needs of a model: see ``model.Model``, which is one."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def device(self) -> str: ...
+
+    def resolve(self, sampling: Mapping[str, Any]) -> tuple[SamplingParams, dict[str, str]]: ...
+
+    def new_context(self) -> Context: ...
+
+    def answering(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, context: Context | None = None
+    ) -> Answering: ...
 
 
 class Chat:
@@ -37,7 +62,7 @@ class Chat:
         QrunError: the model has no chat template, or a bad sampling parameter.
     """
 
-    def __init__(self, model: Model, system: str | None = None, **sampling: Any) -> None:
+    def __init__(self, model: Speaker, system: str | None = None, **sampling: Any) -> None:
         if model.template is None:
             raise QrunError(
                 f"{model.manifest.name} has no chat template: it continues text, it does not chat",

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from qrun.answer import Answering, Event
 from qrun.backends.opening import Opening, open_session
 from qrun.backends.session import Session
+from qrun.chat import Chat
 from qrun.decoding.generate import Context, check_prompt
 from qrun.folder.manifest import Manifest, find_model_folder
 from qrun.sampling.params import SamplingParams, resolve
@@ -33,8 +34,6 @@ from qrun.text.tokenizer import read_json_object, read_tokenizer_config
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from qrun.chat import Chat
 
 
 class Model:
@@ -138,8 +137,6 @@ class Model:
         Raises:
             QrunError: the model has no chat template, or a bad sampling parameter.
         """
-        from qrun.chat import Chat
-
         return Chat(self, system, **sampling)
 
 
