@@ -15,6 +15,7 @@ from qconvert.proof import paths as ways
 from qconvert.proof.paths import PromptPath, with_one_position, with_static_cache
 
 GREEDY_STEPS = 128
+_PROMPT_TOKENS = 32
 # Above 512, so that an in-place cache has to grow twice on the way.
 LONG_TOKENS = 576
 # Longest static cache that is filled to its end: PyTorch reads as many tokens for it.
@@ -37,10 +38,13 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseSet:
-    """The cases of one model folder, the prompt of the greedy answer, and what is to be known about them."""
+    """The cases of one model folder, and what is to be known about them.
+
+    ``greedy_prompts`` are answered one after the other until ``greedy_steps`` tokens have been generated.
+    """
 
     cases: tuple[Case, ...]
-    greedy_prompt: tuple[int, ...]
+    greedy_prompts: tuple[tuple[int, ...], ...]
     greedy_steps: int
     notes: tuple[str, ...]
 
@@ -94,13 +98,21 @@ def make_cases(
         cases.append(Case("full", repeated, (ways.FILLED,), text=False))
     elif static_cache:
         notes.append(f"full: left out, the cache holds {context_length:,} tokens, above {FULL_TOKENS:,}")
-    prompt = encoded[0][: max(1, min(32, context_length // 2))]
-    steps = min(GREEDY_STEPS, context_length - len(prompt))
+    prompts = _prompts(encoded, max(1, min(_PROMPT_TOKENS, context_length // 2)))
+    steps = min(GREEDY_STEPS, context_length - len(prompts[0]))
     if steps < GREEDY_STEPS:
         notes.append(
             f"greedy: {steps} steps, the context of {context_length:,} tokens has no room for {GREEDY_STEPS}"
         )
-    return CaseSet(tuple(cases), prompt, steps, tuple(notes))
+    return CaseSet(tuple(cases), prompts, steps, tuple(notes))
+
+
+def _prompts(encoded: Sequence[tuple[int, ...]], length: int) -> tuple[tuple[int, ...], ...]:
+    """The short text, then pieces of the others in turn; one for each step, should every answer be empty."""
+    first, *others = encoded
+    starts = range(0, max(map(len, others)) - length + 1, length)
+    pieces = (text[start : start + length] for start in starts for text in others)
+    return (first[:length], *islice((piece for piece in pieces if len(piece) == length), GREEDY_STEPS - 1))
 
 
 def _encode(folder: Path, vocab_size: int) -> tuple[list[tuple[int, ...]], bool, list[str]]:

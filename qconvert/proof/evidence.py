@@ -15,7 +15,7 @@ from qconvert.proof.head_proof import HeadProof
 from qconvert.proof.kv_proof import KVProof
 from qconvert.proof.limits import limits_name
 from qconvert.proof.prefill_proof import prompt_weights
-from qconvert.proof.report import GreedyResult, PathResult, TwinResult
+from qconvert.proof.report import Answer, GreedyResult, PathResult, TwinResult
 from qconvert.proof.runs import answer_greedily, hidden_states
 from qconvert.proof.weight_check import WeightCheck
 from qrun.backends.opening import open_session
@@ -118,8 +118,8 @@ class Evidence:
         return self.session.device
 
     @cached_property
-    def answer(self) -> tuple[list[int], str | None]:
-        """Token ids that qrun generates, and why it stopped early, if it did."""
+    def answers(self) -> tuple[list[Answer], str | None]:
+        """What qrun generates, and why it stopped early, if it did."""
         with self.progress.task("answering greedily", self.cases.greedy_steps) as advance:
             return answer_greedily(self.session, self.cases, advance)
 
@@ -134,11 +134,11 @@ class Evidence:
 
     @cached_property
     def hidden(self) -> dict[str, list[torch.Tensor]]:
-        """PyTorch's hidden states of every case, and of the greedy answer as the last."""
+        """PyTorch's hidden states of every case, and then of every greedy answer."""
         found = {}
         for name, source in self.references.items():
             with self.progress.task(f"PyTorch, {name}"):
-                found[name] = hidden_states(source, self.cases, self.answer[0])
+                found[name] = hidden_states(source, self.cases, self.answers[0])
         return found
 
     def close_session(self) -> None:

@@ -32,14 +32,21 @@ class PathResult:
 
 
 @dataclass(frozen=True)
-class GreedyResult:
-    """The greedy answer of qrun, token ids, judged by the checkpoint and by the export's own weights.
-
-    ``error`` says why it ended early; None if it did not.
-    """
+class Answer:
+    """A prompt and what was generated behind it, its end token included; token ids."""
 
     prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GreedyResult:
+    """Greedy answers of qrun, judged by the checkpoint and by the export's own weights.
+
+    Steps are counted through all answers. ``error`` says why they ended early; None if they did not.
+    """
+
+    answers: tuple[Answer, ...]
     error: str | None
     checks: Mapping[str, GreedyCheck]
 
@@ -118,7 +125,7 @@ class Report:
                 "top1_agreement": measures.top1,
                 "perplexity": measures.export_perplexity,
                 "reference_perplexity": measures.reference_perplexity,
-                "greedy_steps": len(self.greedy.answer),
+                "greedy_steps": self.greedy.checks["checkpoint"].steps,
                 "greedy_agreed": self.greedy.checks["checkpoint"].agreed,
             }
         )
@@ -160,8 +167,7 @@ class Report:
                 ],
                 "twins": [asdict(twin) for twin in self.twins],
                 "greedy": {
-                    "prompt": list(self.greedy.prompt),
-                    "answer": list(self.greedy.answer),
+                    "answers": [asdict(answer) for answer in self.greedy.answers],
                     "error": self.greedy.error,
                     "judged_by": {
                         name: {**asdict(check), "outcome": check.outcome(near_tie)}

@@ -28,7 +28,7 @@ from qconvert.proof.limits import PRECISIONS, limit_value, limits_name
 from qconvert.proof.opening_proof import prove_opening
 from qconvert.proof.prefill_proof import add_weights, prove_prompts
 from qconvert.proof.report import Failure, GreedyResult, Report, greedy_failures, path_failures
-from qconvert.proof.runs import judge_answer, run_case
+from qconvert.proof.runs import judge_answers, run_case
 from qconvert.proof.twin_proof import prove_prompt_twin, prove_twin
 from qconvert.proof.weight_check import MovedWeights, WeightCheck, check_weights
 from qrun.backends.opening import open_session
@@ -182,12 +182,13 @@ def _wrong_paths(seen: Evidence) -> list[Failure]:
 
 
 def _wrong_answer(seen: Evidence) -> list[Failure]:
-    answer, error = seen.answer
+    answers, error = seen.answers
+    first = len(seen.cases.cases)
     checks = {
-        name: judge_answer(seen.references[name], found[-1], seen.cases, answer)
+        name: judge_answers(seen.references[name], found[first:], answers)
         for name, found in seen.hidden.items()
     }
-    seen.greedy = GreedyResult(tuple(seen.cases.greedy_prompt), tuple(answer), error, checks)
+    seen.greedy = GreedyResult(tuple(answers), error, checks)
     return greedy_failures(seen.limits, seen.greedy)
 
 

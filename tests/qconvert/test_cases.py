@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qconvert.export import ExportOptions, export
+from qconvert.progress import Progress
 from qconvert.proof.cases import LONG_TOKENS, make_cases
 from qconvert.proof.paths import CHUNKED, CHUNKED_GROWING, LAST, STEPPED, TRIMMED_BACK, PathReader
+from qconvert.proof.report import Answer
+from qconvert.proof.runs import answer_greedily
 from qrun.backends.opening import open_session
 from tests.qconvert.mutants import Exporter
 from tests.tiny import make_tiny_checkpoint
@@ -44,8 +49,36 @@ def test_what_does_not_fit_the_context_is_said(checkpoint: Path) -> None:
     found = make_cases(checkpoint, 320, 100)
     assert {len(case.token_ids) for case in found.cases} == {32, 100}
     assert "long: cut to the context of 100 tokens" in found.notes
-    assert len(found.greedy_prompt) + found.greedy_steps == 100
+    assert len(found.greedy_prompts[0]) + found.greedy_steps == 100
     assert any(note.startswith("greedy: 68 steps") for note in found.notes)
+
+
+def test_answers_end_as_a_user_gets_them_and_fill_all_steps(checkpoint: Path, tmp_path: Path) -> None:
+    # Answers went on behind their end token, where a model says what chance makes it say: the sample
+    # exported with int4, gptq, a graph for prompts and an int8 KV cache was refused for such a step.
+    options = ExportOptions("fp32", output=tmp_path / "model", verify=False)
+    session = open_session(export(str(checkpoint), options, Progress(quiet=True)).folder)
+    cases = make_cases(checkpoint, 320, 256)
+    assert len(set(cases.greedy_prompts)) > 20
+
+    def answers(ends: tuple[int, ...]) -> list[Answer]:
+        session.manifest = replace(session.manifest, eos_token_ids=ends)
+        found, error = answer_greedily(session, cases, lambda _: None)
+        assert error is None
+        return found
+
+    (whole,) = answers(())
+    assert len(whole.tokens) == cases.greedy_steps == 128
+    ends = whole.tokens[3:5]
+    found = answers(ends)
+    assert sum(len(answer.tokens) for answer in found) == cases.greedy_steps
+    assert [answer.prompt for answer in found] == list(cases.greedy_prompts[: len(found)])
+    assert len(found) > 1
+    for answer in found:
+        assert not set(ends) & set(answer.tokens[:-1])
+        assert answer is found[-1] or answer.tokens[-1] in ends
+    first = min(whole.tokens.index(end) for end in ends)
+    assert found[0].tokens == whole.tokens[: first + 1]
 
 
 class CountingSession:

@@ -73,7 +73,7 @@ def test_an_honest_export_passes(
     paths = {(path.case, path.path): path.measures["checkpoint"].positions for path in report.paths}
     assert paths["long", "whole"] == 256
     assert paths["long", "token by token"] == paths["chinese", "token by token, growing cache"] == STEPS + 1
-    assert len(report.greedy.answer) == GREEDY_STEPS
+    assert sum(len(answer.tokens) for answer in report.greedy.answers) == GREEDY_STEPS
 
 
 def test_the_sample_keeps_what_is_promised(sample_checkpoint: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_report_is_json_markdown_and_a_narrow_table(report: Report, tmp_path
     assert raw["reference"] == "float32"
     assert {entry["case"] for entry in raw["cases"]} == {"short", "long", "chinese", "code"}
     assert raw["greedy"]["judged_by"]["own weights"]["outcome"] in ("identical", "near tie")
-    assert len(raw["greedy"]["answer"]) == GREEDY_STEPS
+    assert sum(len(answer["tokens"]) for answer in raw["greedy"]["answers"]) == GREEDY_STEPS
     text = (tmp_path / "verification.md").read_text(encoding="utf-8")
     assert "passed" in text.splitlines()[0]
     assert "| long | token by token |" in text
