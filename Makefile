@@ -74,7 +74,7 @@ clean:
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(call check-python)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[cpu,export,rtx,dev]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[cpu,serve,export,rtx,dev]'
 	@touch $@
 
 # Without the export extra: its transformers 5 and optimum's 4.57 exclude each other.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qrun.backends.opening import Opening
     from qrun.chat import Chat
     from qrun.decoding.generate import Prefilled
+    from qrun.engine import Engine
     from qrun.model import Model
     from qrun.sampling.params import SamplingParams
 
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "Chat",
+    "Engine",
     "Event",
     "Model",
     "Piece",
@@ -44,6 +46,7 @@ __all__ = [
 _HOMES = {
     "Answer": "qrun.answer",
     "Chat": "qrun.chat",
+    "Engine": "qrun.engine",
     "Event": "qrun.answer",
     "Model": "qrun.model",
     "Piece": "qrun.answer",

@@ -7,16 +7,21 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
-from qrun.decoding.generate import Context, Finished, FinishReason, Prefilled, Token, generate
+from qrun.decoding.generate import Context, FinishReason, Prefilled, Token, generate
 from qrun.sampling.params import SamplingParams
 from qrun.text.streaming import IncrementalDetokenizer, StopStrings, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that has become final: whole characters, and no part of a stop string. Never empty."""
+    """Text that has become final: whole characters, and no part of a stop string.
+
+    It is never empty, unless log-probabilities were asked for: then ``tokens`` are those since the piece
+    before, and the last of them may have no text of their own.
+    """
 
     text: str
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +71,67 @@ class Answer:
 Event = Prefilled | Piece | Answer
 
 
-class Answering:
-    """An answer in the making: iterate over ``events`` once.
+class Wording:
+    """The text of an answer while its tokens arrive: no half characters, and no part of a stop string.
 
     Attributes:
         text: what has become final so far.
         token_ids: what was generated so far.
+        stopped: whether a stop string has come; nothing after it is text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.stopped = False
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._stop = StopStrings(stop)
+
+    def push(self, token_id: int) -> str:
+        """The text that has become final with a token, often empty."""
+        self.token_ids.append(token_id)
+        return self._show(self._detokenizer.push(token_id))
+
+    def end(self) -> str:
+        """No token comes any more: the text that was held back."""
+        found = self._show(self._detokenizer.flush())
+        if not self.stopped and (rest := self._stop.flush()):
+            self.text += rest
+            found += rest
+        return found
+
+    def _show(self, text: str) -> str:
+        safe, stop = self._stop.push(text)
+        self.stopped = stop is not None
+        self.text += safe
+        return safe
+
+
+class Answering:
+    """An answer in the making: iterate over ``events`` once.
+
+    Attributes:
         finish_reason: None until the answer has ended by itself or was cancelled.
     """
 
     def __init__(
         self, context: Context, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        self.text = ""
-        self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self._wording = Wording(tokenizer, params.stop)
         self._prompt_ids = prompt_ids
         self._tokens = generate(context, prompt_ids, params)
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._stop = StopStrings(params.stop)
         self._cancelled = False
+
+    @property
+    def text(self) -> str:
+        """What has become final so far."""
+        return self._wording.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What was generated so far."""
+        return self._wording.token_ids
 
     def cancel(self) -> None:
         """End the answer after the step that is running. A signal handler or another thread may call it."""
@@ -107,10 +153,10 @@ class Answering:
                 prefilled = perf_counter()
                 yield event
             elif isinstance(event, Token):
-                self.token_ids.append(event.token_id)
-                yield from self._show(self._detokenizer.push(event.token_id))
+                yield from self._show(self._wording.push(event.token_id))
             else:
-                yield from self._end(event)
+                yield from self._show(self._wording.end())
+                self.finish_reason = self.finish_reason or event.reason
             if self._cancelled and self.finish_reason is None:
                 self.finish_reason = "cancelled"
             if self.finish_reason is not None:
@@ -129,20 +175,10 @@ class Answering:
         )
 
     def _show(self, text: str) -> Generator[Piece, None, None]:
-        safe, stop = self._stop.push(text)
-        if stop is not None:
+        if self._wording.stopped:
             self.finish_reason = "stop"
-        if safe:
-            self.text += safe
-            yield Piece(safe)
-
-    def _end(self, finished: Finished) -> Generator[Piece, None, None]:
-        yield from self._show(self._detokenizer.flush())
-        if self.finish_reason is None:  # no stop string in the very last characters
-            self.finish_reason = finished.reason
-            if rest := self._stop.flush():
-                self.text += rest
-                yield Piece(rest)
+        if text:
+            yield Piece(text)
 
 
 def _rate(tokens: int, seconds: float) -> float:

@@ -27,6 +27,7 @@ from qrun.backends.opening import Opening, open_session
 from qrun.backends.session import Session
 from qrun.chat import Chat
 from qrun.decoding.generate import Context, check_prompt
+from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest, find_model_folder
 from qrun.sampling.params import SamplingParams, resolve
 from qrun.text.streaming import ChatTemplate, Tokenizer
@@ -130,6 +131,22 @@ class Model:
     ) -> Answering:
         """The answer to a prompt as an object that can be cancelled; see ``generate``."""
         return Answering(context or self.new_context(), self.tokenizer, prompt_ids, params)
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Messages with "role" and "content" as the token ids of a prompt, by the model's chat template.
+
+        Raises:
+            QrunError: the model has no chat template, or it refuses these messages.
+        """
+        if self.template is None:
+            raise QrunError(
+                f"{self.manifest.name} has no chat template: it continues text, it does not chat",
+                where=self.manifest.folder,
+                hint="give it a plain prompt, or export a checkpoint with a chat template",
+            )
+        return self.tokenizer.encode(self.template.render(messages, tools=tools))
 
     def chat(self, system: str | None = None, **sampling: Any) -> Chat:
         """A conversation of several turns, see ``chat.Chat``.

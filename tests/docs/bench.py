@@ -11,10 +11,12 @@ import shutil
 from pathlib import Path
 
 import click
+import httpx
 from click.testing import CliRunner
 
 from tests.docs.commands_page import PROGRAMS
-from tests.docs.tables import MADE_BY, SMALLER, STANDS_FOR, TYPED
+from tests.docs.tables import MADE_BY, SERVER, SMALLER, STANDS_FOR, TYPED
+from tests.serve.serving import serve_process
 
 
 class Bench:
@@ -27,6 +29,7 @@ class Bench:
         self.folder, self.small = folder, small
         self._outputs: dict[str, str] = {}
         (folder / "demo").mkdir(parents=True)
+        (folder / "keys").write_text("sk-one\n")
         for name in ("checkpoint", "Qwen2.5-1.5B-Instruct", "demo/sample-model"):
             shutil.copytree(checkpoint, folder / name, copy_function=_link_or_copy)
 
@@ -47,9 +50,20 @@ class Bench:
         text = "\n".join(lines)
         self._make_what_it_needs(text)
         output = io.StringIO()
-        with self._here(), contextlib.redirect_stdout(output):
+        with self._served(text) as text, self._here(), contextlib.redirect_stdout(output):
             exec(compile(text, "a block of the page", "exec"), {"__name__": "__main__"})
         return output.getvalue()
+
+    @contextlib.contextmanager
+    def _served(self, text: str):
+        """The block as it stands; one that asks the page's server finds it at the port that it has here."""
+        if SERVER not in text:
+            yield text
+            return
+        self.run("qrun serve --engine ./small")
+        log = self.folder / "serve.log"
+        with serve_process(["--engine", "./small"], log, folder=self.folder) as (_, address):
+            yield text.replace(SERVER, address)
 
     def typed(self, command: str) -> str:
         """The command with what stands here for the page's words."""
@@ -68,12 +82,27 @@ class Bench:
 
     def _run(self, command: str) -> str:
         program, *arguments = shlex.split(command)
+        if arguments[0] == "serve":
+            return self._serve(arguments[1:])
         typed = next((text for start, text in TYPED.items() if command.startswith(start)), None)
         with self._here():
             done = CliRunner().invoke(PROGRAMS[program], arguments, input=typed)
         raised = f", {done.exception!r}" if done.exception else ""
         assert done.exit_code == 0, f"{command}\nends with {done.exit_code}{raised}\n{done.output}"
         return done.output
+
+    def _serve(self, arguments: list[str]) -> str:
+        """Start it, ask each of its models one thing, and end it."""
+        log = self.folder / "serve.log"
+        with serve_process(arguments, log, folder=self.folder) as (process, address):
+            headers = {"Authorization": f"Bearer {(self.folder / 'keys').read_text().strip()}"}
+            for model in httpx.get(f"{address}/v1/models", headers=headers).json()["data"]:
+                asked = {"model": model["id"], "prompt": "Hello", "max_tokens": 2}
+                answer = httpx.post(f"{address}/v1/completions", json=asked, headers=headers, timeout=60)
+                assert answer.status_code == 200, answer.text
+            process.terminate()
+            assert process.wait(60) == 0
+        return log.read_text()
 
     @contextlib.contextmanager
     def _here(self):

@@ -31,6 +31,9 @@ MADE_BY = {
     "for-gpu": "qconvert export ./checkpoint --engine --compute-capability 8.9 --output ./for-gpu",
 }
 
+# Where the pages' server listens; here it takes a free port.
+SERVER = "http://127.0.0.1:8080"
+
 # What is typed into a command that reads standard input.
 TYPED = {"qrun chat": "Hello\n/exit\n"}
 

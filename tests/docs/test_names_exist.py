@@ -26,6 +26,7 @@ OTHERS = (
     "graph.",  # keys of qconvert.json
     "kv_cache.",
     "tokens.eos",
+    "stream_options.",  # a field of OpenAI's API
     "verification.",
     "org/name",  # the shape of a model id
     "report.md",  # what commands write

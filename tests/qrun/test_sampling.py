@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,7 @@ from qrun.sampling.sampler import (
     draw,
     keep_top_k,
     keep_top_p,
+    logprobs,
 )
 
 VOCAB = 151_936
@@ -215,3 +217,21 @@ def test_prompt_ids_beyond_the_model_s_logits_are_no_error():
     inside, beyond = (Sampler(SamplingParams(**settings), ids) for ids in ([3], [3, 100, 5000]))
     beyond.accept(100)
     np.testing.assert_array_equal(inside._penalise(logits), beyond._penalise(logits))
+
+
+def test_a_bias_moves_tokens_and_those_beyond_the_vocabulary_are_no_matter():
+    logits = np.array([1.0, 2.0, 3.0], dtype=np.float32)
+    before = logits.copy()
+    assert Sampler(SamplingParams(logit_bias={2: -100, 0: 2.5, 7: 100})).sample(logits) == 0
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_log_probabilities_are_those_of_the_softmax_the_likeliest_first():
+    logits = np.random.default_rng(0).normal(0, 3, 50).astype(np.float32)
+    due = np.log(np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum())
+    found = logprobs(logits, 7, 5)
+    assert found.chosen == pytest.approx(due[7])
+    assert [token_id for token_id, _ in found.likeliest] == np.argsort(-due)[:5].tolist()
+    assert [value for _, value in found.likeliest] == pytest.approx(np.sort(due)[::-1][:5].tolist())
+    assert logprobs(logits, 7, 0).likeliest == ()
+    assert logprobs(np.array([5.0, -np.inf], dtype=np.float32), 0, 2).likeliest == ((0, 0.0), (1, -math.inf))

@@ -55,6 +55,12 @@ QWEN = {  # Qwen2.5-1.5B-Instruct's generation_config.json
         ("do_sample", 1),
         ("do_sample", None),
         ("ignore_eos", 0),
+        ("logit_bias", {5: 101}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {"5": 1}),
+        ("logit_bias", [5]),
+        ("logprobs", 21),
+        ("logprobs", -1),
     ],
 )
 def test_a_bad_value_names_itself_and_its_field(name, value):

@@ -30,6 +30,7 @@ from qrun.cli.options import (
     tell_sampling,
 )
 from qrun.cli.plan_info import check_plan, describe_plan, plan_lines
+from qrun.cli.serve import serve
 from qrun.cli.terminal import note, printable, show, size, working
 from qrun.decoding.generate import Prefilled
 from qrun.errors import QrunError
@@ -222,6 +223,9 @@ def bench(
         Console().print(as_table(measured))
         for line in as_lines(facts):
             click.echo(printable(line))
+
+
+main.add_command(serve)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -107,6 +107,11 @@ def model_options(command: Command) -> Command:
     return _decorated(command, _MODEL_OPTIONS)
 
 
+def opening_options(command: Command) -> Command:
+    """How to open models, without --engine."""
+    return _decorated(command, _MODEL_OPTIONS[1:])
+
+
 def sampling_options(command: Command) -> Command:
     """What the sampler may be asked; what is not given comes from the model's generation_config.json."""
     return _decorated(command, _SAMPLING_OPTIONS)

@@ -55,6 +55,12 @@ class Scheduler:
         """Whether a step would do anything."""
         return bool(self._decoding or self._waiting or self._reading is not None)
 
+    @property
+    def room(self) -> int:
+        """Rows for which nobody has been added yet."""
+        taken = len(self._decoding) + len(self._waiting) + (self._reading is not None)
+        return max(0, len(self._slots) - taken)
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence take its turn; it may be cancelled at any time, by ``Sequence.cancel``."""
         self._waiting.append(sequence)

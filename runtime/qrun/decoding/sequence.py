@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qrun.errors import QrunError
 from qrun.sampling.params import SamplingParams
-from qrun.sampling.sampler import Sampler
+from qrun.sampling.sampler import Logprobs, Sampler, logprobs
 
 FinishReason = Literal["eos", "length", "context", "stop", "cancelled"]
 
@@ -33,9 +33,13 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token. An end token is not reported; it shows in ``Finished.reason``."""
+    """One generated token. An end token is not reported; it shows in ``Finished.reason``.
+
+    ``logprobs`` is there where ``SamplingParams.logprobs`` asks for it.
+    """
 
     token_id: int
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +161,11 @@ class Sequence:
         if token_id in self._ends:
             return [self.finish("eos")]
         self.token_ids.append(token_id)
+        count = self._params.logprobs
+        token = Token(token_id, None if count is None else logprobs(logits, token_id, count))
         if len(self.token_ids) < self._budget:
-            return [Token(token_id)]
-        return [Token(token_id), self.finish(self._at_budget)]
+            return [token]
+        return [token, self.finish(self._at_budget)]
 
     def finish(self, reason: FinishReason) -> Finished:
         """Nothing more is wanted: the last event."""

@@ -37,6 +37,10 @@ class SamplingParams:
         stop: strings that end the answer and are not part of it.
         eos_token_ids: tokens that end the answer and are not part of it.
         ignore_eos: go on past those tokens.
+        logit_bias: (token id, -100 to 100) pairs, added to these tokens' logits before anything else; -100
+            rules a token out, in practice. A mapping is taken as well.
+        logprobs: report each token's log-probability, and those of so many likeliest ones, 0 to 20; None
+            reports none. They are the model's own: before biases, penalties and temperature.
 
     Raises:
         QrunError: a value of the wrong type or out of range; names the field and the value.
@@ -55,6 +59,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name in FIELDS:
@@ -116,11 +122,11 @@ def _boolean(value: object) -> bool:
     return value
 
 
-def _whole(value: object, low: int) -> int:
+def _whole(value: object, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError  # True would pass as 1
     number = value.__index__()
-    if number < low:
+    if number < low or (high is not None and number > high):
         raise ValueError
     return number
 
@@ -151,6 +157,14 @@ def _token_ids(value: object) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_whole(token_id, 0) for token_id in ids))
 
 
+def _biases(value: object) -> tuple[tuple[int, float], ...]:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    if not isinstance(pairs, Iterable) or isinstance(pairs, (str, bytes)):
+        raise TypeError
+    found = {_whole(token_id, 0): _real(bias, -100.0, 100.0) for token_id, bias in pairs}
+    return tuple(found.items())
+
+
 _RULES: dict[str, tuple[Callable[[object], object], str]] = {
     "do_sample": (_boolean, "true or false"),
     "temperature": (_temperature, "0 (greedy) or a number from 1e-6 up"),
@@ -165,6 +179,11 @@ _RULES: dict[str, tuple[Callable[[object], object], str]] = {
     "stop": (_strings, "a list of non-empty strings"),
     "eos_token_ids": (_token_ids, "a list of token ids from 0 up"),
     "ignore_eos": (_boolean, "true or false"),
+    "logit_bias": (_biases, "token ids with numbers from -100 to 100"),
+    "logprobs": (
+        lambda value: None if value is None else _whole(value, 0, 20),
+        "a whole number from 0 to 20",
+    ),
 }
 
 

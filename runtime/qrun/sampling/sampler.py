@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from qrun.errors import QrunError
 from qrun.sampling.params import SamplingParams, resolve
 
 __all__ = [
+    "Logprobs",
     "Sampler",
     "SamplingParams",
     "count_penalties",
@@ -26,6 +28,7 @@ __all__ = [
     "keep_min_p",
     "keep_top_k",
     "keep_top_p",
+    "logprobs",
     "repetition_penalty",
     "resolve",
     "scale_by_temperature",
@@ -71,6 +74,29 @@ def count_penalties(
     penalised: Scores = logits.copy()
     penalised[token_ids] -= (presence + frequency * counts).astype(np.float32)
     return penalised
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """What a token's probability was among all tokens, as natural logarithms.
+
+    Attributes:
+        chosen: the token's own.
+        likeliest: (token id, logarithm) of the likeliest tokens, the likeliest first.
+    """
+
+    chosen: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+def logprobs(logits: Scores, token_id: int, count: int) -> Logprobs:
+    """The log-probabilities of one token and of the ``count`` likeliest under ``logits`` ``[vocab]``."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    scores -= math.log(np.exp(scores).sum())
+    top = np.argpartition(scores, scores.size - count)[scores.size - count :] if count else np.empty(0, int)
+    ranked = top[np.lexsort((top, -scores[top]))]
+    return Logprobs(float(scores[token_id]), tuple((int(each), float(scores[each])) for each in ranked))
 
 
 def scale_by_temperature(scores: Scores, temperature: float) -> Scores:
@@ -175,6 +201,8 @@ class Sampler:
         self._remembering = self._counting or params.repetition_penalty != 1
         self._prompt_ids = np.unique(np.asarray(prompt_ids if self._remembering else (), dtype=np.int64))
         self._generated: dict[int, int] = {}  # token id -> occurrences
+        self._biased = np.array([token_id for token_id, _ in params.logit_bias], dtype=np.int64)
+        self._biases = np.array([bias for _, bias in params.logit_bias], dtype=np.float32)
 
     def sample(self, logits: Scores) -> int:
         """Choose the next token and remember it.
@@ -189,8 +217,11 @@ class Sampler:
         # argmax returns the first NaN if there is one, so this one look covers the whole vector.
         token_id = int(logits.argmax())
         _check_peak(float(logits[token_id]), token_id)
+        if self._biased.size:
+            logits = self._bias(logits)
         if self._remembering:
             logits = self._penalise(logits)
+        if self._biased.size or self._remembering:
             token_id = int(logits.argmax())
         if self.params.do_sample:
             scores = logits.astype(np.float32, copy=False)
@@ -202,6 +233,12 @@ class Sampler:
         """Remember a token as generated, also one that was not sampled here."""
         if self._remembering:
             self._generated[token_id] = self._generated.get(token_id, 0) + 1
+
+    def _bias(self, logits: Scores) -> Scores:
+        inside = self._biased < logits.size
+        biased: Scores = logits.copy()
+        biased[self._biased[inside]] += self._biases[inside]
+        return biased
 
     def _penalise(self, logits: Scores) -> Scores:
         size = len(self._generated)

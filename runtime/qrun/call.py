@@ -1,0 +1,96 @@
+"""One prompt on its way through an engine: the sequence's tokens become events for whoever has asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from qrun.answer import Answer, Event, Piece, Wording
+from qrun.decoding.sequence import Event as SequenceEvent
+from qrun.decoding.sequence import Finished, FinishReason, Prefilled, Token
+from qrun.decoding.sequence import Sequence as TokenSequence
+from qrun.errors import QrunError
+from qrun.model import Model
+from qrun.sampling.params import SamplingParams
+
+# Called by the engine's thread for each event of an answer; the last one is an ``Answer`` or a ``QrunError``.
+Listener = Callable[["Event | QrunError"], None]
+
+
+class Call:
+    """One prompt on its way through the engine.
+
+    Attributes:
+        client: who asks; the queue is fair between clients.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        listener: Listener,
+        client: str,
+    ) -> None:
+        self.client = client
+        self.sequence = TokenSequence(prompt_ids, params, model.manifest.model.context_length)
+        self._listener = listener
+        self._wording = Wording(model.tokenizer, params.stop)
+        self._keeps_tokens = params.logprobs is not None
+        self._tokens: list[Token] = []
+        self.ended = False
+
+    def cancel(self) -> None:
+        """End it after the step that is running; its ``Answer`` says "cancelled". Any thread may do so."""
+        self.sequence.cancel()
+
+    def take(self, event: SequenceEvent) -> None:
+        """What the scheduler tells of its sequence; called by the engine's thread."""
+        if self.ended:  # a stop string has ended it, the sequence hears of that in the next step
+            return
+        if isinstance(event, Prefilled):
+            self._tell(event)
+        elif isinstance(event, Token):
+            if self._keeps_tokens:
+                self._tokens.append(event)
+            self._show(self._wording.push(event.token_id))
+            if self._wording.stopped:
+                self.cancel()
+                self._end("stop", self.sequence.finish("stop"))
+        elif isinstance(event, Finished):
+            self._show(self._wording.end(), last=True)
+            self._end("stop" if self._wording.stopped else event.reason, event)
+        else:
+            self.fail(event.error)
+
+    def fail(self, error: QrunError) -> None:
+        """It cannot go on."""
+        if not self.ended:
+            self.ended = True
+            self._tell(error)
+
+    def _show(self, text: str, *, last: bool = False) -> None:
+        if text or (last and self._tokens):
+            self._tell(Piece(text, tuple(self._tokens)))
+            self._tokens.clear()
+
+    def _end(self, reason: FinishReason, finished: Finished) -> None:
+        self.ended = True
+        self._tell(
+            Answer(
+                self._wording.text,
+                tuple(self._wording.token_ids),
+                reason,
+                finished.prompt_tokens,
+                finished.reused_tokens,
+                len(self._wording.token_ids),
+                finished.prefill_seconds,
+                finished.decode_seconds,
+            )
+        )
+
+    def _tell(self, event: Event | QrunError) -> None:
+        try:
+            self._listener(event)
+        except RuntimeError:  # the caller's event loop is closed: nobody listens any more
+            self.ended = True
+            self.cancel()

@@ -1,0 +1,154 @@
+"""``qrun serve``: models behind an HTTP API."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qrun.cli.options import open_model, opening_options
+from qrun.cli.terminal import note, size
+from qrun.engine import Engine
+from qrun.errors import QrunError
+from qrun.folder.manifest import forecast_bytes, names_plan
+
+KEYS_VARIABLE = "QRUN_API_KEYS"
+
+
+@click.command(short_help="Answer many programs at once over HTTP.")
+@click.option(
+    "--engine",
+    "engines",
+    required=True,
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="A model folder, its .onnx or a .plan, under the name that clients use; may be repeated.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Answers at once for each model (1 for a plan).",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Requests that may wait for a slot; others are told to come again.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    help=f"API keys, one a line. [default: those in {KEYS_VARIABLE}, separated by commas]",
+)
+@click.option("--no-auth", is_flag=True, help="Let everybody in, also from other machines.")
+@click.option(
+    "--max-body-mb",
+    type=click.FloatRange(min=0.001),
+    default=8.0,
+    show_default=True,
+    help="Largest request.",
+)
+@click.option(
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Time that running answers have to end after SIGTERM.",
+)
+@opening_options
+def serve(
+    *,
+    engines: tuple[str, ...],
+    host: str,
+    port: int,
+    slots: int,
+    queue: int,
+    api_key_file: Path | None,
+    no_auth: bool,
+    max_body_mb: float,
+    drain_seconds: float,
+    **options: Any,
+) -> None:
+    """Answer many programs at once over HTTP, as OpenAI's API does (docs/serving.md).
+
+    A model without a name has that of its folder. SIGTERM or Ctrl-C ends it: running answers are completed.
+    """
+    for package in ("starlette", "uvicorn", "msgspec"):
+        if find_spec(package) is None:
+            raise QrunError(f"{package} is not installed", hint="pip install 'qconvert[serve]'")
+    from qrun.serve.server import bind, log_to_stderr, run
+    from qrun.serve.state import ServerState
+
+    keys = _read_keys(api_key_file)
+    if not keys and not no_auth and not _is_loopback(host):
+        raise QrunError(
+            f"{host} can be reached from other machines, and there are no API keys",
+            hint="give --api-key-file FILE, or --no-auth if everybody may ask",
+        )
+    named = _named(engines)
+    with bind(host, port) as listening:
+        log_to_stderr()
+        opened: dict[str, Engine] = {}
+        for name, path in named.items():
+            model = open_model(engine=path, **options)
+            opened[name] = Engine(model, slots=1 if names_plan(path) else slots, queue=queue)
+            facts = model.manifest.model
+            most = forecast_bytes(model.manifest, facts.context_length, opened[name].slots)
+            note(
+                f"{name}: {model.manifest.precision}, {model.device}, {opened[name].slots} slots of up to "
+                f"{facts.context_length:,} tokens ({size(most)} if all are full)"
+            )
+        address = listening.getsockname()
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        note(f"listening on http://{shown}:{address[1]} ({'with API keys' if keys else 'without API keys'})")
+        state = ServerState(opened, keys, most_bytes=int(max_body_mb * 1e6))
+        run(state, listening, drain_seconds=drain_seconds)
+
+
+def _named(engines: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for each in engines:
+        name, equals, path = each.partition("=")
+        if not equals or "/" in name:  # a path may hold an equals sign
+            path = each
+            whole = Path(path)
+            name = (whole.parent if whole.suffix in (".onnx", ".plan") else whole).resolve().name
+        if not name or not path:
+            raise QrunError(f"--engine {each} names nothing", hint="give PATH, or NAME=PATH")
+        if name in found:
+            raise QrunError(f"two models are called {name}", hint="give them names: --engine NAME=PATH")
+        found[name] = Path(path)
+    return found
+
+
+def _read_keys(file: Path | None) -> tuple[str, ...]:
+    if file is None:
+        lines = os.environ.get(KEYS_VARIABLE, "").split(",")
+    else:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if file is not None and not keys:
+        raise QrunError("the file holds no API key", where=file, hint="write one key on each line")
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

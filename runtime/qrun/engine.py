@@ -1,0 +1,239 @@
+"""Many answers at once: one thread steps the model, any number of callers follow their answers.
+
+engine = qrun.Engine(qrun.open("./Qwen2.5-1.5B-Instruct-onnx-int8"), slots=4)
+
+async def ask(question):
+    async for event in engine.chat([{"role": "user", "content": question}], max_tokens=200):
+        if isinstance(event, qrun.Piece):
+            print(event.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from threading import Condition, Thread
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+from qrun.answer import Answer, Event
+from qrun.call import Call, Listener
+from qrun.decoding.fair_queue import FairQueue
+from qrun.decoding.scheduler import PREFILL_CHUNK, Scheduler
+from qrun.decoding.sequence import Failed, Finished
+from qrun.decoding.slots import Slots
+from qrun.errors import QrunError
+from qrun.model import Model
+from qrun.sampling.params import SamplingParams
+
+_log = logging.getLogger("qrun.engine")
+
+
+class EngineBusyError(QrunError):
+    """All slots are taken and the queue is full; another try may do."""
+
+
+class EngineClosedError(QrunError):
+    """The engine takes no more prompts."""
+
+
+class Engine:
+    """A model that answers several prompts at once, each as if it were alone.
+
+    Attributes:
+        model: what it answers with.
+        slots: answers that advance together.
+
+    Args:
+        model: an opened model folder. Nobody else may use its session meanwhile.
+        slots: rows of the KV cache; 1 for a plan.
+        queue: prompts that may wait for a slot.
+        chunk: tokens of a prompt that are read between two tokens of the other answers.
+
+    Raises:
+        QrunError: slots or queue out of range, or a model that answers one sequence at a time.
+    """
+
+    def __init__(self, model: Model, *, slots: int = 4, queue: int = 64, chunk: int = PREFILL_CHUNK) -> None:
+        if slots < 1 or queue < 0:
+            raise QrunError(f"{slots} slots and a queue of {queue}", hint="give at least 1 slot and 0 places")
+        self.model = model
+        self.slots = slots
+        self._queue = queue
+        self._chunk = chunk
+        self._changed = Condition()
+        self._waiting: FairQueue[Call] = FairQueue()
+        self._running: dict[int, Call] = {}
+        self._closing = False
+        self._scheduler = self._new_scheduler()
+        self._thread = Thread(target=self._work, name="qrun-engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener, *, client: str = ""
+    ) -> Call:
+        """Hand a prompt in; the engine's thread tells ``listener`` what becomes of it.
+
+        Args:
+            prompt_ids: the whole prompt.
+            params: how to sample and when to stop.
+            listener: called for each event, in order; it must not block.
+            client: who asks.
+
+        Raises:
+            EngineBusyError: too many wait already.
+            EngineClosedError: after ``close``.
+            QrunError: an empty prompt, or one longer than the context.
+        """
+        call = Call(self.model, prompt_ids, params, listener, client)
+        with self._changed:
+            if self._closing:
+                raise EngineClosedError("the engine is closing: it takes no more prompts")
+            if len(self._waiting) >= self._queue + max(0, self.slots - len(self._running)):
+                raise EngineBusyError(
+                    f"{len(self._running)} prompts are being answered and {len(self._waiting)} wait",
+                    hint="try again in a moment",
+                )
+            self._waiting.put(client, call)
+            self._changed.notify()
+        return call
+
+    async def answer(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, client: str = ""
+    ) -> AsyncIterator[Event]:
+        """The events of one answer, for ``async for``. Leave the loop and close it to cancel the answer.
+
+        Raises:
+            QrunError: see ``submit``; or the answer could not be completed.
+        """
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | QrunError]()
+
+        def listener(event: Event | QrunError) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        call = self.submit(prompt_ids, params, listener, client=client)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, QrunError):
+                    raise event
+                yield event
+                if isinstance(event, Answer):
+                    return
+        finally:
+            self.cancel(call)
+
+    async def generate(
+        self, prompt: str | Sequence[int], *, client: str = "", **sampling: Any
+    ) -> AsyncIterator[Event]:
+        """Continue a prompt as it is; see ``Model.generate`` for prompt, sampling and events."""
+        params, _ = self.model.resolve(sampling)
+        if isinstance(prompt, str):
+            prompt = await asyncio.to_thread(self.model.tokenizer.encode, prompt, add_special_tokens=True)
+        async for event in self.answer(prompt, params, client=client):
+            yield event
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, client: str = "", **sampling: Any
+    ) -> AsyncIterator[Event]:
+        """Answer a conversation, given as messages with "role" and "content"."""
+        params, _ = self.model.resolve(sampling)
+        ids = await asyncio.to_thread(self.model.chat_prompt, messages)
+        async for event in self.answer(ids, params, client=client):
+            yield event
+
+    def cancel(self, call: Call) -> None:
+        """End a call, wherever it is; nothing happens where it has ended."""
+        call.cancel()
+        with self._changed:
+            self._changed.notify()
+
+    @property
+    def active(self) -> int:
+        """Prompts that are being answered."""
+        return len(self._running)
+
+    @property
+    def queued(self) -> int:
+        """Prompts that wait."""
+        return len(self._waiting)
+
+    def close(self, *, drain_seconds: float = 0.0) -> None:
+        """Take no more prompts, and end; those that run have ``drain_seconds`` to come to their own end."""
+        until = monotonic() + drain_seconds
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+            while (self._running or len(self._waiting)) and (left := until - monotonic()) > 0:
+                self._changed.wait(min(left, 0.05))
+            for call in (*self._running.values(), *self._waiting):
+                call.cancel()
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(Slots(self.model.session, self.slots), chunk=self._chunk)
+
+    def _work(self) -> None:
+        while self._admit():
+            try:
+                events = self._scheduler.step()
+            except Exception as error:
+                _log.exception("a step has failed")
+                if not self._begin_anew(error):
+                    return
+                continue
+            for sequence, event in events:
+                call = self._running[id(sequence)]
+                call.take(event)
+                if isinstance(event, Finished | Failed):
+                    with self._changed:
+                        del self._running[id(sequence)]
+                        self._changed.notify_all()
+
+    def _admit(self) -> bool:
+        """Wait until there is something to do; False where there never will be."""
+        with self._changed:
+            while True:
+                for call in self._waiting.remove(lambda waiting: waiting.sequence.cancelled):
+                    call.take(call.sequence.finish("cancelled"))
+                    self._changed.notify_all()
+                while self._scheduler.room and len(self._waiting):
+                    call = self._waiting.get()
+                    self._running[id(call.sequence)] = call
+                    self._scheduler.add(call.sequence)
+                if self._scheduler.busy:
+                    return True
+                if self._closing:
+                    return False
+                self._changed.wait()
+
+    def _begin_anew(self, error: Exception) -> bool:
+        """A fault of ours in a step: those that took part end with it, the next ones have new rows."""
+        refusal = QrunError(f"the answer could not be completed: {type(error).__name__}: {error}")
+        with self._changed:
+            calls = list(self._running.values())
+            self._running.clear()
+            try:
+                self._scheduler = self._new_scheduler()
+            except Exception:
+                _log.exception("there are no new rows: the engine ends")
+                self._closing = True
+                calls += self._waiting.remove(lambda waiting: True)
+            self._changed.notify_all()
+        for call in calls:
+            call.fail(refusal)
+        return not self._closing

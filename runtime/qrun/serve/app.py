@@ -1,0 +1,200 @@
+"""The routes, and what surrounds each request: who may ask, how errors look, one line in the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qrun.errors import QrunError
+from qrun.serve.errors import ApiError, from_qrun
+from qrun.serve.fields import DetokenizeRequest, TemplateRequest, TokenizeRequest, decode, texts_only
+from qrun.serve.handlers import CHAT, COMPLETION, complete
+from qrun.serve.state import ServerState, json_response, note, read_body
+from qrun.serve.streams import ClientGoneError
+
+log = logging.getLogger("qrun.serve")
+_OPEN_PATHS = ("/health", "/ready")  # asked by what looks after the process, which has no key
+_GONE = 499  # nginx's number for a client that went away: for the log, nobody reads it
+
+
+def create_app(state: ServerState) -> ASGIApp:
+    """The ASGI application."""
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", _chat, methods=["POST"]),
+            Route("/v1/completions", _completion, methods=["POST"]),
+            Route("/v1/models", _models),
+            Route("/v1/models/{name:path}", _model),
+            Route("/tokenize", _tokenize, methods=["POST"]),
+            Route("/detokenize", _detokenize, methods=["POST"]),
+            Route("/apply-template", _apply_template, methods=["POST"]),
+            Route("/health", _health),
+            Route("/ready", _ready),
+        ],
+        exception_handlers={
+            ApiError: _api_error,
+            QrunError: _qrun_error,
+            HTTPException: _http_error,
+            ClientGoneError: _gone,
+            ClientDisconnect: _gone,
+            Exception: _fault,
+        },
+    )
+    app.state.server = state
+    return Surroundings(app, state)
+
+
+class Surroundings:
+    """Keys, and the log: one line of JSON for each request, without its text."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app, self._state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, sent = perf_counter(), {"status": _GONE}
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                sent["status"] = message["status"]
+            await send(message)
+
+        try:
+            headers = {name: value for name, value in scope["headers"] if name == b"authorization"}
+            given = headers.get(b"authorization", b"").decode("latin-1")
+            if scope["path"] not in _OPEN_PATHS:
+                scope["qrun.client"] = self._state.admit(given)
+                if self._state.draining:
+                    raise ApiError(503, "the server is closing: it takes no more requests", code="closing")
+        except ApiError as error:
+            await json_response(error.to_json(), error.status, error.headers)(scope, receive, watched)
+        else:
+            await self._app(scope, receive, watched)
+        finally:
+            facts = scope.get("qrun.facts", {})
+            line = {
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": sent["status"],
+                "ms": round(1000 * (perf_counter() - started), 1),
+                **facts,
+            }
+            log.info(json.dumps(line, ensure_ascii=False))
+
+
+async def _chat(request: Request) -> Response:
+    return await complete(request, CHAT)
+
+
+async def _completion(request: Request) -> Response:
+    return await complete(request, COMPLETION)
+
+
+async def _models(request: Request) -> Response:
+    state: ServerState = request.app.state.server
+    return json_response({"object": "list", "data": [_described(state, name) for name in state.engines]})
+
+
+async def _model(request: Request) -> Response:
+    state: ServerState = request.app.state.server
+    name = request.path_params["name"]
+    state.engine(name)
+    return json_response(_described(state, name))
+
+
+def _described(state: ServerState, name: str) -> dict[str, Any]:
+    engine = state.engine(name)
+    manifest = engine.model.manifest
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.started,
+        "owned_by": "qrun",
+        "context_length": manifest.model.context_length,
+        "precision": manifest.precision,
+        "slots": engine.slots,
+    }
+
+
+async def _tokenize(request: Request) -> Response:
+    fields = decode(await read_body(request), TokenizeRequest)
+    engine = request.app.state.server.engine(fields.model)
+    ids = engine.model.tokenizer.encode(fields.content, add_special_tokens=fields.add_special)
+    return json_response({"tokens": ids})
+
+
+async def _detokenize(request: Request) -> Response:
+    fields = decode(await read_body(request), DetokenizeRequest)
+    tokenizer = request.app.state.server.engine(fields.model).model.tokenizer
+    bad = next((each for each in fields.tokens if not 0 <= each < 1 << 31), None)
+    if bad is not None:
+        raise ApiError(400, f"{bad} is not a token id", param="tokens")
+    return json_response({"content": tokenizer.decode(fields.tokens, skip_special_tokens=False)})
+
+
+async def _apply_template(request: Request) -> Response:
+    fields = decode(await read_body(request), TemplateRequest)
+    model = request.app.state.server.engine(fields.model).model
+    if model.template is None:
+        raise ApiError(400, f"{model.manifest.name} has no chat template")
+    return json_response({"prompt": model.template.render(texts_only(fields.messages))})
+
+
+async def _health(request: Request) -> Response:
+    return json_response({"status": "ok"})
+
+
+async def _ready(request: Request) -> Response:
+    state: ServerState = request.app.state.server
+    if state.draining:
+        raise ApiError(503, "the server is closing", code="closing")
+    engines = {
+        name: {"slots": engine.slots, "active": engine.active, "queued": engine.queued}
+        for name, engine in state.engines.items()
+    }
+    return json_response({"status": "ready", "models": engines})
+
+
+_Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    note(request, error=error.message)
+    return json_response(error.to_json(), error.status, error.headers)
+
+
+async def _qrun_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, QrunError)
+    return await _api_error(request, from_qrun(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = {404: f"there is no {request.url.path}", 405: f"{request.method} is not allowed here"}
+    refusal = ApiError(error.status_code, text.get(error.status_code, str(error.detail)))
+    response = await _api_error(request, refusal)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    note(request, error="the client went away")
+    return Response(status_code=_GONE)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """A fault of ours; the log has the traceback, the client has nothing of it."""
+    return await _api_error(request, ApiError(500, "the server has a fault; its log says more"))

@@ -1,0 +1,137 @@
+"""What a completion asks of the engine: prompts and sampling parameters, one entry for each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qrun.engine import Engine
+from qrun.errors import QrunError
+from qrun.sampling.params import SamplingParams
+from qrun.serve.errors import ApiError, from_qrun
+from qrun.serve.fields import ChatRequest, Common, CompletionRequest, texts_only
+
+_MOST_ANSWERS = 16  # n, and prompts in one request
+_DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in the original
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, ready for the engine: one entry for each answer.
+
+    Attributes:
+        prompts: token ids; with n = 2 each stands twice.
+        params: one for each.
+        echoed: text that goes before each answer.
+    """
+
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    echoed: list[str]
+
+
+def ask_chat(engine: Engine, request: ChatRequest) -> Asked:
+    """A chat: one prompt, n answers.
+
+    Raises:
+        ApiError: 400, with the field.
+    """
+    kind = (request.response_format or {"type": "text"}).get("type")
+    if kind != "text":
+        raise ApiError(400, f"response_format {kind!r} is not supported here", param="response_format")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise ApiError(400, "give max_tokens or max_completion_tokens", param="max_tokens")
+    prompt = engine.model.chat_prompt(texts_only(request.messages))
+    own = {
+        "max_tokens": request.max_completion_tokens or request.max_tokens,
+        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+    }
+    if 0 in (request.max_completion_tokens, request.max_tokens):
+        raise ApiError(400, "max_tokens must be a whole number from 1 up, not 0", param="max_tokens")
+    return _for_each(engine, request, [prompt], [""], own)
+
+
+def ask_completion(engine: Engine, request: CompletionRequest) -> Asked:
+    """Plain prompts: n answers for each.
+
+    Raises:
+        ApiError: 400, with the field.
+    """
+    if request.suffix:
+        raise ApiError(400, "suffix is not supported here", param="suffix")
+    if request.best_of not in (None, 1, request.n):
+        raise ApiError(400, "best_of is not supported beyond n", param="best_of")
+    if request.echo and request.logprobs is not None:
+        raise ApiError(400, "logprobs of an echoed prompt are not supported here", param="echo")
+    tokenizer, given = engine.model.tokenizer, request.prompt
+    several: Sequence[Any] = [given] if isinstance(given, str) or _all(given, int) else given
+    if several and not (_all(several, str) or _all(several, list)):
+        raise ApiError(400, "prompt: give texts or token ids, not both", param="prompt")
+    if not 1 <= len(several) <= _MOST_ANSWERS:
+        raise ApiError(400, f"prompt: give 1 to {_MOST_ANSWERS} of them, not {len(several)}", param="prompt")
+    prompts = [
+        tokenizer.encode(each, add_special_tokens=True) if isinstance(each, str) else list(each)
+        for each in several
+    ]
+    echoed = [
+        (each if isinstance(each, str) else tokenizer.decode(each)) if request.echo else ""
+        for each in several
+    ]
+    vocab_size = engine.model.manifest.model.vocab_size
+    for ids in prompts:
+        bad = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+        if bad is not None:
+            raise ApiError(400, f"token id {bad} is outside the vocabulary of {vocab_size}", param="prompt")
+    own = {"max_tokens": request.max_tokens or _DEFAULT_MAX_TOKENS, "logprobs": request.logprobs}
+    if request.max_tokens == 0:
+        raise ApiError(400, "max_tokens must be a whole number from 1 up, not 0", param="max_tokens")
+    return _for_each(engine, request, prompts, echoed, own)
+
+
+def _all(values: object, kind: type) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(each, kind) for each in values)
+
+
+def _for_each(
+    engine: Engine, request: Common, prompts: list[list[int]], echoed: list[str], own: dict[str, Any]
+) -> Asked:
+    count = 1 if request.n is None else request.n
+    if not 1 <= count * len(prompts) <= _MOST_ANSWERS:
+        raise ApiError(400, f"n must be 1 to {_MOST_ANSWERS // len(prompts)}, not {count}", param="n")
+    limit = engine.model.manifest.model.context_length
+    for ids in prompts:
+        if len(ids) > limit:
+            text = f"the prompt has {len(ids):,} tokens, the model's context is {limit:,}"
+            raise ApiError(400, text, param="messages", code="context_length_exceeded")
+    params = [_params(engine, request, own, number) for number in range(count)]
+    return Asked(
+        [ids for ids in prompts for _ in range(count)],
+        params * len(prompts),
+        [text for text in echoed for _ in range(count)],
+    )
+
+
+def _params(engine: Engine, request: Common, own: dict[str, Any], number: int) -> SamplingParams:
+    names = (
+        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+        *("presence_penalty", "frequency_penalty", "seed", "stop"),
+    )
+    sampling = {name: getattr(request, name) for name in names} | own
+    if sampling["seed"] is not None:
+        sampling["seed"] = abs(sampling["seed"]) + number  # the answers of one request differ
+    if request.ignore_eos:
+        sampling["ignore_eos"] = True
+    if request.logit_bias is not None:
+        bad = next((key for key in request.logit_bias if not key.isdecimal()), None)
+        if bad is not None:
+            raise ApiError(400, f"logit_bias: {bad!r} is not a token id", param="logit_bias")
+        sampling["logit_bias"] = {int(key): bias for key, bias in request.logit_bias.items()}
+    try:
+        return engine.model.resolve(sampling)[0]
+    except QrunError as error:
+        refusal = from_qrun(error)
+        refusal.param = next((name for name in sampling if error.what.startswith(name)), None)
+        raise refusal from None

@@ -1,0 +1,51 @@
+"""What a request is refused with, in the shape of OpenAI's API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qrun.engine import EngineBusyError, EngineClosedError
+from qrun.errors import QrunError
+
+RETRY_SECONDS = 1
+
+
+class ApiError(Exception):
+    """A refusal.
+
+    Args:
+        status: of HTTP.
+        message: one sentence for people.
+        param: the field that is wrong, if it is one.
+        code: for programs; None where the status says it all.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        self.status, self.message, self.param, self.code = status, message, param, code
+        super().__init__(message)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those that belong to the status."""
+        if self.status in (429, 503):
+            return {"Retry-After": str(RETRY_SECONDS)}
+        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of the answer; also what is sent amid a stream."""
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def from_qrun(error: QrunError, *, begun: bool = False) -> ApiError:
+    """An error of ours; ``begun`` where the answer had begun, so that the request was right."""
+    if isinstance(error, EngineBusyError):
+        return ApiError(429, str(error.what), code="queue_full")
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, str(error.what), code="closing")
+    text = error.what if error.hint is None else f"{error.what} ({error.hint})"
+    return ApiError(500 if begun else 400, text)

@@ -1,0 +1,153 @@
+"""From the bytes of a request to its fields: each of its type, and none that would be ignored in silence."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from qrun.serve.errors import ApiError
+
+Request = TypeVar("Request", bound=msgspec.Struct)
+_PLACE = re.compile(r" - at `\$\.?(.*)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$")
+_MISSING = re.compile(r"^Object missing required field `(.*)`$")
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """``stream_options`` of both kinds of completion."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # no field is ever added to hide lengths: accepted
+
+
+class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What both kinds of completion take. None is "not given": the model's own default.
+
+    The last lines are accepted and change nothing.
+    """
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    ignore_eos: bool = False
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class ChatRequest(Common, kw_only=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class CompletionRequest(Common, kw_only=True):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[str | int | list[int]]  # of one kind; see ``asking``
+    echo: bool = False
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """``POST /tokenize``."""
+
+    content: str
+    model: str | None = None
+    add_special: bool = False
+
+
+class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """``POST /detokenize``."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class TemplateRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """``POST /apply-template``."""
+
+    messages: list[dict[str, Any]]
+    model: str | None = None
+
+
+def decode(body: bytes, kind: type[Request]) -> Request:
+    """The fields of a request.
+
+    Raises:
+        ApiError: 400, with the field where there is one.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def _refusal(text: str) -> ApiError:
+    place = _PLACE.search(text)
+    path, what = ("", text) if place is None else (place[1].replace("[...]", ""), text[: place.start()])
+    for pattern, message in (
+        (_UNKNOWN, "{} is not supported here"),
+        (_MISSING, "{} is missing"),
+    ):
+        if found := pattern.match(what):
+            name = f"{path}.{found[1]}".lstrip(".")
+            return ApiError(400, message.format(name), param=name)
+    field = path or None
+    return ApiError(400, f"{field or 'the body'}: {what[0].lower()}{what[1:]}", param=field)
+
+
+def texts_only(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose contents are strings: parts of text are joined.
+
+    Raises:
+        ApiError: 400: a message without a role, or a part that is not text.
+    """
+    if not messages:
+        raise ApiError(400, "messages is empty: there is nothing to answer", param="messages")
+    return [_with_text(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _with_text(message: dict[str, Any], where: str) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise ApiError(400, f"{where}.role must be a string", param=f"{where}.role")
+    if role == "developer":  # OpenAI's newer word
+        role = "system"
+    if content is None or isinstance(content, str):
+        return {**message, "role": role}
+    if not isinstance(content, list):
+        raise ApiError(400, f"{where}.content must be a string or a list of parts", param=f"{where}.content")
+    texts: list[str] = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+            place = f"{where}.content[{index}]"
+            raise ApiError(400, f"{place} is {kind!r}: this model reads text only", param=place)
+        texts.append(part["text"])
+    return {**message, "role": role, "content": "".join(texts)}

@@ -1,0 +1,159 @@
+"""The two kinds of completion over HTTP: whole, or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from qrun.answer import Answer, Piece
+from qrun.decoding.sequence import Prefilled
+from qrun.engine import Engine
+from qrun.errors import QrunError
+from qrun.serve import streams
+from qrun.serve.asking import Asked, ask_chat, ask_completion
+from qrun.serve.errors import ApiError, from_qrun
+from qrun.serve.fields import ChatRequest, Common, CompletionRequest, decode
+from qrun.serve.replies import Reply
+from qrun.serve.state import ServerState, client_of, json_response, note, read_body
+
+Happened = tuple[int, "Piece | Answer | Prefilled"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What tells the two apart."""
+
+    chat: bool
+    fields: type[Common]
+    ask: Callable[[Engine, Any], Asked]
+
+
+CHAT = Kind(True, ChatRequest, ask_chat)
+COMPLETION = Kind(False, CompletionRequest, ask_completion)
+
+
+async def complete(request: Request, kind: Kind) -> Response:
+    """Answer one request.
+
+    Raises:
+        ApiError: it is refused.
+    """
+    state: ServerState = request.app.state.server
+    fields = decode(await read_body(request), kind.fields)
+    engine = state.engine(fields.model)
+    note(request, model=fields.model, stream=fields.stream)
+    if fields.stream_options is not None and not fields.stream:
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    try:  # templates and tokenizers take milliseconds for a long prompt: not in the thread that serves all
+        asked = await asyncio.to_thread(kind.ask, engine, fields)
+    except QrunError as error:
+        raise from_qrun(error) from None
+    reply = Reply(kind.chat, fields.model, engine, asked)
+    happenings = answers(engine, asked, client_of(request))
+    if not fields.stream:
+        await streams.unless_gone(request, _collect(reply, happenings))
+        note(request, **_counts(reply))
+        return json_response(reply.whole())
+    first = await anext(happenings)  # what is refused is refused before the stream begins
+    usage = fields.stream_options is not None and fields.stream_options.include_usage
+    chunks = _chunks(request, reply, first, happenings, usage=usage)
+    return StreamingResponse(
+        streams.with_pings(chunks, state.ping_seconds),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+async def answers(engine: Engine, asked: Asked, client: str) -> AsyncIterator[Happened]:
+    """What happens to all answers of a request, with their indices, as it happens.
+
+    Raises:
+        ApiError: one of them cannot go on; the others are ended.
+    """
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
+
+    def listener(index: int) -> Callable[[Any], None]:
+        def listen(event: Any) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+        return listen
+
+    calls, left = [], len(asked.prompts)
+    try:
+        for index, (ids, params) in enumerate(zip(asked.prompts, asked.params)):
+            try:
+                calls.append(engine.submit(ids, params, listener(index), client=client))
+            except QrunError as error:
+                raise from_qrun(error) from None
+        while left:
+            index, event = await events.get()
+            if isinstance(event, QrunError):
+                raise from_qrun(event, begun=True)
+            left -= isinstance(event, Answer)
+            yield index, event
+    finally:
+        for call in calls:
+            engine.cancel(call)
+
+
+async def _collect(reply: Reply, happenings: AsyncIterator[Happened]) -> None:
+    async for index, event in happenings:
+        if isinstance(event, Piece):
+            reply.collect(index, event)
+        elif isinstance(event, Answer):
+            reply.answers[index] = event
+
+
+async def _chunks(
+    request: Request, reply: Reply, first: Happened, happenings: AsyncIterator[Happened], *, usage: bool
+) -> AsyncIterator[bytes]:
+    try:
+        for index in range(len(reply.asked.prompts)):
+            if (chunk := reply.first(index)) is not None:
+                yield streams.event(chunk)
+        try:
+            async for chunk in _text_chunks(reply, first, happenings):
+                yield streams.event(chunk)
+        except ApiError as error:
+            note(request, error=error.message)
+            yield streams.event(error.to_json())
+            return
+        if usage:
+            yield streams.event(reply.usage_chunk())
+        yield streams.DONE
+    finally:
+        await happenings.aclose()  # type: ignore[attr-defined]
+        note(request, **_counts(reply))
+
+
+async def _text_chunks(
+    reply: Reply, first: Happened, happenings: AsyncIterator[Happened]
+) -> AsyncIterator[dict[str, Any]]:
+    index, event = first
+    while True:
+        if isinstance(event, Piece):
+            yield reply.piece(index, event)
+        elif isinstance(event, Answer):
+            reply.answers[index] = event
+            yield reply.last(index, event)
+        try:
+            index, event = await anext(happenings)
+        except StopAsyncIteration:
+            return
+
+
+def _counts(reply: Reply) -> dict[str, Any]:
+    if not reply.answers:
+        return {}
+    usage = reply.usage()
+    return {
+        "prompt_tokens": usage["prompt_tokens"],
+        "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "finish": ",".join(answer.finish_reason for answer in reply.answers.values()),
+    }

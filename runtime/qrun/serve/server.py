@@ -1,0 +1,93 @@
+"""The server as a process: its socket, its signals, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from qrun.errors import QrunError
+from qrun.serve.app import create_app
+from qrun.serve.state import ServerState
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, with signals of our own: the first one drains, the second one ends at once, both with 0."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, before any model is opened: a taken port is told at once.
+
+    Raises:
+        QrunError: the address is not this machine's, or the port is taken or not allowed.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise QrunError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}",
+            hint="choose another --port (0 takes a free one) or --host",
+        ) from error
+    found.listen(1024)
+    return found
+
+
+def run(state: ServerState, listening: socket.socket, *, drain_seconds: float) -> None:
+    """Serve until SIGTERM or SIGINT; those who are being answered then have ``drain_seconds``."""
+    asyncio.run(_serve(state, listening, drain_seconds))
+
+
+def make_server(state: ServerState, *, drain_seconds: float) -> uvicorn.Server:
+    """The server itself; who runs it ends it by ``should_exit``."""
+    return _Server(
+        uvicorn.Config(
+            create_app(state),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(drain_seconds)),
+            h11_max_incomplete_event_size=64 << 10,
+        )
+    )
+
+
+async def _serve(state: ServerState, listening: socket.socket, drain_seconds: float) -> None:
+    server = make_server(state, drain_seconds=drain_seconds)
+
+    def end() -> None:
+        if state.draining:
+            server.force_exit = True
+        state.draining = True
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, end)
+    await server.serve(sockets=[listening])
+    for engine in state.engines.values():
+        await asyncio.to_thread(engine.close)
+
+
+def log_to_stderr() -> None:
+    """One line of JSON for each request; faults of ours with their tracebacks."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name, level in (("qrun", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)

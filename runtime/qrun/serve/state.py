@@ -1,0 +1,102 @@
+"""What all handlers share: models, keys, limits, and what is noted of a request for its log line."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from time import time
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from qrun.engine import Engine
+from qrun.serve.errors import ApiError
+
+
+@dataclass
+class ServerState:
+    """The server's own state.
+
+    Attributes:
+        engines: by the name that clients use.
+        keys: API keys; none at all lets everybody in.
+        most_bytes: of a request's body.
+        ping_seconds: a stream that is silent for so long sends a comment.
+        draining: whether no new requests are taken.
+        started: seconds since 1970.
+    """
+
+    engines: Mapping[str, Engine]
+    keys: tuple[str, ...] = ()
+    most_bytes: int = 8 << 20
+    ping_seconds: float = 10.0
+    draining: bool = False
+    started: int = field(default_factory=lambda: int(time()))
+
+    def engine(self, name: str | None) -> Engine:
+        """The model of a name; without a name, the only one.
+
+        Raises:
+            ApiError: 404, with the names that there are.
+        """
+        if name is None and len(self.engines) == 1:
+            return next(iter(self.engines.values()))
+        if name is None:
+            raise ApiError(400, "model is missing", param="model")
+        if name not in self.engines:
+            text = f"there is no model {name!r}; there are: {', '.join(self.engines)}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+        return self.engines[name]
+
+    def admit(self, authorization: str | None) -> str:
+        """Who asks: a name for the key, "" where there are none.
+
+        Raises:
+            ApiError: 401.
+        """
+        if not self.keys:
+            return ""
+        scheme, _, key = (authorization or "").partition(" ")
+        # All of them are compared, so that the time says nothing about which one was near.
+        right = [hmac.compare_digest(key.strip().encode(), each.encode()) for each in self.keys]
+        if scheme.lower() != "bearer" or not any(right):
+            raise ApiError(
+                401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key"
+            )
+        return sha256(key.encode()).hexdigest()[:12]
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for the queue: by key, else by address."""
+    found: str = request.scope.get("qrun.client") or (request.client.host if request.client else "")
+    return found
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, bounded.
+
+    Raises:
+        ApiError: 413, or 400 where it ends too early.
+    """
+    state: ServerState = request.app.state.server
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > state.most_bytes:
+            raise ApiError(413, f"the body is larger than {state.most_bytes:,} bytes", code="too_large")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def note(request: Request, **facts: Any) -> None:
+    """Add to the request's log line."""
+    request.scope.setdefault("qrun.facts", {}).update(facts)
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer in JSON."""
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")

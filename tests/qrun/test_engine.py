@@ -1,0 +1,94 @@
+"""If these fail, an application that embeds the engine waits for ever, or gets another's answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+import qrun
+from qrun.decoding.fair_queue import FairQueue
+from qrun.engine import Engine, EngineBusyError, EngineClosedError
+from qrun.errors import QrunError
+from tests.fakes import IM_END, fake_manifest, fake_model, repeating, scripted
+
+
+async def text_of(events) -> str:
+    return "".join([event.text async for event in events if isinstance(event, qrun.Piece)])
+
+
+def test_an_application_follows_several_answers_at_once(tokenizer):
+    async def ask(engine):
+        asked = (engine.chat([{"role": "user", "content": letter * 9}]) for letter in "xyz")
+        return await asyncio.gather(*map(text_of, asked))
+
+    model = fake_model(tokenizer, scripted(tokenizer, ["an answer"]))
+    with Engine(model, slots=2) as engine:
+        assert asyncio.run(ask(engine)) == ["an answer"] * 3
+        assert (engine.active, engine.queued) == (0, 0)
+
+
+def test_whoever_leaves_the_loop_gives_the_slot_back(tokenizer):
+    async def leave(engine):
+        events = engine.generate("x")
+        async for event in events:
+            if isinstance(event, qrun.Piece):
+                break
+        await events.aclose()
+        async for event in engine.generate("y", max_tokens=2):
+            last = event
+        return last
+
+    model = fake_model(tokenizer, repeating(tokenizer, "ab"), manifest=fake_manifest(context_length=4096))
+    with Engine(model, slots=1) as engine:
+        assert asyncio.run(leave(engine)).completion_tokens == 2
+
+
+def test_a_prompt_that_waits_can_be_cancelled(tokenizer):
+    model = fake_model(tokenizer, repeating(tokenizer, "ab"), manifest=fake_manifest(context_length=4096))
+    found = []
+    params, _ = model.resolve({})
+    with Engine(model, slots=1) as engine:
+        running = engine.submit([1, 2], params, lambda event: None)
+        waiting = engine.submit([3, 4], params, found.append)
+        engine.cancel(waiting)
+        engine.cancel(running)
+    assert found[-1].finish_reason == "cancelled"
+
+
+def test_a_full_queue_and_a_closed_engine_are_told_apart(tokenizer):
+    model = fake_model(tokenizer, repeating(tokenizer, "ab"), manifest=fake_manifest(context_length=4096))
+    params, _ = model.resolve({})
+    engine = Engine(model, slots=1, queue=0)
+    engine.submit([1], params, lambda event: None)
+    with pytest.raises(EngineBusyError):
+        engine.submit([1], params, lambda event: None)
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        engine.submit([1], params, lambda event: None)
+    with pytest.raises(QrunError, match="0 slots"):
+        Engine(model, slots=0)
+
+
+def test_closing_lets_running_answers_end(tokenizer):
+    model = fake_model(
+        tokenizer, lambda seen: IM_END if len(seen) > 500 else 7, manifest=fake_manifest(context_length=4096)
+    )
+    found = []
+    params, _ = model.resolve({})
+    engine = Engine(model, slots=2)
+    for _ in range(3):
+        engine.submit([1], params, found.append)
+    engine.close(drain_seconds=30)
+    assert [event.finish_reason for event in found if isinstance(event, qrun.Answer)] == ["eos"] * 3
+
+
+def test_clients_take_turns():
+    queue = FairQueue[str]()
+    for item in ("a1", "a2", "a3", "b1", "c1", "c2"):
+        queue.put(item[0], item)
+    assert len(queue) == 6
+    assert queue.remove(lambda item: item == "a2") == ["a2"]
+    assert [queue.get() for _ in range(5)] == ["a1", "b1", "c1", "a3", "c2"]
+    with pytest.raises(IndexError):
+        queue.get()

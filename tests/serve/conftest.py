@@ -1,0 +1,53 @@
+"""One server for the tests that do not change it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.fakes import IM_END, fake_manifest, fake_model, tiny_tokenizer
+from tests.qrun.conftest import exporter, tiny_export  # noqa: F401
+from tests.serve.serving import serving
+
+
+@pytest.fixture(scope="session")
+def served_tokenizer(tmp_path_factory):
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def address(served_tokenizer) -> Iterator[str]:
+    """ "echo" says what the user said last and ends, "long" says "abcd…" for ever, "base" has no template."""
+    header = served_tokenizer.encode("<|im_start|>assistant\n")
+    letters = served_tokenizer.encode("abcdefghij")
+
+    def echo(seen: list[int]) -> int:
+        start = max(i for i in range(len(seen)) if seen[i : i + len(header)] == header)
+        said = seen[start + len(header) :]
+        asked = seen[:start]
+        ends = [i for i, token in enumerate(asked) if token == IM_END]
+        begin = max(i for i in range(ends[-1]) if asked[i] == asked[0]) + len(
+            served_tokenizer.encode("<|im_start|>user\n")
+        )
+        wanted = [*asked[begin : ends[-1]], IM_END]
+        return wanted[min(len(said), len(wanted) - 1)]
+
+    def long(seen: list[int]) -> int:
+        return letters[len(seen) % len(letters)]
+
+    manifest = fake_manifest(context_length=2048)
+    models = {
+        "echo": fake_model(served_tokenizer, echo, manifest=manifest),
+        "long": fake_model(served_tokenizer, long, manifest=manifest),
+        "base": fake_model(served_tokenizer, long, manifest=manifest, template=None),
+    }
+    with serving(models) as found:
+        yield found
+
+
+@pytest.fixture
+def client(address) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0) as found:
+        yield found

@@ -1,0 +1,151 @@
+"""Several callers: each is answered as if alone, none holds up the others, and nothing of them is left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+import qrun
+from tests.fakes import FakeSession, fake_manifest, fake_model, repeating
+from tests.serve.serving import ready, serving, until
+
+USER = [{"role": "user", "content": "hello"}]
+CHAT = "/v1/chat/completions"
+
+
+def slowly(rule, seconds=0.01):
+    def wait(seen):
+        time.sleep(seconds)
+        return rule(seen)
+
+    return wait
+
+
+@pytest.fixture
+def endless(served_tokenizer):
+    """Answers for ever, one token in some milliseconds."""
+    rule = slowly(repeating(served_tokenizer, "abc"), 0.003)
+    return fake_model(served_tokenizer, rule, manifest=fake_manifest(context_length=4096))
+
+
+def ask(client: openai.OpenAI, number: int, **more) -> tuple[str, str]:
+    found = client.chat.completions.create(
+        model="m",
+        messages=[{"role": "user", "content": "word " * (number * 3 + 1)}],
+        max_tokens=5 + number,
+        seed=number,
+        temperature=1.5,
+        extra_body={"ignore_eos": True},
+        **more,
+    )
+    return found.choices[0].message.content, found.choices[0].finish_reason
+
+
+def test_eight_seeded_requests_are_each_answered_as_alone_while_others_come_and_go(tiny_export):
+    with serving({"m": qrun.open(tiny_export, threads=1)}, slots=6) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0)
+        alone = [ask(client, number) for number in range(8)]
+        over = threading.Event()
+
+        def disturb() -> None:
+            while not over.is_set():
+                asked = {"model": "m", "messages": USER, "stream": True, "max_tokens": 50}
+                with httpx.stream("POST", address + CHAT, json=asked) as response:
+                    next(response.iter_lines())  # and away
+
+        disturbers = [threading.Thread(target=disturb) for _ in range(3)]
+        for each in disturbers:
+            each.start()
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(3):
+                assert list(pool.map(lambda number: ask(client, number), range(8))) == alone
+        over.set()
+        for each in disturbers:
+            each.join()
+        until(lambda: ready(address)["m"] == {"slots": 6, "active": 0, "queued": 0})
+
+
+def test_a_client_that_goes_away_gives_its_slot_back(endless):
+    with serving({"m": endless}, slots=1) as address:
+        asked = {"model": "m", "messages": USER}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(address + CHAT, json=asked, timeout=0.2)
+        until(lambda: ready(address)["m"]["active"] == 0)
+        with httpx.stream("POST", address + CHAT, json={**asked, "stream": True}) as response:
+            next(response.iter_lines())
+        until(lambda: ready(address)["m"]["active"] == 0)
+        short = {"model": "m", "messages": USER, "max_tokens": 3}
+        assert httpx.post(address + CHAT, json=short).status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_again(endless):
+    with serving({"m": endless}, slots=1, queue=1) as address, ThreadPoolExecutor(2) as pool:
+        asked = {"model": "m", "messages": USER, "max_tokens": 300}
+        running = [pool.submit(httpx.post, address + CHAT, json=asked, timeout=60) for _ in range(2)]
+        until(lambda: ready(address)["m"] == {"slots": 1, "active": 1, "queued": 1})
+        refused = httpx.post(address + CHAT, json=asked)
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert [each.result().status_code for each in running] == [200, 200]
+
+
+def test_a_reader_who_is_slow_holds_up_nobody(endless):
+    with serving({"m": endless}, slots=2) as address:
+        asked = {"model": "m", "messages": USER, "stream": True, "max_tokens": 3000}
+        with httpx.stream("POST", address + CHAT, json=asked) as response:
+            next(response.iter_raw(64))  # and reads no more
+            short = {"model": "m", "messages": USER, "max_tokens": 20}
+            started = time.monotonic()
+            assert httpx.post(address + CHAT, json=short).status_code == 200
+            assert time.monotonic() - started < 5
+
+
+def test_one_key_that_asks_much_does_not_make_another_wait_for_all_of_it(endless):
+    with (
+        serving({"m": endless}, slots=1, keys=("much", "little")) as address,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        ended: list[str] = []
+
+        def post(key: str) -> None:
+            asked = {"model": "m", "messages": USER, "max_tokens": 40}
+            headers = {"Authorization": f"Bearer {key}"}
+            assert httpx.post(address + CHAT, json=asked, headers=headers, timeout=60).status_code == 200
+            ended.append(key)
+
+        much = [pool.submit(post, "much") for _ in range(8)]
+        until(lambda: ready(address)["m"]["queued"] == 7)
+        little = pool.submit(post, "little")
+        for each in (*much, little):
+            each.result()
+        assert ended.index("little") <= 2
+
+
+def test_a_step_that_fails_ends_the_answers_in_it_and_not_the_server(served_tokenizer):
+    class Failing(FakeSession):
+        broken = True
+
+        def forward(self, token_ids, cache, logits="last"):
+            if self.broken:
+                raise RuntimeError("a fault of ours")
+            return super().forward(token_ids, cache, logits)
+
+    model = fake_model(served_tokenizer, repeating(served_tokenizer, "x"))
+    model.session = Failing(repeating(served_tokenizer, "x"))
+    with serving({"m": model}) as address:
+        asked = {"model": "m", "messages": USER, "max_tokens": 3}
+        failed = httpx.post(address + CHAT, json=asked)
+        assert failed.status_code == 500
+        assert "could not be completed" in failed.json()["error"]["message"]
+        with httpx.stream("POST", address + CHAT, json={**asked, "stream": True}) as response:
+            text = response.read().decode()
+        assert '"server_error"' in text
+        assert "Traceback" not in text
+        model.session.broken = False
+        assert httpx.post(address + CHAT, json=asked).status_code == 200
+        assert ready(address)["m"]["active"] == 0

@@ -1,0 +1,108 @@
+"""`qrun serve` as a process: its start, its signals, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from qrun.cli.main import main
+from tests.serve.serving import serve_process, until
+
+CHAT = "/v1/chat/completions"
+ASKED = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "hi"}],
+    "ignore_eos": True,
+    "temperature": 0,
+}
+
+
+@contextmanager
+def server(folder: Path, *options: object) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
+    """The process that serves "tiny", its address, and the file that it logs to."""
+    log = folder.parent / f"serve-{os.getpid()}-{len(list(folder.parent.glob('serve-*')))}.log"
+    with serve_process(["--engine", f"tiny={folder}", *map(str, options)], log) as (process, address):
+        yield process, address, log
+
+
+def test_running_answers_are_completed_after_sigterm_and_new_ones_refused(tiny_export):
+    with server(tiny_export, "--threads", 1) as (process, address, log), httpx.Client(timeout=60) as client:
+        asked = {**ASKED, "stream": True, "max_tokens": 900}
+        with client.stream("POST", address + CHAT, json=asked) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            until(lambda: _refuses(address))
+            rest = [line for line in lines if line.startswith("data: ")]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in rest[-2]
+        assert process.wait(20) == 0
+    facts = json.loads(log.read_text().splitlines()[-1])
+    assert (facts["status"], facts["completion_tokens"], facts["finish"]) == (200, 900, "length")
+    assert "hi" not in facts.values()
+
+
+def _refuses(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/ready").status_code == 503
+    except httpx.TransportError:
+        return True
+
+
+def test_a_second_signal_ends_it_at_once(tiny_export):
+    with server(tiny_export, "--threads", 1) as (process, address, _), httpx.Client(timeout=60) as client:
+        asked = {**ASKED, "stream": True}
+        with client.stream("POST", address + CHAT, json=asked) as response:
+            next(response.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            until(lambda: _refuses(address))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+
+
+def test_keys_come_from_a_file_and_are_never_shown(tiny_export, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nsk-one\n\nsk-two\n")
+    with server(tiny_export, "--api-key-file", keys) as (_, address, log):
+        models = f"{address}/v1/models"
+        assert httpx.get(models).status_code == 401
+        assert httpx.get(models, headers={"Authorization": "Bearer sk-two"}).status_code == 200
+        assert "sk-" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "there are no API keys"),
+        (["--host", "192.0.2.1", "--no-auth"], "cannot listen on 192.0.2.1"),
+        (["--engine", "{folder}"], "two models are called"),
+        (["--engine", "other={folder}/none"], "none"),
+        (["--api-key-file", "/dev/null"], "the file holds no API key"),
+        (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_cannot_be_served_is_told_at_once(tiny_export, arguments, message):
+    options = [part.format(folder=tiny_export) for part in arguments]
+    result = CliRunner().invoke(main, ["serve", "--engine", str(tiny_export), "--port", "0", *options])
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_a_taken_port_is_told_before_the_model_is_opened(tiny_export, tmp_path):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["serve", "--engine", str(tmp_path / "none"), "--port", port])
+    assert result.exit_code == 1
+    assert "cannot listen on 127.0.0.1" in result.output

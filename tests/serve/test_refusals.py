@@ -1,0 +1,213 @@
+"""What a server must refuse: one status and one message each, over a real socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import httpx
+import pytest
+
+from tests.fakes import fake_model, repeating
+from tests.serve.serving import KEY, serving
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+GOOD = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+PLAIN = {"model": "base", "prompt": "hi", "max_tokens": 2}
+
+# (path, changes to a good request, status, field)
+FIELDS = [
+    (CHAT, {"model": None}, 400, "model"),
+    (CHAT, {"model": 7}, 400, "model"),
+    (CHAT, {"model": "none"}, 404, "model"),
+    (CHAT, {"messages": None}, 400, "messages"),
+    (CHAT, {"messages": "hi"}, 400, "messages"),
+    (CHAT, {"messages": {}}, 400, "messages"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": ["hi"]}, 400, "messages[0]"),
+    (CHAT, {"messages": [{}]}, 400, "messages[0].role"),
+    (CHAT, {"messages": [{"role": 1, "content": "hi"}]}, 400, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": {"a": 1}}]}, 400, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": ["hi"]}]}, 400, "messages[0].content[0]"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages[0].content[0]",
+    ),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0]"),
+    (CHAT, {"temperature": "hot"}, 400, "temperature"),
+    (CHAT, {"temperature": -1}, 400, "temperature"),
+    (CHAT, {"temperature": True}, 400, "temperature"),
+    (CHAT, {"top_p": 2}, 400, "top_p"),
+    (CHAT, {"top_p": []}, 400, "top_p"),
+    (CHAT, {"top_k": -5}, 400, "top_k"),
+    (CHAT, {"top_k": 1.5}, 400, "top_k"),
+    (CHAT, {"min_p": 2}, 400, "min_p"),
+    (CHAT, {"repetition_penalty": 0}, 400, "repetition_penalty"),
+    (CHAT, {"presence_penalty": 3}, 400, "presence_penalty"),
+    (CHAT, {"frequency_penalty": -3}, 400, "frequency_penalty"),
+    (CHAT, {"seed": "x"}, 400, "seed"),
+    (CHAT, {"seed": 1.5}, 400, "seed"),
+    (CHAT, {"stop": 5}, 400, "stop"),
+    (CHAT, {"stop": [""]}, 400, "stop"),
+    (CHAT, {"stop": [1]}, 400, "stop[0]"),
+    (CHAT, {"n": 0}, 400, "n"),
+    (CHAT, {"n": 17}, 400, "n"),
+    (CHAT, {"n": "2"}, 400, "n"),
+    (CHAT, {"max_tokens": 0}, 400, "max_tokens"),
+    (CHAT, {"max_tokens": -1}, 400, "max_tokens"),
+    (CHAT, {"max_tokens": 1.5}, 400, "max_tokens"),
+    (CHAT, {"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens"),
+    (CHAT, {"logit_bias": {"x": 1}}, 400, "logit_bias"),
+    (CHAT, {"logit_bias": {"5": 200}}, 400, "logit_bias"),
+    (CHAT, {"logit_bias": [1]}, 400, "logit_bias"),
+    (CHAT, {"logprobs": 2}, 400, "logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, 400, "logprobs"),
+    (CHAT, {"top_logprobs": 2}, 400, "top_logprobs"),
+    (CHAT, {"stream": "yes"}, 400, "stream"),
+    (CHAT, {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    (CHAT, {"stream": True, "stream_options": {"more": 1}}, 400, "stream_options.more"),
+    (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format"),
+    (CHAT, {"response_format": "json"}, 400, "response_format"),
+    (CHAT, {"ignore_eos": 1}, 400, "ignore_eos"),
+    (CHAT, {"temprature": 1}, 400, "temprature"),
+    (CHAT, {"audio": {}}, 400, "audio"),
+    (TEXT, {"prompt": None}, 400, "prompt"),
+    (TEXT, {"prompt": 5}, 400, "prompt"),
+    (TEXT, {"prompt": []}, 400, "prompt"),
+    (TEXT, {"prompt": ["x"] * 17}, 400, "prompt"),
+    (TEXT, {"prompt": [1, "x"]}, 400, "prompt"),
+    (TEXT, {"prompt": [99999]}, 400, "prompt"),
+    (TEXT, {"prompt": [-1]}, 400, "prompt"),
+    (TEXT, {"prompt": ""}, 400, None),
+    (TEXT, {"suffix": "x"}, 400, "suffix"),
+    (TEXT, {"best_of": 3}, 400, "best_of"),
+    (TEXT, {"echo": True, "logprobs": 1}, 400, "echo"),
+    (TEXT, {"logprobs": 21}, 400, "logprobs"),
+    ("/tokenize", {"content": 5}, 400, "content"),
+    ("/detokenize", {"tokens": ["x"]}, 400, "tokens[0]"),
+    ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
+    ("/apply-template", {"messages": []}, 400, "messages"),
+]
+
+
+@pytest.mark.parametrize(("path", "changes", "status", "field"), FIELDS, ids=lambda value: str(value)[:60])
+def test_a_bad_field_is_named(address, path, changes, status, field):
+    base = {CHAT: GOOD, TEXT: PLAIN}.get(path, {"model": "echo"})
+    response = httpx.post(address + path, json={**base, **changes})
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["param"] == field
+    assert error["message"]
+    assert error["type"] in ("invalid_request_error", "not_found_error")
+
+
+def test_a_good_request_is_not_refused(address):
+    """Otherwise the table above would show nothing."""
+    assert httpx.post(address + CHAT, json=GOOD).status_code == 200
+    assert httpx.post(address + TEXT, json=PLAIN).status_code == 200
+    harmless = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
+    assert httpx.post(address + CHAT, json={**GOOD, **harmless}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"7",
+        b'"x"',
+        b"\xff\xfe{",
+        b'{"model": "echo"',
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+    ],
+    ids=lambda body: repr(body[:12]),
+)
+def test_a_body_that_is_no_object_is_refused(address, body):
+    response = httpx.post(address + CHAT, content=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/v1", 404),
+        ("POST", "/v1/chat/completions/", 307),
+        ("GET", CHAT, 405),
+        ("DELETE", CHAT, 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/models/none", 404),
+        ("GET", "/v1/models/../../etc/passwd", 404),
+        ("PATCH", "/health", 405),
+    ],
+)
+def test_unknown_routes_and_methods(address, method, path, status):
+    assert httpx.request(method, address + path, follow_redirects=False).status_code == status
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"garbage\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=lambda sent: repr(sent[:40]),
+)
+def test_what_is_no_http_is_answered_with_400(address, sent):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent)
+        assert connection.recv(64).startswith(b"HTTP/1.1 400")
+    assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_half_a_request_leaves_nothing_behind(address):
+    host, port = address.removeprefix("http://").split(":")
+    for half in (
+        b"POST /v1/chat",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{",
+    ):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(half)
+    assert httpx.post(address + CHAT, json=GOOD).status_code == 200
+
+
+def test_a_large_body_is_refused_before_it_is_read(served_tokenizer):
+    with serving(
+        {"m": fake_model(served_tokenizer, repeating(served_tokenizer, "x"))}, most_bytes=1000
+    ) as address:
+        response = httpx.post(address + CHAT, content=b"x" * 1001)
+        assert response.status_code == 413
+        assert "larger than 1,000 bytes" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "given", [None, "", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \xe9"]
+)
+def test_without_a_right_key_nobody_is_answered(served_tokenizer, given):
+    models = {"m": fake_model(served_tokenizer, repeating(served_tokenizer, "x"))}
+    with serving(models, keys=("other", KEY)) as address:
+        headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+        response = httpx.post(address + CHAT, json={**GOOD, "model": "m"}, headers=headers)
+        assert response.status_code == 401
+        assert KEY not in response.text
+        assert httpx.get(f"{address}/health").status_code == 200
+        right = {"Authorization": f"Bearer {KEY}"}
+        assert httpx.post(address + CHAT, json={**GOOD, "model": "m"}, headers=right).status_code == 200
+
+
+def test_errors_are_json_even_for_unicode_that_is_none(address):
+    body = json.dumps({**GOOD, "messages": [{"role": "user", "content": "\ud800"}]})
+    response = httpx.post(address + CHAT, content=body.encode())
+    assert response.status_code == 400
