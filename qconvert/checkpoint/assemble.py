@@ -27,8 +27,8 @@ def assemble(config: PreTrainedConfig, weight_files: tuple[Path, ...], folder: P
 
     Raises:
         QconvertError: transformers refuses the configuration; a tensor that is missing or of another shape
-            (files that changed after they were checked); or a head that differs from the embedding although
-            the config ties them.
+            (files that changed after they were checked); values beyond float32; or a head that differs from
+            the embedding although the config ties them.
     """
     import torch
 
@@ -53,6 +53,7 @@ def assemble(config: PreTrainedConfig, weight_files: tuple[Path, ...], folder: P
         if tuple(tensors[name].shape) != shape:
             what = f"{name} has shape {list(tensors[name].shape)}, the config implies {list(shape)}"
             raise QconvertError(what, where=folder, hint=_AGAIN)
+        _check_range(name, tensors[name], folder)
     model.load_state_dict({name: tensors[name] for name in expected}, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -70,6 +71,22 @@ def _read(weight_files: tuple[Path, ...], folder: Path) -> dict[str, torch.Tenso
         except SafetensorError as error:
             raise QconvertError(f"{path.name} cannot be read: {error}", where=path, hint=_AGAIN) from error
     return tensors
+
+
+def _check_range(name: str, tensor: torch.Tensor, folder: Path) -> None:
+    """Everything here and in ONNX Runtime computes in float32, into which not every float64 fits."""
+    import torch
+
+    if tensor.dtype != torch.float64:
+        return
+    for start in range(0, len(tensor), _PIECE_ROWS):
+        piece = tensor[start : start + _PIECE_ROWS]
+        if bool((torch.isfinite(piece) & ~torch.isfinite(piece.float())).any()):
+            raise QconvertError(
+                f"{name} has values that float32 cannot hold (largest: {piece.abs().max().item():.3g})",
+                where=folder,
+                hint="ask whoever trained the model: nothing computes a decoder in float64",
+            )
 
 
 def _check_tied_head(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:

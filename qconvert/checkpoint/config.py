@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconvert.checkpoint.files import TensorInfo, read_json_object
+from qconvert.checkpoint.file_state import MERGE
+from qconvert.checkpoint.files import read_weight_files
+from qconvert.checkpoint.fit import holds_plain_floats
+from qconvert.checkpoint.text_files import read_json_object
+from qconvert.checkpoint.tokens import named_tokens
 from qconvert.errors import QconvertError
-from qconvert.models.families import SUPPORTED, family_of, find_family, spec_of
+from qconvert.models.families import SUPPORTED, find_family
 from qconvert.models.family import Family, head_size
-from qconvert.models.recorder import expected_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,16 +23,25 @@ if TYPE_CHECKING:
 # transformers computes these once, from the config alone, so a table of cosines can stand in a graph.
 # Others (dynamic, longrope) change the frequencies with the length of the sequence.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 # How some program ran the model, which says nothing about the model: a kernel that is not installed here is
 # no reason to refuse it.
 _NOT_THE_MODELS = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("_attn_implementation_autoset", "experts_implementation", "_experts_implementation"),
 )
+ADAPTER = "adapter_config.json"
+# Far above any model, and small enough that nothing is counted or laid out for hours.
+_MOST_LAYERS = 10_000
+_LARGEST = 2**31 - 1
 _COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "max_position_embeddings"),
+)
+
+
+_DEQUANTISED = (
+    ". The weight files hold plain floats: if this model was dequantised, delete quantization_config from "
+    "config.json"
 )
 
 
@@ -69,6 +81,14 @@ def load_config(folder: Path) -> PreTrainedConfig:
         )
     path = folder / "config.json"
     state, raw = read_json_object(path)
+    if state.status == "missing" and (folder / ADAPTER).is_file():
+        base = (read_json_object(folder / ADAPTER)[1] or {}).get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        raise QconvertError(
+            f"This folder holds an adapter (LoRA){of} and not a model: it has no config.json.",
+            where=folder / ADAPTER,
+            hint=MERGE,
+        )
     if raw is None:
         what = (
             "There is no config.json"
@@ -81,6 +101,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise QconvertError(f"{what}.", where=path, hint=hint)
 
     family = _check_identity(raw, path)
+    _check_before(raw, path)
     try:
         with quiet_transformers():
             config = family.transformers_class("Config").from_dict(
@@ -100,28 +121,6 @@ def load_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def tensor_problems(config: PreTrainedConfig, tensors: dict[str, TensorInfo]) -> list[str]:
-    """What the weight files lack, misshape or have too much, one sentence each; empty when they fit."""
-    expected = expected_tensors(spec_of(config))
-    allowed_extra = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    problems = []
-    for name, shape in expected.items():
-        if name not in tensors:
-            untied = name == "lm_head.weight"
-            problems.append(f"{name} is missing" + (" (tie_word_embeddings is false)" if untied else ""))
-        elif tensors[name].shape != shape:
-            problems.append(f"{name} has shape {list(tensors[name].shape)}, the config implies {list(shape)}")
-        elif tensors[name].dtype not in FLOAT_DTYPES:
-            problems.append(
-                f"{name} is stored as {tensors[name].dtype}, not as one of {', '.join(FLOAT_DTYPES)}"
-            )
-    for name in tensors:
-        harmless = name in allowed_extra or name.endswith(".rotary_emb.inv_freq")
-        if name not in expected and not harmless:
-            problems.append(f"{name} has no place in {family_of(config).architecture}")
-    return problems
-
-
 def _check_identity(raw: dict[str, Any], path: Path) -> Family:
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if architectures is not None and not isinstance(architectures, list):
@@ -137,28 +136,44 @@ def _check_identity(raw: dict[str, Any], path: Path) -> Family:
         raise QconvertError(
             f"This checkpoint is quantised already, with method {method}.",
             where=f"{path}, quantization_config",
-            hint="give the original checkpoint: qconvert quantises its weights itself (--precision)",
+            hint="give the original checkpoint: qconvert quantises its weights itself (--precision)"
+            + (_DEQUANTISED if holds_plain_floats(read_weight_files(path.parent).tensors) else ""),
         )
     return family
 
 
+def _check_before(raw: dict[str, Any], path: Path) -> None:
+    """What transformers would take hours or all memory for."""
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int | float) and layers > _MOST_LAYERS:
+        _refuse(path, "num_hidden_layers", layers, f"more than {_MOST_LAYERS:,} layers")
+
+
 def _check_sizes(config: PreTrainedConfig, path: Path) -> None:
     for key in _COUNTS:
-        value = getattr(config, key)
-        if not isinstance(value, int) or value < 1:
+        value = getattr(config, key, None)
+        if type(value) is not int or not 1 <= value <= _LARGEST:
             _refuse(path, key, value, "a positive whole number is needed")
-    if not config.rms_norm_eps > 0:
-        _refuse(path, "rms_norm_eps", config.rms_norm_eps, "a positive number is needed")
+    _check_number(config, "rms_norm_eps", path)
+    if type(config.tie_word_embeddings) is not bool:
+        _refuse(path, "tie_word_embeddings", config.tie_word_embeddings, "true or false is needed")
+    named_tokens(config.eos_token_id, path)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     explicit = getattr(config, "head_dim", None)
     if explicit is None and config.hidden_size % heads:
         _refuse(path, "hidden_size", config.hidden_size, f"it does not divide into {heads} attention heads")
-    if explicit is not None and (not isinstance(explicit, int) or explicit < 1):
+    if explicit is not None and (type(explicit) is not int or not 1 <= explicit <= _LARGEST):
         _refuse(path, "head_dim", explicit, "a positive whole number is needed")
     if heads % kv_heads:
         _refuse(path, "num_attention_heads", heads, f"it does not divide among {kv_heads} key/value heads")
     if head_size(config) % 2:
         _refuse(path, "head_dim", head_size(config), "rotary positions need an even head size")
+
+
+def _check_number(values: Any, key: str, path: Path) -> None:
+    value = getattr(values, key, None)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        _refuse(path, key, value, "a positive number is needed")
 
 
 def _check_attention(config: PreTrainedConfig, path: Path) -> None:

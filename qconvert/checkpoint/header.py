@@ -9,27 +9,16 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Status = Literal["whole", "missing", "truncated", "pointer", "garbage", "refused"]
+from qconvert.checkpoint.file_state import BrokenFileError
 
-DOWNLOAD_HINT = "download the file again"
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _DTYPE_BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6},
     **{"F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
     **{"U64": 64, "I64": 64, "F64": 64, "C64": 64},
 }
-
-
-class BrokenFileError(Exception):
-    """Why one file cannot be used; ``weightfiles`` turns it into a ``FileState``."""
-
-    def __init__(self, status: Status, detail: str, hint: str = DOWNLOAD_HINT) -> None:
-        self.status: Status = status
-        self.detail = detail
-        self.hint = hint
-        super().__init__(detail)
 
 
 def read_header(path: Path, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:

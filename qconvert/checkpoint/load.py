@@ -6,27 +6,20 @@ With ``files`` and ``header`` (the weight files), ``config`` (config.json), ``as
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconvert.checkpoint.assemble import assemble
-from qconvert.checkpoint.config import load_config, tensor_problems
-from qconvert.checkpoint.files import (
-    FileState,
-    TensorInfo,
-    inspect_files,
-    read_json_object,
-    read_weight_files,
-    text_file_states,
-)
+from qconvert.checkpoint.config import load_config
+from qconvert.checkpoint.file_state import FileState
+from qconvert.checkpoint.files import TensorInfo, inspect_files, read_weight_files
+from qconvert.checkpoint.fit import find_misfit
 from qconvert.checkpoint.hub import resolve_source
+from qconvert.checkpoint.text_files import read_json_object, text_file_states
 from qconvert.checkpoint.tokens import EndTokens, end_tokens
 from qconvert.errors import QconvertError
-from qrun.errors import QrunError
-from qrun.sampling.params import SamplingParams, resolve
+from qrun.sampling.params import SamplingParams, resolve, unsupported_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,14 +29,11 @@ __all__ = [
     "FileState",
     "TensorInfo",
     "checkpoint_name",
-    "hash_files",
     "inspect_files",
     "load_model",
     "open_checkpoint",
     "resolve_source",
 ]
-
-_READ_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -76,12 +66,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         tokenizer_only = state.name == "tokenizer.json" and state.status == "missing"
         if state.harmful and not tokenizer_only:
             raise file_error(folder, state)
-    if problems := tensor_problems(config, weights.tensors):
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if misfit := find_misfit(config, weights.tensors):
+        more = f" (and {len(misfit.problems) - 1} more)" if len(misfit.problems) > 1 else ""
         raise QconvertError(
-            f"The weights do not fit the configuration: {problems[0]}{more}.",
+            f"The weights do not fit the configuration: {misfit.problems[0]}{more}.",
             where=folder,
-            hint="download the whole checkpoint again; adapters (LoRA) must be merged into the model first",
+            hint=misfit.hint,
         )
     generation = read_json_object(folder / "generation_config.json")[1]
     ends = end_tokens(folder, config, generation, config.vocab_size)
@@ -93,25 +83,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         tensors=weights.tensors,
         name=checkpoint_name(folder),
         ends=ends,
-        sampling=sampling_defaults(folder, generation),
-        notes=_notes(config, weights.tensors, ends),
+        sampling=resolve({}, generation)[0],
+        notes=(*weights.notes, *_notes(config, weights.tensors, ends, generation)),
     )
-
-
-def sampling_defaults(folder: Path, generation_config: dict[str, Any] | None) -> SamplingParams:
-    """generation_config.json as qrun will read it.
-
-    Raises:
-        QconvertError: a value of the wrong type or out of range.
-    """
-    try:
-        return resolve({}, generation_config)[0]
-    except QrunError as error:
-        raise QconvertError(
-            error.what,
-            where=folder / "generation_config.json",
-            hint="mend it in the checkpoint, or delete it there: the default then applies",
-        ) from error
 
 
 def file_error(folder: Path, state: FileState) -> QconvertError:
@@ -137,7 +111,12 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     return assemble(checkpoint.config, checkpoint.weight_files, checkpoint.folder)
 
 
-def _notes(config: PreTrainedConfig, tensors: dict[str, TensorInfo], ends: EndTokens) -> tuple[str, ...]:
+def _notes(
+    config: PreTrainedConfig,
+    tensors: dict[str, TensorInfo],
+    ends: EndTokens,
+    generation: dict[str, Any] | None,
+) -> tuple[str, ...]:
     """What a user may not expect, and is told before the work."""
     notes = list(ends.notes)
     found = stored_dtypes(tensors)
@@ -149,6 +128,9 @@ def _notes(config: PreTrainedConfig, tensors: dict[str, TensorInfo], ends: EndTo
         )
     if "float64" in found:
         notes.append("weights in float64 are rounded to float32, by less than one part in 16 million")
+    for name, value in unsupported_settings(generation or {}).items():
+        instead = "; max_new_tokens is obeyed" if name == "max_length" else ""
+        notes.append(f"generation_config.json asks for {name}={value!r}, which qrun does not do{instead}")
     return tuple(notes)
 
 
@@ -157,17 +139,3 @@ def stored_dtypes(tensors: dict[str, TensorInfo]) -> list[str]:
     names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     held = {info.dtype for info in tensors.values()}
     return [name for dtype, name in names.items() if dtype in held]
-
-
-def hash_files(paths: Iterable[Path], progress: Callable[[int], None] | None = None) -> dict[str, str]:
-    """SHA-256 in hexadecimal by file name; ``progress`` is called with the bytes read since the last call."""
-    digests = {}
-    for path in paths:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
-                if progress is not None:
-                    progress(len(block))
-        digests[path.name] = digest.hexdigest()
-    return digests

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.errors import QconvertError
-from qrun.text.tokenizer import Tokenizer
+from qrun.text.tokenizer import read_special_tokens
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def end_tokens(
     sources: dict[int, tuple[str, ...]] = {}
     notes = []
     for file, value in named.items():
-        for token in _ids(value, folder / file):
+        for token in named_tokens(value, folder / file):
             if 0 <= token < vocab_size:
                 sources[token] = (*sources.get(token, ()), file)
             else:
@@ -48,12 +49,17 @@ def end_tokens(
 
 
 def _of_tokenizer(folder: Path) -> int | None:
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    return Tokenizer.from_folder(folder).special_id("eos_token")
+    tokenizer = read_tokenizer(folder)
+    text = read_special_tokens(folder).get("eos_token")
+    return None if tokenizer is None or text is None else tokenizer.token_to_id(text)
 
 
-def _ids(value: object, where: Path) -> list[int]:
+def named_tokens(value: object, where: Path) -> list[int]:
+    """What stands under ``eos_token_id`` as a list; ids that no model has are among them.
+
+    Raises:
+        QconvertError: something that is no token id.
+    """
     found = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int for token in found):
         raise QconvertError(

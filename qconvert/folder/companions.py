@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qconvert.checkpoint.load import Checkpoint
+from qconvert.checkpoint.tokenizer import tokenizer_json
 from qconvert.models.spec import DecoderSpec
+from qrun.text.chat_template import ADDITIONAL_TEMPLATES
 
-NAMED_TEMPLATES = "additional_chat_templates"
 _COPIED = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -29,18 +29,17 @@ def write_companions(
     checkpoint: Checkpoint, spec: DecoderSpec, folder: Path, *, for_genai: bool = True
 ) -> None:
     """Copy the checkpoint's own small files as they are, and add ``genai_config.json`` where it helps."""
-    for name in _COPIED:
+    templates = sorted((checkpoint.folder / ADDITIONAL_TEMPLATES).glob("*.jinja"))
+    if templates:
+        (folder / ADDITIONAL_TEMPLATES).mkdir()
+    for name in (*_COPIED, *(f"{ADDITIONAL_TEMPLATES}/{path.name}" for path in templates)):
         source = checkpoint.folder / name
         if source.is_file():
             # Few programs read past a byte order mark, so the copy goes without.
             (folder / name).write_bytes(source.read_bytes().removeprefix(codecs.BOM_UTF8))
-    named = checkpoint.folder / NAMED_TEMPLATES
-    if named.is_dir():
-        (folder / NAMED_TEMPLATES).mkdir()
-        for source in sorted(named.glob("*.jinja")):
-            (folder / NAMED_TEMPLATES / source.name).write_bytes(
-                source.read_bytes().removeprefix(codecs.BOM_UTF8)
-            )
+    tokenizer = tokenizer_json(checkpoint.folder)
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_bytes(tokenizer)
     if not for_genai:
         return
     text = json.dumps(genai_config(checkpoint, spec), indent=2)

@@ -20,6 +20,7 @@ from qconvert.formats.layout import (
     PackedWeight,
     Part,
     as_tensor,
+    is_finite,
     row_ranges,
 )
 from qconvert.formats.recipe import HIGHEST_HALVES, LOWEST_HALVES, BlockFormat
@@ -135,7 +136,7 @@ def pack(weight: torch.Tensor, fmt: BlockFormat, workers: Executor | None = None
         workers: threads that each take some rows (see ``parallel.piece_workers``); none: this one.
 
     Raises:
-        NonFiniteWeightError: NaN or Inf in the weight.
+        NonFiniteWeightError: NaN or Inf in the weight, or values beyond what a scale can hold.
     """
     import torch
 
@@ -186,6 +187,8 @@ def _round_blocks(
         offset = torch.round(-low / scales).nan_to_num_(0.0).clamp_(0, top)
         zeros.copy_(offset)
         offset = offset.unsqueeze(-1)
+    if not is_finite(scales):
+        raise NonFiniteWeightError
     # A block of zeros has scale 0: any scale stores it exactly, so take 1 and avoid 0 / 0.
     scales.masked_fill_(scales == 0, 1.0)
     codes = values * scales.reciprocal().unsqueeze(-1)

@@ -113,7 +113,7 @@ def pack_int4_columns(
         scales ``[K / block_size, N]``.
 
     Raises:
-        NonFiniteWeightError: NaN or Inf in the weight.
+        NonFiniteWeightError: NaN or Inf in the weight, or values beyond what a scale can hold.
     """
     import torch
 
@@ -129,6 +129,8 @@ def pack_int4_columns(
             raise NonFiniteWeightError
         values = values.view(values.shape[0], -1, block_size)
         steps = (values.abs().amax(-1) / _LARGEST).to(scale_dtype)
+        if not bool(torch.isfinite(steps).all()):
+            raise NonFiniteWeightError
         # A block of zeros, or of values too small for the scale's type: any scale stores zeros.
         steps.masked_fill_(steps == 0, 1.0)
         codes = (values / steps.float().unsqueeze(-1)).round_().clamp_(-_LARGEST, _LARGEST)

@@ -39,7 +39,7 @@ class PackedWeight:
 
 
 class NonFiniteWeightError(ValueError):
-    """A weight holds NaN or Inf; the caller knows its name."""
+    """A weight holds NaN or Inf, or values beyond what its scales can hold; the caller knows its name."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,13 @@ class Part:
     suffix: str
     dtype: str
     shape: tuple[int, ...]
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf; some rows at a time, so that little memory is taken."""
+    import torch
+
+    return all(bool(torch.isfinite(tensor[part]).all()) for part in row_ranges(tensor))
 
 
 class Layout(Protocol):

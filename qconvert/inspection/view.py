@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qconvert.checkpoint.files import FileState
+from qconvert.checkpoint.file_state import FileState
 from qconvert.inspection.inspection import Inspection
 
 _STATUS_STYLES = {"whole": "green", "missing": "yellow"}
@@ -35,7 +35,7 @@ def render(inspection: Inspection, console: Console) -> None:
         console.print(f"  {escape(problem)}", highlight=False)
     if len(inspection.problems) > len(shown):
         console.print(f"  and {len(inspection.problems) - len(shown)} more (--json lists them all)")
-    for hint in dict.fromkeys(state.hint for state in inspection.files if state.harmful and state.hint):
+    for hint in inspection.hints:
         console.print(f"[bold]what to do:[/] {escape(hint)}", highlight=False)
 
 

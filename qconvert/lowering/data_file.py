@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class DataFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0  # in bytes
-        self._file = path.open("wb", buffering=0)  # numpy's tofile writes to the descriptor itself
+        self._file = path.open("wb", buffering=0)
 
     def __enter__(self) -> DataFile:
         return self
@@ -98,9 +99,16 @@ class DataFile:
         return self.view(name, tensor.dtype, shape, tensor.offset + start * row, shape[0] * row)
 
     def _write(self, padding: int, tensors: Iterable[torch.Tensor]) -> None:
-        self._file.write(b"\0" * padding)
+        self._write_all(memoryview(b"\0" * padding))
         for piece in tensors:
-            _as_numpy(piece.contiguous()).tofile(self._file)
+            array = np.ascontiguousarray(_as_numpy(piece.contiguous()))
+            self._write_all(memoryview(array.reshape(-1).view(np.uint8).data))
+
+    def _write_all(self, content: memoryview) -> None:
+        # The system may write less than it was given, and says only when asked again that the disk is full.
+        # NumPy's tofile does not ask again, and tells "N requested and M written" without the reason.
+        while content:
+            content = content[self._file.write(content) :]
 
 
 def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:

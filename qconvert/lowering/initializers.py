@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import Blocks
 from qconvert.formats.folding import NO_FOLDING, FoldedWeights, Folding, Weights
-from qconvert.formats.layout import Layout, NonFiniteWeightError, PackedWeight, row_ranges, rows_name
+from qconvert.formats.layout import (
+    Layout,
+    NonFiniteWeightError,
+    PackedWeight,
+    is_finite,
+    row_ranges,
+    rows_name,
+)
 from qconvert.formats.stored import joined_name
 from qconvert.lowering.data_file import DTYPES, DataFile
 
@@ -193,6 +200,9 @@ class Initializers:
         try:
             yield self._weights[name]
         except NonFiniteWeightError as error:
+            weight = self._weights[name]
+            if is_finite(weight):
+                raise _too_large(name, weight, "the scales of its blocks") from error
             raise _not_finite(name) from error
         finally:
             self._weights.release(name)
@@ -205,12 +215,7 @@ class Initializers:
                 cast = piece.to(dtype)
                 if not bool(torch.isfinite(cast).all()):
                     if bool(torch.isfinite(piece).all()):
-                        raise QconvertError(
-                            f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold "
-                            f"(largest: {piece.abs().max().item():.3g})",
-                            where=name,
-                            hint="use --precision fp32, int8 or int4",
-                        )
+                        raise _too_large(name, piece, str(dtype).removeprefix("torch."))
                     raise _not_finite(name)
                 yield cast
             self._weights.release(name)
@@ -224,6 +229,14 @@ class Initializers:
 
 def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
     return DTYPES[str(dtype).removeprefix("torch.")]
+
+
+def _too_large(name: str, weight: torch.Tensor, what: str) -> QconvertError:
+    return QconvertError(
+        f"{name} has values that {what} cannot hold (largest: {weight.abs().max().item():.3g})",
+        where=name,
+        hint="use --precision fp32, int8 or int4 of --target onnxruntime",
+    )
 
 
 def _not_finite(name: str) -> QconvertError:

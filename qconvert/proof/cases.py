@@ -116,10 +116,9 @@ def _prompts(encoded: Sequence[tuple[int, ...]], length: int) -> tuple[tuple[int
 
 
 def _encode(folder: Path, vocab_size: int) -> tuple[list[tuple[int, ...]], bool, list[str]]:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    tokenizer = whole_texts(folder)
+    if tokenizer is None:
         return _random(vocab_size), False, ["random tokens: the folder has no tokenizer.json"]
-    tokenizer = whole_texts(file)
     encoded = [_tokens(tokenizer, plan.file) for plan in _PLANS]
     if not all(encoded) or max(map(max, encoded)) >= vocab_size:
         return _random(vocab_size), False, ["random tokens: the tokenizer is not of this model's vocabulary"]

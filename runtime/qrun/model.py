@@ -60,20 +60,21 @@ class Model:
         self.generation_config = generation_config or {}
 
     @classmethod
-    def open(cls, path: str | Path, **options: Unpack[Opening]) -> Model:
+    def open(cls, path: str | Path, *, chat_template: str | None = None, **options: Unpack[Opening]) -> Model:
         """Open a model folder, or the .onnx or .plan inside one.
 
         Args:
             path: what ``qconvert export`` or ``qconvert build`` wrote.
+            chat_template: the name of one of the model's templates, where it has several.
             options: device, threads, check_hashes, prefill_graph, cuda_graph: see ``Opening``.
 
         Raises:
             QrunError: the folder is not whole, not ours or too new, has no tokenizer, or the device
-                cannot run it.
+                cannot run it; or no chat template has this name.
         """
         folder = find_model_folder(path)
         session = open_session(path, **options)
-        template = ChatTemplate.from_folder(folder) if _has_template(folder) else None
+        template = _template_of(folder, chat_template)
         return cls(
             session,
             Tokenizer.from_folder(folder),
@@ -157,7 +158,10 @@ class Model:
         return Chat(self, system, **sampling)
 
 
-def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    return read_tokenizer_config(folder).get("chat_template") is not None
+def _template_of(folder: Path, name: str | None) -> ChatTemplate | None:
+    has_one = (folder / "chat_template.jinja").is_file() or (
+        read_tokenizer_config(folder).get("chat_template") is not None
+    )
+    if name is None:
+        return ChatTemplate.from_folder(folder) if has_one else None
+    return ChatTemplate.from_folder(folder).named(name)

@@ -29,7 +29,7 @@ def test_no_config(tied: Path) -> None:
         ('{"model_type": "qwen2",\n oops}', "malformed JSON in line 2"),
         ("[]", "holds a JSON list"),
         ("", "empty"),
-        ("\xff\xfe", "malformed JSON"),
+        ("\xff\xfe", "not UTF-8 text"),
         ("[" * 100_000, "malformed JSON"),
         (POINTER, "git lfs pull"),
     ],

@@ -14,7 +14,7 @@ from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.checkpoint.weights import CheckpointWeights
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.breaking import edit_json, edit_weights, refusal
-from tests.qconvert.building import run
+from tests.qconvert.building import refused, run
 from tests.tiny import make_tiny_checkpoint
 
 
@@ -124,3 +124,48 @@ def test_weights_changed_in_place_are_not_dropped(tmp_path: Path) -> None:
     weights = CheckpointWeights(model)
     weights.release(name)
     assert bool((weights[name] == 3.0).all())
+
+
+def test_values_beyond_float16_are_no_damage(tied: Path, tmp_path: Path) -> None:
+    # "holds NaN or Inf: the checkpoint is damaged", of whole F32 weights, where the config says float16.
+    edit_weights(tied, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e6))
+    edit_json(tied / "config.json", lambda config: config.update(dtype="float16"))
+    result = run("export", tied, "--precision", "int8", "--output", tmp_path / "m", "--no-verify")
+    assert result.exit_code == 0, result.output
+    result = run("export", tied, "--precision", "fp16", "--output", tmp_path / "half", "--no-verify")
+    refused(result, "model.layers.1.mlp.up_proj.weight has values that float16 cannot hold (largest:")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_values_beyond_the_scales_of_a_target_in_float16(tied: Path, tmp_path: Path, precision: str) -> None:
+    edit_weights(tied, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(3e38))
+    result = run(
+        *("export", tied, "--precision", precision, "--target", "tensorrt", "--output", tmp_path / "m"),
+        "--no-verify",
+    )
+    if precision == "fp16":
+        refused(result, "model.layers.1.mlp.up_proj.weight has values that float16 cannot hold")
+    else:  # its scales are bfloat16, which reach as far as float32
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_values_beyond_float32_are_named(tied: Path, tmp_path: Path, precision: str) -> None:
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].double() * 1e40
+
+    edit_weights(tied, store)
+    result = run("export", tied, "--precision", precision, "--output", tmp_path / "m", "--no-verify")
+    refused(result, "model.layers.1.mlp.up_proj.weight has values that float32 cannot hold", "e+")
+
+
+def test_ranges_beyond_float32_are_named(tied: Path, tmp_path: Path) -> None:
+    # From -3e38 to 3e38 no scale of 4-bit blocks reaches.
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][::2] = 3e38
+        tensors["model.layers.1.mlp.up_proj.weight"][:, ::2] = -3e38
+
+    edit_weights(tied, store)
+    result = run("export", tied, "--precision", "int4", "--output", tmp_path / "m", "--no-verify")
+    refused(result, "up_proj.weight has values that the scales of its blocks cannot hold (largest: 3e+38)")

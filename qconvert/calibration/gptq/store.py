@@ -12,6 +12,7 @@ from typing import Any
 from qconvert import __version__
 from qconvert.folder.beside import hidden_name, stores_beside
 from qconvert.folder.ours import remove_files
+from qconvert.folder.tensors import save_tensors
 from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import Recipe
 
@@ -45,8 +46,6 @@ class RoundedWeights(Mapping[str, PackedWeight]):
         Raises:
             OSError: no space left, or whatever else the disk says.
         """
-        from safetensors.torch import save_file
-
         tensors = {
             f"{name}:{part}": tensor
             for name, packed in weights.items()
@@ -55,7 +54,7 @@ class RoundedWeights(Mapping[str, PackedWeight]):
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f"{index}.unfinished"
-        save_file(tensors, unfinished)
+        save_tensors(tensors, unfinished)
         unfinished.replace(self._file(index))
 
     def remove(self) -> None:

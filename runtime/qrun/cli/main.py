@@ -28,6 +28,7 @@ from qrun.cli.options import (
     sampling_options,
     take_sampling,
     tell_sampling,
+    template_option,
 )
 from qrun.cli.plan_info import check_plan, describe_plan, plan_lines
 from qrun.cli.serve import serve
@@ -52,6 +53,7 @@ def main() -> None:
 @main.command()
 @model_options
 @sampling_options
+@template_option
 @click.option("--system", help="The system message. [default: what the chat template says]")
 def chat(system: str | None, **options: Any) -> None:
     """Talk with the model, several turns.
@@ -78,6 +80,7 @@ def chat(system: str | None, **options: Any) -> None:
     help="One turn of a chat, or continue the text as it is. [default: a chat if the model has a template]",
 )
 @click.option("--system", help="The system message of a chat.")
+@template_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @sampling_options
 def generate(
@@ -94,6 +97,8 @@ def generate(
     """
     if templated is False and system is not None:
         raise click.UsageError("--system has no place in a --raw prompt.")
+    if templated is False and options["chat_template"] is not None:
+        raise click.UsageError("--chat-template has no place in a --raw prompt.")
     sampling = take_sampling(options)
     text = _read_prompt(prompt, prompt_file)
     model = open_model(**options)

@@ -112,6 +112,15 @@ def opening_options(command: Command) -> Command:
     return _decorated(command, _MODEL_OPTIONS[1:])
 
 
+def template_option(command: Command) -> Command:
+    """--chat-template, for commands that render one."""
+    return click.option(
+        "--chat-template",
+        metavar="NAME",
+        help="Which of the model's chat templates, where it has several. [default: default]",
+    )(command)
+
+
 def sampling_options(command: Command) -> Command:
     """What the sampler may be asked; what is not given comes from the model's generation_config.json."""
     return _decorated(command, _SAMPLING_OPTIONS)
@@ -163,7 +172,9 @@ def open_engine(*, engine: Path, verbose: bool, **options: Unpack[Opening]) -> S
     return session
 
 
-def open_model(*, engine: Path, verbose: bool, **options: Unpack[Opening]) -> Model:
+def open_model(
+    *, engine: Path, verbose: bool, chat_template: str | None = None, **options: Unpack[Opening]
+) -> Model:
     """Open what the model options name, and tell about it where that was asked.
 
     Raises:
@@ -171,7 +182,7 @@ def open_model(*, engine: Path, verbose: bool, **options: Unpack[Opening]) -> Mo
     """
     opening = _opening(engine, options)
     with working(f"opening {engine}"):
-        model = Model.open(engine, **opening)
+        model = Model.open(engine, chat_template=chat_template, **opening)
     for name, value in unsupported_settings(model.generation_config).items():
         warn(f"generation_config.json asks for {name}={value!r}, which qrun does not do")
     if verbose:

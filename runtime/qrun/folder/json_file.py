@@ -37,8 +37,8 @@ class JsonReader:
             QrunError: it cannot be read, is not JSON, of another ``format`` or a newer ``format_version``.
         """
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raw = json.loads(file.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
             raise QrunError(f"{title} cannot be read: {error}", where=file, hint=remake) from error
         if not isinstance(raw, dict) or raw.get("format") != file_format:
             raise QrunError(f'{title} is not ours: "format" is not "{file_format}"', where=file, hint=remake)

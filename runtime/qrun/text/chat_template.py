@@ -6,24 +6,21 @@ sandbox, and sees plain JSON values only.
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from qrun.errors import QrunError
+from qrun.text.sandbox import sandbox
 from qrun.text.tokenizer import read_special_tokens, read_tokenizer_config
 
 Message = Mapping[str, Any]
 
+# Templates beside the default one, each by its file's name. Source: transformers, ``CHAT_TEMPLATE_DIR``.
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 # The names under which APIs pass a message's reasoning, the one that templates read first.
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
@@ -39,7 +36,8 @@ class ChatTemplate:
     """Turns messages into the one prompt that the model was trained on.
 
     Args:
-        templates: Jinja source by name. "tool_use" is taken when tools are given, "default" otherwise.
+        templates: Jinja source by name. "tool_use" is taken when tools are given, "default" otherwise; see
+            ``named``.
         special_tokens: named special tokens that the templates may use.
         where: the file they come from, for error messages.
 
@@ -54,14 +52,17 @@ class ChatTemplate:
         *,
         where: str | Path | None = None,
     ) -> None:
-        environment = _sandbox()
+        environment = sandbox()
         self._where = where
         self._special_tokens = dict(special_tokens)
+        self._chosen: str | None = None
         self._templates = {name: self._compile(environment, source) for name, source in templates.items()}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ChatTemplate:
         """Read ``chat_template.jinja``, or else the template(s) in ``tokenizer_config.json``.
+
+        Those in ``additional_chat_templates/`` are read as well.
 
         Raises:
             QrunError: there is no template, or its syntax is wrong.
@@ -70,14 +71,35 @@ class ChatTemplate:
         special_tokens = read_special_tokens(folder)
         path = folder / "chat_template.jinja"
         if path.is_file():
-            try:
-                source = path.read_text(encoding="utf-8")
-            except ValueError as error:
-                raise QrunError(f"the chat template is not UTF-8: {error}", where=path) from error
-            return cls({"default": source}, special_tokens, where=path)
-        path = folder / "tokenizer_config.json"
-        templates = _named_templates(read_tokenizer_config(folder).get("chat_template"), path)
-        return cls(templates, special_tokens, where=path)
+            templates = {"default": _source(path)}
+        else:
+            path = folder / "tokenizer_config.json"
+            templates = _named_templates(read_tokenizer_config(folder).get("chat_template"), path)
+        made = cls(templates, special_tokens, where=path)
+        for other in sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja")):
+            made._templates |= cls({other.stem: _source(other)}, special_tokens, where=other)._templates
+        return made
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What ``named`` takes."""
+        return tuple(self._templates)
+
+    def named(self, name: str) -> ChatTemplate:
+        """The same templates, of which the one of this name is always taken.
+
+        Raises:
+            QrunError: there is none.
+        """
+        if name not in self._templates:
+            raise QrunError(
+                f"no chat template is called {name!r}, only {', '.join(map(repr, self._templates))}",
+                where=self._where,
+                hint="give one of these names, or leave --chat-template out",
+            )
+        chosen = copy.copy(self)
+        chosen._chosen = name
+        return chosen
 
     def render(
         self,
@@ -117,6 +139,8 @@ class ChatTemplate:
             raise self._failure(f"the chat template failed: {type(error).__name__}: {error}") from error
 
     def _choose(self, *, with_tools: bool) -> jinja2.Template:
+        if self._chosen is not None:
+            return self._templates[self._chosen]
         if with_tools and "tool_use" in self._templates:
             return self._templates["tool_use"]
         if "default" not in self._templates:
@@ -140,6 +164,13 @@ class ChatTemplate:
     def _failure(self, what: str) -> QrunError:
         hint = "check the messages' roles and contents against what the template expects"
         return QrunError(what, where=self._where, hint=hint)
+
+
+def _source(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise QrunError(f"the chat template is not UTF-8: {error}", where=path) from error
 
 
 def _named_templates(found: object, where: Path) -> dict[str, str]:
@@ -216,84 +247,3 @@ def _plain(value: object) -> Any:
         f"a chat template takes JSON values, not a {type(value).__name__}",
         hint="pass text, numbers, lists and objects only",
     )
-
-
-def _sandbox() -> ImmutableSandboxedEnvironment:
-    """Jinja with the same settings, globals and filters as in transformers.
-
-    Source: ``_compile_jinja_template`` in transformers/utils/chat_template_utils.py (5.23).
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _now
-    environment.globals["dict"] = _TemplateDict()
-    environment.globals["namespace"] = _TemplateNamespace
-    return environment
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own ``tojson`` escapes HTML, which no prompt wants."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-class _TemplateDict:
-    """``dict`` without the type's own attributes, from which a template could climb."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _TemplateNamespace(Namespace):
-    """Jinja's ``namespace`` that refuses underscore names, the way into CPython's internals."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # no name for self: namespace(self=1) must work
-        values = dict(*args[1:], **kwargs)
-        for name in values:
-            _refuse_private(name)
-        Namespace.__init__(args[0], values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the private name {name!r}")
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks the assistant's words for training; here they are only printed."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call block, as in transformers: what the body sets does not leave it.
-        return nodes.CallBlock(self.call_method("_print"), [], [], body).set_lineno(line)
-
-    def _print(self, caller: Callable[[], str]) -> str:
-        return caller()

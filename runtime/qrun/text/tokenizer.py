@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ class Tokenizer:
                 hint="copy it from the checkpoint, or export the checkpoint again",
             )
         try:
-            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes().removeprefix(codecs.BOM_UTF8))
         except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
             raise QrunError(
                 f"tokenizer.json cannot be read: {error}",
@@ -148,8 +149,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # unreadable, not JSON, or not UTF-8
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # unreadable, not JSON, or not UTF-8
         raise QrunError(
             f"{path.name} is not JSON: {error}", where=path, hint="copy it from the checkpoint"
         ) from error
