@@ -78,16 +78,16 @@ class FakeKVCache(KVCache):
         """Logits of each row's last token: one buffer, written over at every call, as the protocol allows."""
         return self.pool._scores[self._first : self._first + self.batch]
 
-    def copy_out(self, row: int, length: int) -> list[NDArray[np.int64]]:
-        assert length <= self.lengths[row]
-        return [self.ids[row, :length].copy()]
+    def copy_out(self, row: int, start: int, stop: int) -> list[NDArray[np.int64]]:
+        assert stop <= self.lengths[row]
+        return [self.ids[row, None, start:stop].copy()]
 
-    def copy_in(self, row: int, states: list[NDArray[np.int64]]) -> None:
-        target = self.rows(row, 1)
-        target.trim(0)
-        target.reserve(len(states[0]))
-        target.ids[0, : len(states[0])] = states[0]
-        target.advance(len(states[0]))
+    def copy_in(self, row: int, start: int, states: list[NDArray[np.int64]]) -> None:
+        target, length = self.rows(row, 1), states[0].shape[1]
+        target.trim(start)
+        target.reserve(length)
+        target.ids[0, start : start + length] = states[0][0]
+        target.advance(length)
 
     def _reallocate(self, capacity: int) -> None:
         grown = np.full((self.batch, capacity), -1, dtype=np.int64)

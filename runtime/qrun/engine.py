@@ -21,7 +21,8 @@ from typing import Any
 from qrun.answer import Answer, Event
 from qrun.call import Call, Listener
 from qrun.decoding.fair_queue import FairQueue
-from qrun.decoding.scheduler import PREFILL_CHUNK, Scheduler
+from qrun.decoding.prefix_cache import PrefixCache
+from qrun.decoding.scheduler import GRAIN, PREFILL_CHUNK, Scheduler
 from qrun.decoding.sequence import Failed, Finished
 from qrun.decoding.slots import Slots
 from qrun.errors import QrunError
@@ -45,18 +46,28 @@ class Engine:
     Attributes:
         model: what it answers with.
         slots: answers that advance together.
+        prefixes: beginnings of prompts, if any are kept.
 
     Args:
         model: an opened model folder. Nobody else may use its session meanwhile.
         slots: rows of the KV cache; 1 for a plan.
         queue: prompts that may wait for a slot.
         chunk: tokens of a prompt that are read between two tokens of the other answers.
+        prefix_bytes: memory for beginnings of prompts, which are then not read again; 0 keeps none.
 
     Raises:
         QrunError: slots or queue out of range, or a model that answers one sequence at a time.
     """
 
-    def __init__(self, model: Model, *, slots: int = 4, queue: int = 64, chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int = 4,
+        queue: int = 64,
+        chunk: int = PREFILL_CHUNK,
+        prefix_bytes: int = 0,
+    ) -> None:
         if slots < 1 or queue < 0:
             raise QrunError(f"{slots} slots and a queue of {queue}", hint="give at least 1 slot and 0 places")
         self.model = model
@@ -67,6 +78,7 @@ class Engine:
         self._waiting: FairQueue[Call] = FairQueue()
         self._running: dict[int, Call] = {}
         self._closing = False
+        self.prefixes = PrefixCache(prefix_bytes, GRAIN) if prefix_bytes else None
         self._scheduler = self._new_scheduler()
         self._thread = Thread(target=self._work, name="qrun-engine", daemon=True)
         self._thread.start()
@@ -185,7 +197,8 @@ class Engine:
         self.close()
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(Slots(self.model.session, self.slots), chunk=self._chunk)
+        slots = Slots(self.model.session, self.slots)
+        return Scheduler(slots, chunk=self._chunk, prefixes=self.prefixes)
 
     def _work(self) -> None:
         while self._admit():
@@ -198,11 +211,11 @@ class Engine:
                 continue
             for sequence, event in events:
                 call = self._running[id(sequence)]
-                call.take(event)
                 if isinstance(event, Finished | Failed):
                     with self._changed:
                         del self._running[id(sequence)]
                         self._changed.notify_all()
+                call.take(event)
 
     def _admit(self) -> bool:
         """Wait until there is something to do; False where there never will be."""

@@ -26,7 +26,8 @@ OTHERS = (
     "graph.",  # keys of qconvert.json
     "kv_cache.",
     "tokens.eos",
-    "stream_options.",  # a field of OpenAI's API
+    "stream_options.",  # fields of OpenAI's API
+    "usage.",
     "verification.",
     "org/name",  # the shape of a model id
     "report.md",  # what commands write

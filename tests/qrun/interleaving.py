@@ -9,12 +9,14 @@ import numpy as np
 from hypothesis import strategies as st
 
 from qrun.backends.session import Session
+from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.scheduler import Scheduler
 from qrun.decoding.sequence import Event, Failed, Finished, Prefilled, Sequence, Token
 from qrun.decoding.slots import Slots
 from qrun.sampling.params import SamplingParams
 
-CHUNK = 8
+# So that prompts of some tens of tokens have several pieces, and leave something to be reused.
+CHUNK, GRAIN = 8, 4
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class Outcome:
     last: Finished | Failed | None = None
 
 
-def run(session: Session, requests: list[Request], rows: int, *, chunk: int = CHUNK) -> list[Outcome]:
+def run(
+    session: Session, requests: list[Request], rows: int, *, prefixes: PrefixCache | None = None
+) -> list[Outcome]:
     """Step them all to their ends over ``rows`` rows; checks on the way that events come in order."""
     slots = Slots(session, rows)
-    scheduler = Scheduler(slots, chunk=chunk)
+    scheduler = Scheduler(slots, chunk=CHUNK, grain=GRAIN, prefixes=prefixes)
     sequences = [
         Recorded(request.prompt_ids, request.params, session.manifest.model.context_length)
         for request in requests
@@ -81,9 +85,11 @@ def run(session: Session, requests: list[Request], rows: int, *, chunk: int = CH
     return [outcomes[id(sequence)] for sequence in sequences]
 
 
-def differences(session: Session, requests: list[Request], rows: int) -> Iterator[str]:
+def differences(
+    session: Session, requests: list[Request], rows: int, prefixes: PrefixCache | None = None
+) -> Iterator[str]:
     """Where a sequence's answer, or one bit of its logits, is not what it gets alone."""
-    for number, (request, found) in enumerate(zip(requests, run(session, requests, rows))):
+    for number, (request, found) in enumerate(zip(requests, run(session, requests, rows, prefixes=prefixes))):
         alone = run(session, [Request(request.prompt_ids, request.params, 0)], 1)[0]
         assert isinstance(alone.last, Finished)
         if not isinstance(found.last, Finished):

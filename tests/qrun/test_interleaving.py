@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from qrun.backends import kvcache
 from qrun.backends.opening import open_session
+from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.scheduler import Scheduler
 from qrun.decoding.sequence import Failed, Finished, Sequence
 from qrun.decoding.slots import Slots
 from qrun.errors import QrunError
 from qrun.sampling.params import SamplingParams
 from tests.fakes import FakeSession, fake_manifest
-from tests.qrun.interleaving import CHUNK, Request, differences, requests, run
+from tests.qrun.interleaving import CHUNK, GRAIN, Request, differences, requests, run
 
 INTERLEAVINGS = int(os.environ.get("QCONVERT_INTERLEAVINGS", "200"))
 TRIED = settings(
@@ -67,10 +68,11 @@ def small_buffers():
 
 
 @TRIED
-@given(asked=requests(320), rows=st.integers(1, 8))
-def test_any_interleaving_gives_each_sequence_what_it_gets_alone(asked, rows):
+@given(asked=requests(320), rows=st.integers(1, 8), most_bytes=st.integers(0, 2_000))
+def test_any_interleaving_gives_each_sequence_what_it_gets_alone(asked, rows, most_bytes):
     """Over a session whose rows share one buffer of logits, as the protocol allows."""
-    assert list(differences(FakeSession(by_all_tokens), asked, rows)) == []
+    for prefixes in (None, PrefixCache(most_bytes, GRAIN)):
+        assert list(differences(FakeSession(by_all_tokens), asked, rows, prefixes)) == []
 
 
 @pytest.fixture(scope="module", params=list(INVARIANT))
@@ -87,7 +89,9 @@ def session(exporter, request):
 @given(data=st.data(), rows=st.integers(1, 8))
 def test_real_sessions_give_the_same_bits_in_any_company(session, data, rows):
     asked = data.draw(requests(session.manifest.model.vocab_size))
-    assert list(differences(session, asked, rows)) == []
+    bytes_of_a_block = GRAIN * session.manifest.kv.bytes_per_token
+    prefixes = PrefixCache(data.draw(st.integers(0, 20)) * bytes_of_a_block, GRAIN)
+    assert list(differences(session, asked, rows, prefixes)) == []
 
 
 @pytest.fixture(scope="module", params=[64, 128])
@@ -123,7 +127,7 @@ def test_a_row_keeps_only_whole_pieces_for_the_next_prompt():
     prompt = list(range(2 * CHUNK + 3))
     params = SamplingParams(do_sample=False, max_tokens=6, ignore_eos=True)
     for expected in (0, 2 * CHUNK):
-        scheduler = Scheduler(slots, chunk=CHUNK)
+        scheduler = Scheduler(slots, chunk=CHUNK, grain=GRAIN)
         scheduler.add(Sequence(prompt, params, 256))
         events = []
         while scheduler.busy:
@@ -131,6 +135,30 @@ def test_a_row_keeps_only_whole_pieces_for_the_next_prompt():
         last = events[-1]
         assert isinstance(last, Finished)
         assert last.reused_tokens == expected
+
+
+def test_a_beginning_that_another_row_has_read_is_not_read_again():
+    """Two prompts with the same 20 tokens: the second one finds five blocks, wherever the first one went."""
+    session, prefixes = FakeSession(by_all_tokens), PrefixCache(1 << 20, GRAIN)
+    params = SamplingParams(do_sample=False, max_tokens=2, ignore_eos=True)
+    shared = tuple(range(100, 121))
+    first, *_ = run(session, [Request((*shared, 1, 2), params, 0)], 1, prefixes=prefixes)
+    second, *_ = run(session, [Request((*shared, 3), params, 0)], 1, prefixes=prefixes)
+    assert (first.last.reused_tokens, second.last.reused_tokens) == (0, 20)
+    assert (prefixes.hits, len(prefixes), prefixes.nbytes) == (20, 5, 5 * GRAIN * 8)
+
+
+def test_the_least_recently_used_beginning_goes_first():
+    session, prefixes = FakeSession(by_all_tokens), PrefixCache(6 * GRAIN * 8, GRAIN)
+    params = SamplingParams(do_sample=False, max_tokens=1, ignore_eos=True)
+
+    def reused(seed: int) -> int:
+        prompt = tuple(np.random.default_rng(seed).integers(0, 320, 21).tolist())
+        return run(session, [Request(prompt, params, 0)], 1, prefixes=prefixes)[0].last.reused_tokens
+
+    assert [reused(seed) for seed in (1, 1, 2, 2)] == [0, 20, 0, 20]
+    assert reused(1) < 20  # six blocks of the two prompts' ten are left
+    assert prefixes.nbytes <= 6 * GRAIN * 8
 
 
 def test_a_step_that_fails_ends_those_that_took_part_and_nobody_else():

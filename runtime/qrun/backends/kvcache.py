@@ -153,16 +153,16 @@ class KVCache(ABC):
         np.maximum(self._touched, self.lengths, out=self._touched)
         self.lengths[:] = lengths
 
-    def copy_out(self, row: int, length: int) -> list[NDArray[Any]]:
-        """The first ``length`` keys and values of a row: ``[kv_heads, length, head_size]`` of each buffer.
+    def copy_out(self, row: int, start: int, stop: int) -> list[NDArray[Any]]:
+        """Keys and values ``start`` to ``stop`` of a row: ``[kv_heads, tokens, head_size]`` of each buffer.
 
         Raises:
             QrunError: this kind of cache has no rows apart.
         """
         raise self._not_apart()
 
-    def copy_in(self, row: int, states: list[NDArray[Any]]) -> None:
-        """Fill a row with what ``copy_out`` gave; what it held is forgotten.
+    def copy_in(self, row: int, start: int, states: list[NDArray[Any]]) -> None:
+        """Put what ``copy_out`` gave behind the first ``start`` tokens of a row; what it held there is forgotten.
 
         Raises:
             QrunError: this kind of cache has no rows apart, or more memory than the machine has left.

@@ -145,7 +145,7 @@ class _Together:
         workload, slots = self._workload, self._slots
         for row in range(workload.rows):
             slots.trim(row, workload.depth)
-        scheduler = Scheduler(slots, chunk=self._chunk, reuse_all=True)
+        scheduler = Scheduler(slots, chunk=self._chunk, grain=None)
         sequences = [Sequence(ids, SamplingParams(ignore_eos=True), self._limit) for ids in self._ids]
         for sequence in sequences:
             scheduler.add(sequence)

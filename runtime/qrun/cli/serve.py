@@ -14,7 +14,7 @@ from qrun.cli.options import open_model, opening_options
 from qrun.cli.terminal import note, size
 from qrun.engine import Engine
 from qrun.errors import QrunError
-from qrun.folder.manifest import forecast_bytes, names_plan
+from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest
 
 KEYS_VARIABLE = "QRUN_API_KEYS"
 
@@ -51,6 +51,13 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     help="Requests that may wait for a slot; others are told to come again.",
 )
 @click.option(
+    "--prefix-cache-bytes",
+    type=click.IntRange(min=0),
+    default=512_000_000,
+    show_default=True,
+    help="Memory for beginnings of prompts that need not be read again, for each model; 0 keeps none.",
+)
+@click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
     help=f"API keys, one a line. [default: those in {KEYS_VARIABLE}, separated by commas]",
@@ -78,6 +85,7 @@ def serve(
     port: int,
     slots: int,
     queue: int,
+    prefix_cache_bytes: int,
     api_key_file: Path | None,
     no_auth: bool,
     max_body_mb: float,
@@ -106,7 +114,7 @@ def serve(
         opened: dict[str, Engine] = {}
         for name, path in named.items():
             model = open_model(engine=path, **options)
-            opened[name] = Engine(model, slots=1 if names_plan(path) else slots, queue=queue)
+            opened[name] = Engine(model, **_places(path, slots, prefix_cache_bytes), queue=queue)
             facts = model.manifest.model
             most = forecast_bytes(model.manifest, facts.context_length, opened[name].slots)
             note(
@@ -118,6 +126,12 @@ def serve(
         note(f"listening on http://{shown}:{address[1]} ({'with API keys' if keys else 'without API keys'})")
         state = ServerState(opened, keys, most_bytes=int(max_body_mb * 1e6))
         run(state, listening, drain_seconds=drain_seconds)
+
+
+def _places(path: Path, slots: int, prefix_bytes: int) -> dict[str, int]:
+    """A plan has one row, from which nothing is copied."""
+    plan = names_plan(path) or read_manifest(path).target != "onnxruntime"
+    return {"slots": 1, "prefix_bytes": 0} if plan else {"slots": slots, "prefix_bytes": prefix_bytes}
 
 
 def _named(engines: tuple[str, ...]) -> dict[str, Path]:

@@ -90,7 +90,7 @@ def generate(
 
 def run(context: Context, sequence: Sequence, *, chunk: int = PREFILL_CHUNK) -> Iterator[Event]:
     """Step one sequence to its end; see ``generate``."""
-    scheduler = Scheduler(context.slots, chunk=chunk, reuse_all=True)
+    scheduler = Scheduler(context.slots, chunk=chunk, grain=None)
     scheduler.add(sequence)
     while scheduler.busy:
         for _, event in scheduler.step():

@@ -14,12 +14,15 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.decoding.sequence import Event, Failed, Prefilled, Sequence
+from qrun.decoding.prefix_cache import PrefixCache
+from qrun.decoding.sequence import Event, Failed, Sequence
 from qrun.decoding.slots import Slots
 from qrun.errors import QrunError
 
 # Longer pieces are no faster, and the memory for activations grows with them.
 PREFILL_CHUNK = 256
+# Tokens that are kept and reused together. Shorter ones would be copied one by one, longer ones read again.
+GRAIN = 64
 
 Events = list[tuple[Sequence, Event]]
 
@@ -37,15 +40,25 @@ class Scheduler:
         slots: the rows; what they hold is reused where a prompt begins with it.
         chunk: tokens of a prompt that are read at once. Pieces end at its multiples, so they are the same
             whatever else runs.
-        reuse_all: reuse all that a prompt begins with, and not its whole pieces alone. For one conversation:
-            its answers are not read again, and their keys and values are those of single steps, which may
-            differ in the last bits from those of a prompt.
+        grain: reuse multiples of so many tokens, of what was read as a prompt. None reuses all that a prompt
+            begins with. That is for one conversation: its answers are not read again, and their keys and
+            values are those of single steps, which may differ in the last bits from those of a prompt.
+        prefixes: where beginnings of prompts are kept when their rows are needed for others.
     """
 
-    def __init__(self, slots: Slots, *, chunk: int = PREFILL_CHUNK, reuse_all: bool = False) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        *,
+        chunk: int = PREFILL_CHUNK,
+        grain: int | None = GRAIN,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        assert prefixes is None or prefixes.grain == grain, "what is kept is what can be reused"
         self._slots = slots
         self._chunk = chunk
-        self._reuse_all = reuse_all
+        self._grain = grain if grain is None else min(grain, chunk)
+        self._prefixes = prefixes
         self._waiting: deque[Sequence] = deque()
         self._reading: Sequence | None = None
         self._decoding: list[Sequence] = []
@@ -103,7 +116,7 @@ class Scheduler:
         sequence = self._reading
         if sequence is None:
             return
-        row, piece = len(self._decoding), sequence.next_piece(self._chunk)
+        row, piece = len(self._decoding), sequence.next_piece(self._chunk, self._grain_of(sequence))
         whole = sequence.read + len(piece) == len(sequence.prompt_ids)
         try:
             logits = self._slots.feed(row, piece, logits="last" if whole else "none")
@@ -114,18 +127,38 @@ class Scheduler:
         events.append((sequence, sequence.advance(len(piece))))
         if whole:
             self._reading = None
+            if self._prefixes is not None:
+                self._prefixes.keep(self._slots, row)
             if self._choose(sequence, logits, events):
                 self._decoding.append(sequence)
 
     def _admit(self, events: Events) -> None:
         if self._reading is not None or not self._waiting or len(self._decoding) == len(self._slots):
             return
-        sequence = self._reading = self._waiting.popleft()
-        events.append((sequence, self._begin(sequence)))
+        sequence = self._waiting.popleft()
+        event = self._begin(sequence)
+        events.append((sequence, event))
+        if not isinstance(event, Failed):
+            self._reading = sequence
 
-    def _begin(self, sequence: Sequence) -> Prefilled:
-        piece = None if self._reuse_all else self._chunk
-        return sequence.begin(self._slots.keep(len(self._decoding), sequence.prompt_ids, piece=piece))
+    def _begin(self, sequence: Sequence) -> Event:
+        row, grain = len(self._decoding), self._grain_of(sequence)
+        kept = self._slots.keep(row, sequence.prompt_ids, grain=grain)
+        if self._prefixes is not None and grain is not None:
+            try:
+                kept = self._prefixes.restore(self._slots, row, sequence.prompt_ids, grain)
+            except QrunError as error:
+                return Failed(error)
+        return sequence.begin(kept)
+
+    def _grain_of(self, sequence: Sequence) -> int | None:
+        """What a prompt's beginning is reused in multiples of.
+
+        A short one is read in as few pieces as there can be, and then its last piece is the same only where
+        it begins at the same place.
+        """
+        short = len(sequence.prompt_ids) < 2 * self._chunk
+        return self._chunk if short and self._grain is not None else self._grain
 
     def _choose(self, sequence: Sequence, logits: NDArray[np.float32], events: Events) -> bool:
         """Take a sequence's next token; whether it goes on."""

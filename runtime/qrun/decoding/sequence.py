@@ -127,12 +127,18 @@ class Sequence:
         self.read = self._reused = reused
         return Prefilled(reused, len(self.prompt_ids))
 
-    def next_piece(self, length: int) -> list[int]:
+    def next_piece(self, length: int, grain: int | None = None) -> list[int]:
         """What is to be read next of the prompt: up to the next multiple of ``length`` tokens.
 
-        So a prompt is always cut at the same places, whatever else runs and wherever reading begins.
+        So a prompt is always cut at the same places, whatever else runs and wherever reading begins. With a
+        ``grain`` the last piece is cut once more, at the last multiple of so many tokens: what is before it
+        can be kept for other prompts.
         """
-        return self.prompt_ids[self.read : (self.read // length + 1) * length]
+        total, end = len(self.prompt_ids), (self.read // length + 1) * length
+        if grain is not None and end >= total:
+            cut = (total - 1) // grain * grain
+            end = cut if cut > self.read else total
+        return self.prompt_ids[self.read : end]
 
     @property
     def is_read(self) -> bool:

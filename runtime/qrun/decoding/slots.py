@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,21 +10,6 @@ from numpy.typing import NDArray
 
 from qrun.backends.kvcache import KVCache
 from qrun.backends.session import LogitsFor, Session
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Keys and values of some tokens, outside any cache: what ``Slots.copy_out`` gives.
-
-    Attributes:
-        token_ids: whose they are.
-        states: ``[kv_heads, tokens, head_size]`` of each buffer of the cache.
-        piece_ends: see ``Slots``.
-    """
-
-    token_ids: tuple[int, ...]
-    states: list[NDArray[Any]]
-    piece_ends: tuple[int, ...] = ()
 
 
 class Slots:
@@ -37,16 +21,16 @@ class Slots:
     Attributes:
         cache: keys and values of all rows.
         token_ids: whose they are, row by row.
-        piece_ends: for each row, where the pieces end that were read without logits, one behind the other
-            from the row's beginning. Keys and values depend in their last bits on how many tokens were read
-            together, and for these that is known.
+        read: for each row, how many of its first tokens were read as a prompt, without logits. Their keys and
+            values are those that any prompt with this beginning gives; those of single steps may differ from
+            them in the last bits.
     """
 
     def __init__(self, session: Session, rows: int = 1) -> None:
         self._session = session
         self.cache = session.new_cache(rows)
         self.token_ids: list[list[int]] = [[] for _ in range(rows)]
-        self.piece_ends: list[list[int]] = [[] for _ in range(rows)]
+        self.read = [0] * rows
         self._shown: dict[tuple[int, int], KVCache] = {}  # held, so that what is bound for them stays bound
 
     def __len__(self) -> int:
@@ -61,9 +45,9 @@ class Slots:
         """
         fed = np.asarray(token_ids, dtype=np.int64)[None]
         output = self._session.forward(fed, self._rows(row, 1), logits)
-        held, ends = self.token_ids[row], self.piece_ends[row]
-        if logits == "none" and len(held) == (ends[-1] if ends else 0):
-            ends.append(len(held) + len(token_ids))
+        held = self.token_ids[row]
+        if logits == "none" and len(held) == self.read[row]:
+            self.read[row] += len(token_ids)
         held.extend(token_ids)
         found: NDArray[np.float32] = output[0, -1] if logits == "last" else output[0]
         return found
@@ -81,7 +65,7 @@ class Slots:
             held.append(token_id)
         return output[:, 0]
 
-    def keep(self, row: int, prompt_ids: Sequence[int], *, piece: int | None = None) -> int:
+    def keep(self, row: int, prompt_ids: Sequence[int], *, grain: int | None = None) -> int:
         """Keep what ``prompt_ids`` begins with and forget the rest of a row; returns the tokens kept.
 
         At least one token is left to be fed, since only a fed token has logits.
@@ -89,21 +73,16 @@ class Slots:
         Args:
             row: which one.
             prompt_ids: the whole prompt.
-            piece: keep only what was read in pieces of exactly so many tokens, which are the keys and values
-                that reading this prompt anew would give, to the last bit. By default all is kept.
+            grain: keep multiples of so many tokens only, and only what was ``read`` as a prompt: the keys and
+                values that reading this prompt anew would give. By default all is kept.
         """
         kept = 0
         for cached, wanted in zip(self.token_ids[row], prompt_ids[:-1]):
             if cached != wanted:
                 break
             kept += 1
-        if piece is not None:
-            pieces = 0
-            for end in self.piece_ends[row]:
-                if end != (pieces + 1) * piece or end > kept:
-                    break
-                pieces += 1
-            kept = pieces * piece
+        if grain is not None:
+            kept = min(kept, self.read[row]) // grain * grain
         self.trim(row, kept)
         return kept
 
@@ -111,28 +90,34 @@ class Slots:
         """Forget everything after the first ``length`` tokens of a row."""
         self._rows(row, 1).trim(length)
         del self.token_ids[row][length:]
-        self.piece_ends[row] = [end for end in self.piece_ends[row] if end <= length]
+        self.read[row] = min(self.read[row], length)
 
     def move(self, source: int, target: int) -> None:
         """Put what one row holds into another one, and forget it in the first."""
-        self.copy_in(target, self.copy_out(source, len(self.token_ids[source])))
-        self.trim(source, 0)
+        length = len(self.token_ids[source])
+        self.trim(target, 0)
+        self.cache.copy_in(target, 0, self.cache.copy_out(source, 0, length))
+        self.token_ids[target] = self.token_ids[source]
+        self.read[target] = self.read[source]
+        self.token_ids[source] = []
+        self._rows(source, 1).trim(0)
+        self.read[source] = 0
 
-    def copy_out(self, row: int, length: int) -> Prefix:
-        """The first ``length`` tokens of a row, with their keys and values."""
-        ends = tuple(end for end in self.piece_ends[row] if end <= length)
-        return Prefix(tuple(self.token_ids[row][:length]), self.cache.copy_out(row, length), ends)
+    def copy_out(self, row: int, start: int, stop: int) -> list[NDArray[Any]]:
+        """Keys and values of some tokens of a row; see ``KVCache.copy_out``."""
+        return self.cache.copy_out(row, start, stop)
 
-    def copy_in(self, row: int, prefix: Prefix) -> None:
-        """Fill a row with a prefix; what it held is forgotten.
+    def copy_in(self, row: int, token_ids: Sequence[int], states: list[NDArray[Any]]) -> None:
+        """Append tokens to a row that were read as a prompt elsewhere, with the states of ``copy_out``.
 
         Raises:
             QrunError: more memory than the machine has left.
         """
-        self.trim(row, 0)
-        self.cache.copy_in(row, prefix.states)
-        self.token_ids[row] += prefix.token_ids
-        self.piece_ends[row] += prefix.piece_ends
+        held = self.token_ids[row]
+        assert self.read[row] == len(held), "they follow what was read as a prompt"
+        self.cache.copy_in(row, len(held), states)
+        held.extend(token_ids)
+        self.read[row] = len(held)
 
     def _rows(self, first: int, count: int) -> KVCache:
         found = self._shown.get((first, count))

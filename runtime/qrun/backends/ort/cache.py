@@ -128,16 +128,16 @@ class InPlaceKVCache(OrtKVCache):
             for row, length in enumerate(self.lengths.tolist()):
                 buffer.write(self._first + row, length, heads[row])
 
-    def copy_out(self, row: int, length: int) -> list[NDArray[Any]]:
-        assert length <= self.lengths[row]
-        return [buffer.read(self._first + row, length).copy() for buffer in self.buffers]
+    def copy_out(self, row: int, start: int, stop: int) -> list[NDArray[Any]]:
+        assert stop <= self.lengths[row]
+        return [buffer.read(self._first + row, stop)[:, start:].copy() for buffer in self.buffers]
 
-    def copy_in(self, row: int, states: list[NDArray[Any]]) -> None:
+    def copy_in(self, row: int, start: int, states: list[NDArray[Any]]) -> None:
         target, length = self.rows(row, 1), states[0].shape[1]
-        target.trim(0)
+        target.trim(start)
         target.reserve(length)
         for buffer, each in zip(self.buffers, states):
-            buffer.write(self._first + row, 0, each)
+            buffer.write(self._first + row, start, each)
         target.advance(length)
 
     def _reallocate(self, capacity: int) -> None:

@@ -1,0 +1,109 @@
+"""Beginnings of prompts, kept outside of any row: what begins alike is not read again from its start.
+
+Blocks of ``grain`` tokens are found by a chain of hashes: each names its own tokens and all before them. What
+is kept was read as a prompt, so that it is what any prompt with this beginning would give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.decoding.slots import Slots
+
+
+@dataclass(frozen=True)
+class Block:
+    """Keys and values of some tokens.
+
+    Attributes:
+        states: ``[kv_heads, grain, head_size]`` of each buffer of the cache.
+    """
+
+    states: list[NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.states)
+
+
+class PrefixCache:
+    """Blocks of prompts, the least recently used of which go first.
+
+    Attributes:
+        hits: tokens that were taken from here.
+        misses: tokens of prompts, in whole blocks, that were not here.
+
+    Args:
+        most_bytes: of keys and values.
+        grain: tokens of a block.
+    """
+
+    def __init__(self, most_bytes: int, grain: int) -> None:
+        self.grain = grain
+        self.hits = self.misses = 0
+        self.nbytes = 0
+        self._most_bytes = most_bytes
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def restore(self, slots: Slots, row: int, prompt_ids: Sequence[int], multiple: int) -> int:
+        """Put the blocks with which a prompt begins into a row that holds some of them, or none, already.
+
+        Args:
+            slots: the rows.
+            row: which of them.
+            prompt_ids: the whole prompt.
+            multiple: of how many tokens what is reused has to be; itself a multiple of a block's.
+
+        Returns:
+            Tokens of the prompt that the row holds now; at least one is left to be fed.
+
+        Raises:
+            QrunError: more memory than the machine has left.
+        """
+        names = list(self._names(prompt_ids[:-1]))
+        known = list(takewhile(self._blocks.__contains__, names))
+        known = known[: len(known) * self.grain // multiple * multiple // self.grain]
+        held = len(slots.token_ids[row]) // self.grain
+        for index, name in enumerate(known):
+            self._blocks.move_to_end(name)
+            if index >= held:
+                tokens = prompt_ids[index * self.grain : (index + 1) * self.grain]
+                slots.copy_in(row, tokens, self._blocks[name].states)
+        found = max(held, len(known))
+        self.hits += found * self.grain
+        self.misses += (len(names) - found) * self.grain
+        return len(slots.token_ids[row])
+
+    def keep(self, slots: Slots, row: int) -> None:
+        """Take in what a row has read as a prompt, as far as it is not here yet."""
+        for index, name in enumerate(self._names(slots.token_ids[row][: slots.read[row]])):
+            if name not in self._blocks:
+                start = index * self.grain
+                block = Block(slots.copy_out(row, start, start + self.grain))
+                if block.nbytes > self._most_bytes:
+                    return
+                self._blocks[name] = block
+                self.nbytes += block.nbytes
+            self._blocks.move_to_end(name)
+        while self.nbytes > self._most_bytes:
+            _, block = self._blocks.popitem(last=False)
+            self.nbytes -= block.nbytes
+
+    def _names(self, token_ids: Sequence[int]) -> Iterator[bytes]:
+        """The name of each whole block: a hash of its tokens and of all before them."""
+        name = b""
+        for start in range(0, len(token_ids) // self.grain * self.grain, self.grain):
+            block = np.array(token_ids[start : start + self.grain], dtype=np.int64)
+            name = hashlib.blake2b(name + block.tobytes(), digest_size=20).digest()
+            yield name
