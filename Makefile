@@ -2,6 +2,7 @@
 #
 #   make demo      the sample model exported, verified, and asked one question
 #   make test      all tests (tests/interop apart)
+#   make test-matrix  every combination of export options, on a vocabulary of real size (a quarter of an hour)
 #   make test-docs every command of README.md and docs/ on the sample model (half an hour)
 #   make test-gpu  what only an NVIDIA GPU can show; elsewhere each test says why it is skipped
 #   make lint      ruff, mypy, import-linter
@@ -33,13 +34,16 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 # of France?" leaves 0.06, which int8 arithmetic of another processor may turn).
 QUESTION := Name the capital of France.
 
-.PHONY: demo test test-docs test-gpu lint interop benchmark compare clean
+.PHONY: demo test test-matrix test-docs test-gpu lint interop benchmark compare clean
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
 
 test: $(VENV)/.ready
 	$(VENV)/bin/pytest
+
+test-matrix: $(VENV)/.ready
+	$(VENV)/bin/pytest -m "matrix or not matrix" tests/matrix
 
 test-docs: $(VENV)/.ready
 	$(VENV)/bin/pytest -m slow_docs tests/docs

@@ -61,7 +61,7 @@ NOT_RUN = {
         "another program's command, for a repository or an account of the user's"
     ),
     r"pip (install|uninstall|config) .*": _NETWORK,
-    r"make (test|test-docs|lint|interop|demo)": _CHECK_ALL,
+    r"make (test|test-matrix|test-docs|lint|interop|demo)": _CHECK_ALL,
     r"make (benchmark|compare)": _HOURS,
     r"make test-gpu": _GPU,
     r"python -m benchmarks\..*": _HOURS,

@@ -5,12 +5,17 @@ If these fail, an export ignores an option that it was given, or fails after min
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
 from qconvert.errors import QconvertError
+from qconvert.formats import columns
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.choose import Wishes, choose
 from qconvert.targets import TARGETS
+from tests.qconvert.combinations import Combination, accepted, offered
 
 SPEC = DecoderSpec(3, 4, 2, 16, 64, 128, 320, 1e-6, True, 256, (None, None, None))
 
@@ -44,6 +49,28 @@ def test_options_that_do_not_fit_are_refused(target: str, wishes: Wishes, messag
     with pytest.raises(QconvertError, match=message) as refused:
         choose(wishes, TARGETS[target].capabilities, SPEC)
     assert refused.value.hint
+
+
+def fits(combination: Combination) -> bool:
+    """What the capabilities of targets say, for a model that every block size divides."""
+    target, wishes = TARGETS[combination.target].capabilities, combination.wishes
+    packed = wishes.precision in ("int8", "int4")
+    in_blocks = wishes.precision == "int4" or wishes.block_size is not None
+    return (
+        wishes.precision in target.precisions
+        and (packed or wishes.block_size is None)
+        and (not target.packed_columns or wishes.block_size in (None, *columns.BLOCK_SIZES))
+        and (wishes.recipe == "rtn" or (target.calibrated and wishes.precision == "int4"))
+        and (not wishes.prefill or (target.integer_products and packed and in_blocks))
+        and (not wishes.int8_kv_cache or (target.int8_kv_cache and wishes.precision != "fp16"))
+    )
+
+
+def test_what_is_accepted_follows_from_the_capabilities() -> None:
+    spec = replace(SPEC, hidden_size=256, num_attention_heads=16, intermediate_size=512)
+    assert accepted(spec) == [combination for combination in offered() if fits(combination)]
+    by_target = Counter(combination.target for combination in accepted(spec))
+    assert by_target == {"onnxruntime": 97, "tensorrt": 8}
 
 
 def test_a_calibration_text_asks_for_gptq() -> None:
