@@ -51,7 +51,7 @@ def ask_chat(engine: Engine, request: ChatRequest) -> Asked:
     }
     if 0 in (request.max_completion_tokens, request.max_tokens):
         raise ApiError(400, "max_tokens must be a whole number from 1 up, not 0", param="max_tokens")
-    return _for_each(engine, request, [prompt], [""], own)
+    return for_each(engine, request, [prompt], [""], own)
 
 
 def ask_completion(engine: Engine, request: CompletionRequest) -> Asked:
@@ -88,16 +88,23 @@ def ask_completion(engine: Engine, request: CompletionRequest) -> Asked:
     own = {"max_tokens": request.max_tokens or _DEFAULT_MAX_TOKENS, "logprobs": request.logprobs}
     if request.max_tokens == 0:
         raise ApiError(400, "max_tokens must be a whole number from 1 up, not 0", param="max_tokens")
-    return _for_each(engine, request, prompts, echoed, own)
+    return for_each(engine, request, prompts, echoed, own)
 
 
 def _all(values: object, kind: type) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(each, kind) for each in values)
 
 
-def _for_each(
+def check_stream_options(request: Common) -> None:
+    """Refuse options of a stream where there is none."""
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+
+
+def for_each(
     engine: Engine, request: Common, prompts: list[list[int]], echoed: list[str], own: dict[str, Any]
 ) -> Asked:
+    check_stream_options(request)
     count = 1 if request.n is None else request.n
     if not 1 <= count * len(prompts) <= _MOST_ANSWERS:
         raise ApiError(400, f"n must be 1 to {_MOST_ANSWERS // len(prompts)}, not {count}", param="n")

@@ -1,4 +1,4 @@
-"""The two kinds of completion over HTTP: whole, or as a stream."""
+"""One request over HTTP, in whatever API: its answers whole, or as a stream."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -17,51 +18,49 @@ from qrun.errors import QrunError
 from qrun.serve import streams
 from qrun.serve.asking import Asked, ask_chat, ask_completion
 from qrun.serve.errors import ApiError, from_qrun
-from qrun.serve.fields import ChatRequest, Common, CompletionRequest, decode
-from qrun.serve.replies import Reply
+from qrun.serve.fields import ChatRequest, CompletionRequest, decode
+from qrun.serve.replies import CompletionReply
+from qrun.serve.reply import Chunk, Reply
 from qrun.serve.state import ServerState, client_of, json_response, note, read_body
 
 Happened = tuple[int, "Piece | Answer | Prefilled"]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What tells the two apart."""
+class Dialect:
+    """What tells one API from another: its fields, what they ask, and how answers look."""
 
-    chat: bool
-    fields: type[Common]
+    fields: type[msgspec.Struct]
     ask: Callable[[Engine, Any], Asked]
+    reply: Callable[[Engine, Any, Asked], Reply]
 
 
-CHAT = Kind(True, ChatRequest, ask_chat)
-COMPLETION = Kind(False, CompletionRequest, ask_completion)
+CHAT = Dialect(ChatRequest, ask_chat, CompletionReply)
+COMPLETION = Dialect(CompletionRequest, ask_completion, CompletionReply)
 
 
-async def complete(request: Request, kind: Kind) -> Response:
+async def complete(request: Request, dialect: Dialect) -> Response:
     """Answer one request.
 
     Raises:
         ApiError: it is refused.
     """
     state: ServerState = request.app.state.server
-    fields = decode(await read_body(request), kind.fields)
+    fields: Any = decode(await read_body(request), dialect.fields)
     engine = state.engine(fields.model)
     note(request, model=fields.model, stream=fields.stream)
-    if fields.stream_options is not None and not fields.stream:
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     try:  # templates and tokenizers take milliseconds for a long prompt: not in the thread that serves all
-        asked = await asyncio.to_thread(kind.ask, engine, fields)
+        asked = await asyncio.to_thread(dialect.ask, engine, fields)
     except QrunError as error:
         raise from_qrun(error) from None
-    reply = Reply(kind.chat, fields.model, engine, asked)
+    reply = dialect.reply(engine, fields, asked)
     happenings = answers(engine, asked, client_of(request))
     if not fields.stream:
         await streams.unless_gone(request, _collect(reply, happenings))
         note(request, **_counts(reply))
         return json_response(reply.whole())
     first = await anext(happenings)  # what is refused is refused before the stream begins
-    usage = fields.stream_options is not None and fields.stream_options.include_usage
-    chunks = _chunks(request, reply, first, happenings, usage=usage)
+    chunks = _chunks(request, reply, first, happenings)
     return StreamingResponse(
         streams.with_pings(chunks, state.ping_seconds),
         media_type="text/event-stream",
@@ -110,22 +109,21 @@ async def _collect(reply: Reply, happenings: AsyncIterator[Happened]) -> None:
 
 
 async def _chunks(
-    request: Request, reply: Reply, first: Happened, happenings: AsyncIterator[Happened], *, usage: bool
+    request: Request, reply: Reply, first: Happened, happenings: AsyncIterator[Happened]
 ) -> AsyncIterator[bytes]:
     try:
-        for index in range(len(reply.asked.prompts)):
-            if (chunk := reply.first(index)) is not None:
-                yield streams.event(chunk)
         try:
+            for chunk in reply.opening():
+                yield reply.encode(chunk)
             async for chunk in _text_chunks(reply, first, happenings):
-                yield streams.event(chunk)
+                yield reply.encode(chunk)
+            for chunk in reply.closing():
+                yield reply.encode(chunk)
         except ApiError as error:
             note(request, error=error.message)
-            yield streams.event(error.to_json())
+            yield reply.encode(reply.refusal(error))
             return
-        if usage:
-            yield streams.event(reply.usage_chunk())
-        yield streams.DONE
+        yield reply.done
     finally:
         await happenings.aclose()  # type: ignore[attr-defined]
         note(request, **_counts(reply))
@@ -133,14 +131,17 @@ async def _chunks(
 
 async def _text_chunks(
     reply: Reply, first: Happened, happenings: AsyncIterator[Happened]
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncIterator[Chunk]:
     index, event = first
     while True:
+        found: list[Chunk] = []
         if isinstance(event, Piece):
-            yield reply.piece(index, event)
+            found = reply.piece(index, event)
         elif isinstance(event, Answer):
             reply.answers[index] = event
-            yield reply.last(index, event)
+            found = reply.ended(index, event)
+        for chunk in found:
+            yield chunk
         try:
             index, event = await anext(happenings)
         except StopAsyncIteration:
@@ -150,10 +151,10 @@ async def _text_chunks(
 def _counts(reply: Reply) -> dict[str, Any]:
     if not reply.answers:
         return {}
-    usage = reply.usage()
+    counts = reply.counts()
     return {
-        "prompt_tokens": usage["prompt_tokens"],
-        "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-        "completion_tokens": usage["completion_tokens"],
+        "prompt_tokens": counts.prompt,
+        "cached_tokens": counts.cached,
+        "completion_tokens": counts.completion,
         "finish": ",".join(answer.finish_reason for answer in reply.answers.values()),
     }

@@ -1,52 +1,45 @@
-"""The answers of one completion on their way out: as one object, or as the chunks of a stream."""
+"""OpenAI's two kinds of completion: the answers of one request as an object, or as the chunks of a stream."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from qrun.answer import Answer, Piece
 from qrun.decoding.sequence import Token
 from qrun.engine import Engine
 from qrun.serve.asking import Asked
+from qrun.serve.fields import ChatRequest, Common
+from qrun.serve.reply import Chunk, Reply
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 
 
-@dataclass
-class Reply:
-    """The answers of one request on their way out.
+class CompletionReply(Reply):
+    """Answers to a chat, or to plain prompts.
 
-    Attributes:
-        chat: whether it is a chat, or a plain completion.
-        model: the name under which the client asked.
-        answers: by index, as they end.
+    Args:
+        engine: where they come from.
+        fields: of the request.
+        asked: what became of it.
     """
 
-    chat: bool
-    model: str
-    engine: Engine
-    asked: Asked
-    answers: dict[int, Answer] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, engine: Engine, fields: Common, asked: Asked) -> None:
+        super().__init__(engine, fields.model, asked)
+        self.chat = isinstance(fields, ChatRequest)
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self._tokens: dict[int, list[Token]] = {}
+        options = fields.stream_options
+        self._tells_usage = options is not None and options.include_usage
         self._offsets: dict[int, int] = {}
-
-    def collect(self, index: int, piece: Piece) -> None:
-        """Keep the tokens of an answer that is given whole."""
-        self._tokens.setdefault(index, []).extend(piece.tokens)
 
     def whole(self) -> dict[str, Any]:
         """The object that is not streamed."""
         choices = []
         for index, answer in sorted(self.answers.items()):
-            tokens = self._tokens.get(index, [])
+            tokens = self.tokens.get(index, [])
             choice = {
                 "index": index,
                 "finish_reason": _REASONS[answer.finish_reason],
@@ -60,38 +53,33 @@ class Reply:
         kind = "chat.completion" if self.chat else "text_completion"
         return self._object(kind, choices) | {"usage": self.usage()}
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        """The chunk before any text, if there is one."""
+    def opening(self) -> list[Chunk]:
         if self.chat:
-            return self._chunk(index, {"role": "assistant", "content": ""})
-        echoed = self.asked.echoed[index]
-        return self._chunk(index, echoed) if echoed else None
+            content = {"role": "assistant", "content": ""}
+            return [self._chunk(index, content) for index in range(len(self.asked.prompts))]
+        return [self._chunk(index, text) for index, text in enumerate(self.asked.echoed) if text]
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A chunk of text."""
+    def piece(self, index: int, piece: Piece) -> list[Chunk]:
         content: Any = {"content": piece.text} if self.chat else piece.text
-        return self._chunk(index, content, logprobs=self._logprobs(index, piece.tokens))
+        return [self._chunk(index, content, logprobs=self._logprobs(index, piece.tokens))]
 
-    def last(self, index: int, answer: Answer) -> dict[str, Any]:
-        """The chunk that says why the answer has ended."""
-        return self._chunk(index, {} if self.chat else "", reason=_REASONS[answer.finish_reason])
+    def ended(self, index: int, answer: Answer) -> list[Chunk]:
+        return [self._chunk(index, {} if self.chat else "", reason=_REASONS[answer.finish_reason])]
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk, where it was asked for."""
+    def closing(self) -> list[Chunk]:
+        if not self._tells_usage:
+            return []
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self._object(kind, []) | {"usage": self.usage()}
+        return [self._object(kind, []) | {"usage": self.usage()}]
 
     def usage(self) -> dict[str, Any]:
-        """Tokens of all answers together; a prompt counts once, however many answers it has."""
-        answers = [self.answers[index] for index in sorted(self.answers)]
-        distinct = {id(ids): answer for ids, answer in zip(self.asked.prompts, answers)}.values()
-        prompt = sum(answer.prompt_tokens for answer in distinct)
-        completion = sum(answer.completion_tokens for answer in answers)
+        """Tokens of all answers together."""
+        counts = self.counts()
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(answer.reused_tokens for answer in distinct)},
+            "prompt_tokens": counts.prompt,
+            "completion_tokens": counts.completion,
+            "total_tokens": counts.prompt + counts.completion,
+            "prompt_tokens_details": {"cached_tokens": counts.cached},
         }
 
     def _chunk(

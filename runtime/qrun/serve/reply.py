@@ -1,0 +1,87 @@
+"""What the answers of a request have in common, in whatever API it was asked."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from qrun.answer import Answer, Piece
+from qrun.decoding.sequence import Token
+from qrun.engine import Engine
+from qrun.serve import streams
+from qrun.serve.asking import Asked
+from qrun.serve.errors import ApiError
+
+Chunk = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of all answers of a request; a prompt counts once, however many answers it has."""
+
+    prompt: int
+    cached: int
+    completion: int
+
+
+class Reply(ABC):
+    """The answers of one request on their way out, whole or as the chunks of a stream.
+
+    Attributes:
+        engine: where they come from.
+        model: the name under which the client asked.
+        asked: what was asked.
+        answers: by index, as they end.
+        tokens: by index, those with log-probabilities, of answers that are given whole.
+    """
+
+    # What ends a stream.
+    done = streams.DONE
+
+    def __init__(self, engine: Engine, model: str, asked: Asked) -> None:
+        self.engine, self.model, self.asked = engine, model, asked
+        self.answers: dict[int, Answer] = {}
+        self.tokens: dict[int, list[Token]] = {}
+
+    def collect(self, index: int, piece: Piece) -> None:
+        """Keep the tokens of an answer that is given whole."""
+        self.tokens.setdefault(index, []).extend(piece.tokens)
+
+    def counts(self) -> Counts:
+        """Of the answers that have ended."""
+        found = sorted(self.answers.items())
+        distinct = {id(self.asked.prompts[index]): answer for index, answer in found}.values()
+        return Counts(
+            sum(answer.prompt_tokens for answer in distinct),
+            sum(answer.reused_tokens for answer in distinct),
+            sum(answer.completion_tokens for _, answer in found),
+        )
+
+    @abstractmethod
+    def whole(self) -> Chunk:
+        """The object that is not streamed, once all answers have ended."""
+
+    @abstractmethod
+    def opening(self) -> list[Chunk]:
+        """What a stream begins with."""
+
+    @abstractmethod
+    def piece(self, index: int, piece: Piece) -> list[Chunk]:
+        """Text of one answer."""
+
+    @abstractmethod
+    def ended(self, index: int, answer: Answer) -> list[Chunk]:
+        """One answer has ended."""
+
+    @abstractmethod
+    def closing(self) -> list[Chunk]:
+        """What a stream ends with, before ``done``."""
+
+    def refusal(self, error: ApiError) -> Chunk:
+        """What is sent in place of the rest."""
+        return error.to_json()
+
+    def encode(self, chunk: Chunk) -> bytes:
+        """A chunk as an event."""
+        return streams.event(chunk)
