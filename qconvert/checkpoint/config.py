@@ -31,7 +31,7 @@ _NOT_THE_MODELS = (
 )
 ADAPTER = "adapter_config.json"
 # Far above any model, and small enough that nothing is counted or laid out for hours.
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1_000
 _LARGEST = 2**31 - 1
 _COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -20,6 +20,7 @@ from typing import Any
 
 from qconvert.errors import QconvertError
 from qconvert.folder.beside import hidden_name, only_writer
+from qconvert.folder.lock import only_changer
 from qconvert.folder.ours import MANIFEST, Marker, foreign_files, our_files, remove_files
 from qconvert.folder.renames import exchange, rename_new
 from qrun.folder.manifest import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME, sha256_of
@@ -105,6 +106,10 @@ class ModelFolder:
 
         It is looked at again after the swap, when nobody finds it by its name any more.
         """
+        with only_changer(self.output):  # a plan is being built in it, or a report written
+            self._swap()
+
+    def _swap(self) -> None:
         check_replaceable(self.output, self._marker)
         self.published = self.output  # from here on, what has the temporary name may be the user's
         try:
@@ -219,6 +224,8 @@ def _check_output(output: Path, force: bool, marker: Marker) -> None:
         return
     if force or not output.is_dir():
         check_replaceable(output, marker)
+        with only_changer(output):
+            pass
     else:
         raise QconvertError(
             f"{output} exists already",

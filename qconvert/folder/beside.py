@@ -7,8 +7,6 @@ is therefore written down in its lock file before it is made, and only that is e
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qconvert.errors import QconvertError
+from qconvert.folder.lock import lock_file
 
 _LONGEST_NAME = 255  # bytes, on every file system in common use
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _RECORD_KEY = "unfinished qconvert folder"
 
 
@@ -106,51 +104,21 @@ class Writer:
 def only_writer(output: Path) -> Iterator[Writer]:
     """Hold the lock of whoever writes to ``output``.
 
-    The lock is on a file beside the output. The system drops it when this process ends in whatever way, so a
-    killed export blocks nobody. Where the file system has no locks, two exports at once are not noticed.
+    The lock (see ``lock``) is on a file beside the output.
 
     Raises:
         QconvertError: another process holds it.
         OSError: the file cannot be made.
     """
     path = output.with_name(hidden_name(output, "qconvert-lock"))
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            exclusive = _lock(descriptor, output)
-            # Its last holder may have removed the file after we opened it.
-            valid = not exclusive or _is_at(descriptor, path)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if valid:
-            break
-        os.close(descriptor)
+    busy = QconvertError(
+        f"another export is writing to {output}",
+        where=output,
+        hint="wait until it has ended, or choose another output folder",
+    )
+    descriptor, exclusive = lock_file(path, busy)
     writer = Writer(output, descriptor, exclusive=exclusive)
     try:
         yield writer
     finally:
         writer.release(path)
-
-
-def _lock(descriptor: int, output: Path) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return False
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        raise QconvertError(
-            f"another export is writing to {output}",
-            where=output,
-            hint="wait until it has ended, or choose another output folder",
-        ) from error
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except OSError:
-        return False

@@ -9,6 +9,7 @@ from pathlib import Path
 from qconvert.checkpoint.load import load_model, open_checkpoint, resolve_source
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
+from qconvert.folder.lock import only_changer
 from qconvert.progress import Progress
 from qconvert.proof.report import REPORT_JSON, REPORT_MARKDOWN, Report
 from qconvert.proof.report_view import write_report
@@ -27,25 +28,30 @@ def verify_folder(path: Path, checkpoint: str, progress: Progress, *, record: bo
         record: write the report and its verdict into the folder; otherwise it is only read.
 
     Raises:
-        QrunError: a file that is not the manifest's, a bad checkpoint or one of another model, or a plan
-            that this machine cannot run.
+        QrunError: a file that is not the manifest's, a bad checkpoint or one of another model, a plan that
+            this machine cannot run, or another process that is changing the folder.
     """
     manifest = read_manifest(path)
     if names_plan(path):
         _check_plan(path, manifest, record)
     else:
         path = manifest.folder
-    if record:
-        _check_writable(manifest.folder)
+    if not record:
+        return _verify(path, manifest, checkpoint, progress)
+    _check_writable(manifest.folder)
+    with only_changer(manifest.folder):
+        report = _verify(path, manifest, checkpoint, progress)
+        _record(manifest, report)
+    return report
+
+
+def _verify(path: Path, manifest: Manifest, checkpoint: str, progress: Progress) -> Report:
     with progress.task("hashing the files", sum(file.size for file in manifest.files)) as advance:
         manifest.check_files(hashes=True, progress=advance)
     source = open_checkpoint(resolve_source(checkpoint))
     with progress.task("loading the checkpoint"):
         model = load_model(source)
-    report = verify(path, Reference(model), progress)
-    if record:
-        _record(manifest, report)
-    return report
+    return verify(path, Reference(model), progress)
 
 
 def _check_plan(path: Path, manifest: Manifest, record: bool) -> None:

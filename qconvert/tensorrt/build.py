@@ -91,13 +91,24 @@ def _build(backend: Backend, graph: Path, settings: BuilderSettings, output: Bin
         told = [message for message in logger.errors if "cudaError 35" not in message]
         raise _refusal(backend, graph, told or logger.errors)
     if settings.timing_cache is not None:
-        settings.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        _write_timings(settings.timing_cache, bytes(config.get_timing_cache().serialize()))
     return Built(
         writer.size,
         writer.digest.hexdigest(),
         [_describe(network.get_input(index)) for index in range(network.num_inputs)],
         [_describe(network.get_output(index)) for index in range(network.num_outputs)],
     )
+
+
+def _write_timings(cache: Path, content: bytes) -> None:
+    """Replace the file by one rename: what a killed build leaves is the older one."""
+    cache = cache.resolve()
+    written = cache.with_name(f".{cache.name}.new")
+    try:
+        written.write_bytes(content)
+        written.replace(cache)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def _configure(backend: Backend, config: Any, settings: BuilderSettings) -> None:

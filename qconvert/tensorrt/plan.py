@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any, BinaryIO
 
 from qconvert.errors import QconvertError
+from qconvert.folder.lock import only_changer, only_user
 from qconvert.progress import Progress
 from qconvert.tensorrt.backends import Backend, BackendName, choose_backend
 from qconvert.tensorrt.build import BuilderSettings, Built, build_plan
@@ -62,7 +63,8 @@ def build(folder: Path, options: BuildOptions, progress: Progress) -> Plan:
 
     Raises:
         QconvertError: the folder is not for TensorRT, an option does not fit, nothing can build here,
-            TensorRT refuses the graph, or the disk is full.
+            TensorRT refuses the graph, the disk is full, or another process is changing the folder or the
+            timing cache.
         QrunError: the folder is not whole, or altered.
     """
     manifest = read_manifest(folder)
@@ -71,6 +73,17 @@ def build(folder: Path, options: BuildOptions, progress: Progress) -> Plan:
     length, kv_dtype = manifest.model.context_length, manifest.kv.dtype
     check_options(backend, options, cache_length=length, kv_dtype=kv_dtype, where=manifest.folder)
     settings = _settings(manifest, options)
+    with only_changer(manifest.folder), only_user(settings.timing_cache):
+        return _build(manifest, backend, options, settings, progress)
+
+
+def _build(
+    manifest: Manifest,
+    backend: Backend,
+    options: BuildOptions,
+    settings: BuilderSettings,
+    progress: Progress,
+) -> Plan:
     with progress.task("hashing the files", sum(entry.size for entry in manifest.files)) as advance:
         manifest.check_files(hashes=True, progress=advance)
     check_graph(manifest.graph_path)

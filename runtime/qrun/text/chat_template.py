@@ -160,6 +160,17 @@ class ChatTemplate:
                 where=self._where,
                 hint="copy the template from the checkpoint again",
             ) from error
+        except (
+            RecursionError,
+            SyntaxError,
+            ValueError,
+            OverflowError,
+        ) as error:  # of Python, on Jinja's output
+            raise QrunError(
+                f"the chat template cannot be compiled: {error}",
+                where=self._where,
+                hint="copy the template from the checkpoint again",
+            ) from error
 
     def _failure(self, what: str) -> QrunError:
         hint = "check the messages' roles and contents against what the template expects"
