@@ -4,6 +4,7 @@
 #   make test      all tests (tests/interop apart)
 #   make test-matrix  every combination of export options, on a vocabulary of real size (a quarter of an hour)
 #   make test-docs every command of README.md and docs/ on the sample model (half an hour)
+#   make test-mutations thousands of damaged checkpoints and exports (make test tries some)
 #   make test-gpu  what only an NVIDIA GPU can show; elsewhere each test says why it is skipped
 #   make lint      ruff, mypy, import-linter
 #   make interop   optimum and onnxruntime-genai read the exported sample and answer as qrun does
@@ -34,7 +35,7 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 # of France?" leaves 0.06, which int8 arithmetic of another processor may turn).
 QUESTION := Name the capital of France.
 
-.PHONY: demo test test-matrix test-docs test-gpu lint interop benchmark compare clean
+.PHONY: demo test test-matrix test-mutations test-docs test-gpu lint interop benchmark compare clean
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -44,6 +45,9 @@ test: $(VENV)/.ready
 
 test-matrix: $(VENV)/.ready
 	$(VENV)/bin/pytest -m "matrix or not matrix" tests/matrix
+
+test-mutations: $(VENV)/.ready
+	QCONVERT_MUTATIONS=3000 $(VENV)/bin/pytest tests/qconvert/test_mutations.py
 
 test-docs: $(VENV)/.ready
 	$(VENV)/bin/pytest -m slow_docs tests/docs

@@ -26,7 +26,7 @@ from tests.qconvert.mutants import reseal
 from tests.qconvert.mutating import mutated_copy, tried
 from tests.tiny import CHAT_TEMPLATE
 
-COUNT = int(os.environ.get("QCONVERT_MUTATIONS", "60"))
+COUNT = int(os.environ.get("QCONVERT_MUTATIONS", "40"))
 QUIET = Progress(quiet=True)
 SMALL = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 OPTIONS = (
