@@ -37,6 +37,7 @@ class Answer:
         completion_tokens: number of ``token_ids``.
         prefill_seconds: until the first logits.
         decode_seconds: from there to the end, with whatever the caller did between the events.
+        stop: the stop string that ended it, if one did.
     """
 
     text: str
@@ -47,6 +48,7 @@ class Answer:
     completion_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    stop: str | None = None
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -77,15 +79,15 @@ class Wording:
     Attributes:
         text: what has become final so far.
         token_ids: what was generated so far.
-        stopped: whether a stop string has come; nothing after it is text.
+        stop: the stop string that has come, if one has; nothing after it is text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.text = ""
         self.token_ids: list[int] = []
-        self.stopped = False
+        self.stop: str | None = None
         self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._stop = StopStrings(stop)
+        self._stops = StopStrings(stop)
 
     def push(self, token_id: int) -> str:
         """The text that has become final with a token, often empty."""
@@ -95,14 +97,13 @@ class Wording:
     def end(self) -> str:
         """No token comes any more: the text that was held back."""
         found = self._show(self._detokenizer.flush())
-        if not self.stopped and (rest := self._stop.flush()):
+        if self.stop is None and (rest := self._stops.flush()):
             self.text += rest
             found += rest
         return found
 
     def _show(self, text: str) -> str:
-        safe, stop = self._stop.push(text)
-        self.stopped = stop is not None
+        safe, self.stop = self._stops.push(text)
         self.text += safe
         return safe
 
@@ -172,10 +173,11 @@ class Answering:
             len(self.token_ids),
             prefilled - started,
             ended - prefilled,
+            self._wording.stop,
         )
 
     def _show(self, text: str) -> Generator[Piece, None, None]:
-        if self._wording.stopped:
+        if self._wording.stop is not None:
             self.finish_reason = "stop"
         if text:
             yield Piece(text)

@@ -53,12 +53,12 @@ class Call:
             if self._keeps_tokens:
                 self._tokens.append(event)
             self._show(self._wording.push(event.token_id))
-            if self._wording.stopped:
+            if self._wording.stop is not None:
                 self.cancel()
                 self._end("stop", self.sequence.finish("stop"))
         elif isinstance(event, Finished):
             self._show(self._wording.end(), last=True)
-            self._end("stop" if self._wording.stopped else event.reason, event)
+            self._end("stop" if self._wording.stop is not None else event.reason, event)
         else:
             self.fail(event.error)
 
@@ -85,6 +85,7 @@ class Call:
                 len(self._wording.token_ids),
                 finished.prefill_seconds,
                 finished.decode_seconds,
+                self._wording.stop,
             )
         )
 

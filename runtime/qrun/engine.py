@@ -172,6 +172,21 @@ class Engine:
         """Prompts that wait."""
         return len(self._waiting)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the slots' keys and values."""
+        return self._scheduler.cache_bytes
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the beginnings of prompts that are kept."""
+        return 0 if self.prefixes is None else self.prefixes.nbytes
+
+    @property
+    def prefix_hits(self) -> int:
+        """Tokens of prompts that were found there."""
+        return 0 if self.prefixes is None else self.prefixes.hits
+
     def close(self, *, drain_seconds: float = 0.0) -> None:
         """Take no more prompts, and end; those that run have ``drain_seconds`` to come to their own end."""
         until = monotonic() + drain_seconds

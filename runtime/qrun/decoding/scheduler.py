@@ -69,6 +69,11 @@ class Scheduler:
         return bool(self._decoding or self._waiting or self._reading is not None)
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes that keys and values of all rows take now."""
+        return self._slots.cache.nbytes
+
+    @property
     def room(self) -> int:
         """Rows for which nobody has been added yet."""
         taken = len(self._decoding) + len(self._waiting) + (self._reading is not None)

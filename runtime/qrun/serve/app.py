@@ -18,7 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qrun.errors import QrunError
 from qrun.serve.errors import ApiError, from_qrun
 from qrun.serve.fields import DetokenizeRequest, TemplateRequest, TokenizeRequest, decode, texts_only
-from qrun.serve.handlers import CHAT, COMPLETION, complete
+from qrun.serve.handlers import CHAT, COMPLETION, MESSAGES, RESPONSES, complete
+from qrun.serve.messages import CountRequest, prompt_of
+from qrun.serve.metrics import Metrics
 from qrun.serve.state import ServerState, json_response, note, read_body
 from qrun.serve.streams import ClientGoneError
 
@@ -33,6 +35,10 @@ def create_app(state: ServerState) -> ASGIApp:
         routes=[
             Route("/v1/chat/completions", _chat, methods=["POST"]),
             Route("/v1/completions", _completion, methods=["POST"]),
+            Route("/v1/responses", _responses, methods=["POST"]),
+            Route("/v1/messages", _messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", _count_tokens, methods=["POST"]),
+            Route("/metrics", _metrics),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),
             Route("/tokenize", _tokenize, methods=["POST"]),
@@ -50,15 +56,16 @@ def create_app(state: ServerState) -> ASGIApp:
             Exception: _fault,
         },
     )
+    metrics = app.state.metrics = Metrics(state.engines)
     app.state.server = state
-    return Surroundings(app, state)
+    return Surroundings(app, state, metrics)
 
 
 class Surroundings:
     """Keys, and the log: one line of JSON for each request, without its text."""
 
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
-        self._app, self._state = app, state
+    def __init__(self, app: ASGIApp, state: ServerState, metrics: Metrics) -> None:
+        self._app, self._state, self._metrics = app, state, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,18 +79,22 @@ class Surroundings:
             await send(message)
 
         try:
-            headers = {name: value for name, value in scope["headers"] if name == b"authorization"}
-            given = headers.get(b"authorization", b"").decode("latin-1")
             if scope["path"] not in _OPEN_PATHS:
-                scope["qrun.client"] = self._state.admit(given)
+                scope["qrun.client"] = self._state.admit(_key(scope))
                 if self._state.draining:
                     raise ApiError(503, "the server is closing: it takes no more requests", code="closing")
         except ApiError as error:
-            await json_response(error.to_json(), error.status, error.headers)(scope, receive, watched)
+            await json_response(error.body(scope["path"]), error.status, error.headers)(
+                scope, receive, watched
+            )
         else:
             await self._app(scope, receive, watched)
         finally:
             facts = scope.get("qrun.facts", {})
+            route = getattr(
+                scope.get("route"), "path", "none"
+            )  # a path of a client's would be endless labels
+            self._metrics.request(route, sent["status"], facts)
             line = {
                 "method": scope["method"],
                 "path": scope["path"],
@@ -94,12 +105,39 @@ class Surroundings:
             log.info(json.dumps(line, ensure_ascii=False))
 
 
+def _key(scope: Scope) -> str:
+    """The API key of a request, as OpenAI's clients or Anthropic's send it; "" where there is none."""
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get(b"x-api-key", b"").decode("latin-1").strip()
+
+
 async def _chat(request: Request) -> Response:
     return await complete(request, CHAT)
 
 
 async def _completion(request: Request) -> Response:
     return await complete(request, COMPLETION)
+
+
+async def _responses(request: Request) -> Response:
+    return await complete(request, RESPONSES)
+
+
+async def _messages(request: Request) -> Response:
+    return await complete(request, MESSAGES)
+
+
+async def _count_tokens(request: Request) -> Response:
+    fields = decode(await read_body(request), CountRequest)
+    engine = request.app.state.server.engine(fields.model)
+    return json_response({"input_tokens": len(prompt_of(engine, fields))})
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def _models(request: Request) -> Response:
@@ -173,7 +211,7 @@ _Handler = Callable[[Request, Exception], Awaitable[Response]]
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     note(request, error=error.message)
-    return json_response(error.to_json(), error.status, error.headers)
+    return json_response(error.body(request.url.path), error.status, error.headers)
 
 
 async def _qrun_error(request: Request, error: Exception) -> Response:

@@ -101,18 +101,32 @@ def check_stream_options(request: Common) -> None:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
 
 
+def check_length(engine: Engine, prompt_ids: Sequence[int]) -> None:
+    """Refuse a prompt that is longer than the context.
+
+    Raises:
+        ApiError: 400, with both numbers.
+    """
+    limit = engine.model.manifest.model.context_length
+    if len(prompt_ids) > limit:
+        text = f"the prompt has {len(prompt_ids):,} tokens, the model's context is {limit:,}"
+        raise ApiError(400, text, param="messages", code="context_length_exceeded")
+
+
 def for_each(
     engine: Engine, request: Common, prompts: list[list[int]], echoed: list[str], own: dict[str, Any]
 ) -> Asked:
+    """n answers for each prompt; ``own`` are sampling parameters that the API has other names for.
+
+    Raises:
+        ApiError: 400, with the field.
+    """
     check_stream_options(request)
     count = 1 if request.n is None else request.n
     if not 1 <= count * len(prompts) <= _MOST_ANSWERS:
         raise ApiError(400, f"n must be 1 to {_MOST_ANSWERS // len(prompts)}, not {count}", param="n")
-    limit = engine.model.manifest.model.context_length
     for ids in prompts:
-        if len(ids) > limit:
-            text = f"the prompt has {len(ids):,} tokens, the model's context is {limit:,}"
-            raise ApiError(400, text, param="messages", code="context_length_exceeded")
+        check_length(engine, ids)
     params = [_params(engine, request, own, number) for number in range(count)]
     return Asked(
         [ids for ids in prompts for _ in range(count)],

@@ -40,6 +40,17 @@ class ApiError(Exception):
         )
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
+    def to_anthropic(self) -> dict[str, Any]:
+        """The same in the shape of Anthropic's API."""
+        kind = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+        kind |= {429: "rate_limit_error", 503: "overloaded_error"}
+        found = kind.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": found, "message": self.message}}
+
+    def body(self, path: str) -> dict[str, Any]:
+        """The body in the shape of the API to which a path belongs."""
+        return self.to_anthropic() if path.startswith("/v1/messages") else self.to_json()
+
 
 def from_qrun(error: QrunError, *, begun: bool = False) -> ApiError:
     """An error of ours; ``begun`` where the answer had begun, so that the request was right."""

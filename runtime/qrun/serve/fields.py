@@ -122,15 +122,15 @@ def _refusal(text: str) -> ApiError:
     return ApiError(400, f"{field or 'the body'}: {what[0].lower()}{what[1:]}", param=field)
 
 
-def texts_only(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose contents are strings: parts of text are joined.
+def texts_only(messages: list[dict[str, Any]], where: str = "messages") -> list[dict[str, Any]]:
+    """Messages whose contents are strings: parts of text are joined. ``where`` is the field's name.
 
     Raises:
         ApiError: 400: a message without a role, or a part that is not text.
     """
     if not messages:
-        raise ApiError(400, "messages is empty: there is nothing to answer", param="messages")
-    return [_with_text(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        raise ApiError(400, f"{where} is empty: there is nothing to answer", param=where)
+    return [_with_text(message, f"{where}[{index}]") for index, message in enumerate(messages)]
 
 
 def _with_text(message: dict[str, Any], where: str) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from qrun.serve import streams
 from qrun.serve.asking import Asked, ask_chat, ask_completion
 from qrun.serve.errors import ApiError, from_qrun
 from qrun.serve.fields import ChatRequest, CompletionRequest, decode
+from qrun.serve.messages import MessageReply, MessagesRequest, ask_messages
 from qrun.serve.replies import CompletionReply
 from qrun.serve.reply import Chunk, Reply
+from qrun.serve.responses import ResponseReply, ResponsesRequest, ask_responses
 from qrun.serve.state import ServerState, client_of, json_response, note, read_body
 
 Happened = tuple[int, "Piece | Answer | Prefilled"]
@@ -37,6 +39,8 @@ class Dialect:
 
 CHAT = Dialect(ChatRequest, ask_chat, CompletionReply)
 COMPLETION = Dialect(CompletionRequest, ask_completion, CompletionReply)
+RESPONSES = Dialect(ResponsesRequest, ask_responses, ResponseReply)
+MESSAGES = Dialect(MessagesRequest, ask_messages, MessageReply)
 
 
 async def complete(request: Request, dialect: Dialect) -> Response:
@@ -57,7 +61,7 @@ async def complete(request: Request, dialect: Dialect) -> Response:
     happenings = answers(engine, asked, client_of(request))
     if not fields.stream:
         await streams.unless_gone(request, _collect(reply, happenings))
-        note(request, **_counts(reply))
+        note(request, **reply.facts())
         return json_response(reply.whole())
     first = await anext(happenings)  # what is refused is refused before the stream begins
     chunks = _chunks(request, reply, first, happenings)
@@ -102,10 +106,9 @@ async def answers(engine: Engine, asked: Asked, client: str) -> AsyncIterator[Ha
 
 async def _collect(reply: Reply, happenings: AsyncIterator[Happened]) -> None:
     async for index, event in happenings:
+        reply.see(index, event)
         if isinstance(event, Piece):
             reply.collect(index, event)
-        elif isinstance(event, Answer):
-            reply.answers[index] = event
 
 
 async def _chunks(
@@ -126,7 +129,7 @@ async def _chunks(
         yield reply.done
     finally:
         await happenings.aclose()  # type: ignore[attr-defined]
-        note(request, **_counts(reply))
+        note(request, **reply.facts())
 
 
 async def _text_chunks(
@@ -134,11 +137,11 @@ async def _text_chunks(
 ) -> AsyncIterator[Chunk]:
     index, event = first
     while True:
+        reply.see(index, event)
         found: list[Chunk] = []
         if isinstance(event, Piece):
             found = reply.piece(index, event)
         elif isinstance(event, Answer):
-            reply.answers[index] = event
             found = reply.ended(index, event)
         for chunk in found:
             yield chunk
@@ -146,15 +149,3 @@ async def _text_chunks(
             index, event = await anext(happenings)
         except StopAsyncIteration:
             return
-
-
-def _counts(reply: Reply) -> dict[str, Any]:
-    if not reply.answers:
-        return {}
-    counts = reply.counts()
-    return {
-        "prompt_tokens": counts.prompt,
-        "cached_tokens": counts.cached,
-        "completion_tokens": counts.completion,
-        "finish": ",".join(answer.finish_reason for answer in reply.answers.values()),
-    }

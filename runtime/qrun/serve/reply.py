@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 from qrun.answer import Answer, Piece
-from qrun.decoding.sequence import Token
+from qrun.decoding.sequence import Prefilled, Token
 from qrun.engine import Engine
 from qrun.serve import streams
 from qrun.serve.asking import Asked
@@ -43,6 +44,33 @@ class Reply(ABC):
         self.engine, self.model, self.asked = engine, model, asked
         self.answers: dict[int, Answer] = {}
         self.tokens: dict[int, list[Token]] = {}
+        self._started, self._first_text = perf_counter(), 0.0
+
+    def see(self, index: int, event: Piece | Answer | Prefilled) -> None:
+        """Keep what is told later of an answer: its end, and when its text began."""
+        if isinstance(event, Answer):
+            self.answers[index] = event
+        elif isinstance(event, Piece) and not self._first_text:
+            self._first_text = perf_counter()
+
+    def facts(self) -> dict[str, Any]:
+        """For the log line and the metrics."""
+        if not self.answers:
+            return {}
+        counts, answers = self.counts(), list(self.answers.values())
+        found: dict[str, Any] = {
+            "prompt_tokens": counts.prompt,
+            "cached_tokens": counts.cached,
+            "completion_tokens": counts.completion,
+            "finish": ",".join(answer.finish_reason for answer in answers),
+        }
+        if self._first_text:
+            found["first_ms"] = round(1000 * (self._first_text - self._started), 1)
+        steps = sum(max(0, answer.completion_tokens - 1) for answer in answers)
+        if steps:
+            seconds = sum(answer.decode_seconds for answer in answers)
+            found["between_ms"] = round(1000 * seconds / steps, 2)
+        return found
 
     def collect(self, index: int, piece: Piece) -> None:
         """Keep the tokens of an answer that is given whole."""
