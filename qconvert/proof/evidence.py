@@ -54,8 +54,7 @@ class Evidence:
     @property
     def calibrated(self) -> bool:
         """Whether weights were rounded by a calibration."""
-        recipe = self.manifest.raw.get("recipe")
-        return isinstance(recipe, dict) and recipe.get("calibration") is not None
+        return self.manifest.recipe.calibrated
 
     @property
     def limits(self) -> str:

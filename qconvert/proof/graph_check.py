@@ -44,12 +44,11 @@ class _Due:
 
 def check_graphs(manifest: Manifest, spec: DecoderSpec) -> list[WeightFault]:
     """All graphs of a folder; faults have the names of nodes, and of files beside the first."""
-    recipe = manifest.raw.get("recipe")
     due = _Due(
         spec,
         half=manifest.precision in ("fp16", "bf16") or manifest.target == "tensorrt",
         int8_cache=manifest.kv.dtype == "int8",
-        accuracy_level=int(recipe.get("accuracy_level", 4)) if isinstance(recipe, dict) else 4,
+        accuracy_level=manifest.recipe.accuracy_level,
         static=manifest.target == "tensorrt",
     )
     faults = []

@@ -40,7 +40,7 @@ def describe(manifest: Manifest, *, hashes_checked: bool = False) -> dict[str, A
         "target": manifest.target,
         "precision": manifest.precision,
         "architecture": facts.architecture,
-        "parameters": manifest.raw.get("model", {}).get("parameters"),
+        "parameters": manifest.origin.parameters,
         "num_hidden_layers": facts.num_hidden_layers,
         "num_attention_heads": facts.num_attention_heads,
         "num_key_value_heads": facts.num_key_value_heads,
@@ -53,9 +53,9 @@ def describe(manifest: Manifest, *, hashes_checked: bool = False) -> dict[str, A
             "bytes_per_token": manifest.kv.bytes_per_token,
             "bytes_at_full_context": forecast_bytes(manifest, facts.context_length),
         },
-        "verification": manifest.raw["verification"],
-        "source": manifest.raw.get("source"),
-        "created_by": manifest.raw.get("created_by"),
+        "verification": manifest.origin.verdict,
+        "source": manifest.origin.source,
+        "created_by": manifest.origin.created_by,
         "total_bytes": sum(entry.size for entry in manifest.files),
         "hashes_checked": hashes_checked,
         "files": [
@@ -115,7 +115,7 @@ def _why_not_here() -> QrunError | None:
 
 
 def _describe_engine(manifest: Manifest, hashes_checked: bool) -> dict[str, Any] | None:
-    if "engine" not in manifest.raw:
+    if not manifest.has_plan:
         return None
     return describe_plan(read_plan(manifest.folder / PLAN_NAME), manifest, hashes_checked=hashes_checked)
 

@@ -15,6 +15,7 @@ from typing import Any
 from qrun.errors import QrunError
 from qrun.folder.json_file import JsonReader
 from qrun.folder.paths import user_path
+from qrun.folder.recipe_facts import RecipeFacts, read_recipe
 
 MANIFEST_NAME = "qconvert.json"
 FORMAT_NAME = "qconvert-model"
@@ -64,10 +65,31 @@ class PrefillFacts:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a folder comes from, for people only: nothing is decided by it.
+
+    Attributes:
+        parameters: of the model, None where the folder does not say.
+        source: the checkpoint's name and files.
+        created_by: versions of the programs that made the folder.
+        verdict: of the verification, with its measures.
+    """
+
+    parameters: int | None
+    source: Mapping[str, Any] | None
+    created_by: Mapping[str, Any] | None
+    verdict: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A parsed and checked ``qconvert.json``.
 
-    ``verification`` is "passed", "failed" or "not verified". ``raw`` is the whole JSON object.
+    Attributes:
+        verification: "passed", "failed" or "not verified".
+        other_graphs: graphs beside ``graph`` by the key that names them, such as "standard_file".
+        has_plan: whether a TensorRT plan was built of it.
+        raw: the whole JSON object, for whoever writes it again with a change.
     """
 
     folder: Path
@@ -81,6 +103,10 @@ class Manifest:
     verification: str
     files: tuple[FileEntry, ...]
     raw: Mapping[str, Any]
+    recipe: RecipeFacts
+    origin: Origin
+    other_graphs: Mapping[str, str]
+    has_plan: bool
     prefill: PrefillFacts | None = None
 
     @property
@@ -250,8 +276,27 @@ def read_manifest(path: str | Path) -> Manifest:
         verification=reader.get("verification.status", str),
         files=tuple(entries),
         raw=reader.raw,
+        recipe=read_recipe(reader),
+        origin=_origin(reader),
+        other_graphs=_other_graphs(reader),
+        has_plan="engine" in reader.raw,
         prefill=_prefill(reader),
     )
+
+
+def _origin(reader: JsonReader) -> Origin:
+    parameters = "parameters" in reader.get("model", dict)
+    return Origin(
+        parameters=reader.positive("model.parameters") if parameters else None,
+        source=reader.get("source", dict) if "source" in reader.raw else None,
+        created_by=reader.get("created_by", dict) if "created_by" in reader.raw else None,
+        verdict=reader.get("verification", dict),
+    )
+
+
+def _other_graphs(reader: JsonReader) -> dict[str, str]:
+    keys = [key for key in reader.get("graph", dict) if key.endswith("_file")]
+    return {key: reader.path(f"graph.{key}", folder="the model folder") for key in keys}
 
 
 def _prefill(reader: JsonReader) -> PrefillFacts | None:

@@ -21,17 +21,16 @@ def check_integer_products(manifest: Manifest, *, prefill_graph: bool) -> None:
     Raises:
         QrunError: there is such a product, and no VNNI.
     """
-    recipe = manifest.raw.get("recipe")
-    if not isinstance(recipe, dict) or _products_are_exact():
+    recipe = manifest.recipe
+    if not (recipe.integer_products or recipe.integer_prompts) or _products_are_exact():
         return
-    linear = recipe.get("linear")
-    if isinstance(linear, dict) and "mlp_groups" in linear:
+    if recipe.integer_products:
         raise QrunError(
             "this processor has no VNNI instructions: the model's 8-bit products would overflow in it",
             where=manifest.folder,
             hint="export the model with --precision int8 --block-size 64, or int4",
         )
-    if prefill_graph and recipe.get("prefill"):
+    if prefill_graph and recipe.integer_prompts:
         raise QrunError(
             "this processor has no VNNI instructions: 8-bit products of the graph for prompts would overflow",
             where=manifest.folder,

@@ -31,8 +31,7 @@ def with_graph(manifest: Manifest, key: str) -> Manifest:
     Raises:
         QrunError: the manifest names no such graph, or one that is not among its files.
     """
-    facts = manifest.raw.get("graph")
-    name = facts.get(key) if isinstance(facts, dict) else None
+    name = manifest.other_graphs.get(key)
     if not any(entry.path == name for entry in manifest.files):
         raise QrunError(
             f"the manifest's \"graph.{key}\" is {name!r}, which is not one of the folder's files",

@@ -1,0 +1,56 @@
+"""What qrun and the proof need to know of a folder's recipe, read out of the manifest once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qrun.folder.json_file import JsonReader
+
+
+@dataclass(frozen=True)
+class RecipeFacts:
+    """How weights were treated, as far as it matters to whoever runs or proves them.
+
+    Attributes:
+        integer_products: the graph that decodes multiplies integers of 8 bits with one another, which takes a
+            processor with exact products.
+        integer_prompts: likewise of the second graph, for prompts.
+        accuracy_level: of ``MatMulNBits``: 4 lets it round activations to 8 bits, block by block.
+        calibrated: weights were moved on purpose, so the nearest code is not the right one.
+    """
+
+    integer_products: bool = False
+    integer_prompts: bool = False
+    accuracy_level: int = 4
+    calibrated: bool = False
+
+
+def read_recipe(reader: JsonReader) -> RecipeFacts:
+    """The manifest's ``recipe``; the defaults where a folder says nothing of it.
+
+    Raises:
+        QrunError: a value of the wrong type.
+    """
+    if "recipe" not in reader.raw:
+        return RecipeFacts()
+    recipe: Mapping[str, Any] = reader.get("recipe", dict)
+    level = reader.get("recipe.accuracy_level", int) if "accuracy_level" in recipe else 4
+    return RecipeFacts(
+        integer_products=_multiplies_integers(reader, "linear"),
+        integer_prompts=_multiplies_integers(reader, "prefill"),
+        accuracy_level=level,
+        calibrated=recipe.get("calibration") is not None,
+    )
+
+
+def _multiplies_integers(reader: JsonReader, key: str) -> bool:
+    """Whether a format is anything but blocks.
+
+    One that is not known is taken for integers: where a processor would compute them wrongly without a word,
+    a refusal is the lesser evil.
+    """
+    if reader.raw["recipe"].get(key) is None:
+        return False
+    return "block_size" not in reader.get(f"recipe.{key}", dict)
