@@ -6,6 +6,7 @@
 #   make test-docs every command of README.md and docs/ on the sample model (half an hour)
 #   make test-mutations thousands of damaged checkpoints and exports (make test tries some)
 #   make test-gpu  what only an NVIDIA GPU can show; elsewhere each test says why it is skipped
+#   make test-oldest  the runtime with the lowest versions of what it needs; test-newest: all with the newest
 #   make lint      ruff, mypy, import-linter
 #   make interop   optimum and onnxruntime-genai read the exported sample and answer as qrun does
 #   make benchmark export cost and decode speed beside other programs (idle machine, 10 GB, an hour)
@@ -19,6 +20,14 @@
 
 PYTHON ?= python3
 VENV := .venv
+OLDEST_VENV := .venv-oldest
+NEWEST_VENV := .venv-newest
+# ONNX Runtime 1.23 is the newest for Python 3.10, and the oldest that is allowed.
+OLDEST_PYTHON ?= $(shell for each in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/python $(PYTHON); do \
+	$$each -c '' 2> /dev/null && echo $$each && break; done)
+# What needs no torch: the rest of tests/qrun compares with transformers.
+OLDEST_TESTS ?= $(filter-out %_sampling.py %_chat_template.py %_text.py %_tokenizer.py %_bench.py, \
+	$(wildcard tests/qrun/test_*.py))
 INTEROP_VENV := .venv-interop
 BENCH_VENV := .venv-bench
 # Kept between runs: the sample checkpoint, which tests and `make interop` share.
@@ -35,7 +44,8 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 # of France?" leaves 0.06, which int8 arithmetic of another processor may turn).
 QUESTION := Name the capital of France.
 
-.PHONY: demo test test-matrix test-mutations test-docs test-gpu lint interop benchmark compare clean
+.PHONY: demo test test-oldest test-newest test-matrix test-mutations test-docs test-gpu lint interop
+.PHONY: benchmark compare clean
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -48,6 +58,14 @@ test-matrix: $(VENV)/.ready
 
 test-mutations: $(VENV)/.ready
 	QCONVERT_MUTATIONS=3000 $(VENV)/bin/pytest tests/qconvert/test_mutations.py
+
+# Tiny models come from the pinned environment, which has torch.
+test-oldest: $(OLDEST_VENV)/.ready $(VENV)/.ready
+	QCONVERT_TEST_PYTHON=$(CURDIR)/$(VENV)/bin/python \
+	    $(OLDEST_VENV)/bin/pytest -m "not export and not slow_docs" $(OLDEST_TESTS)
+
+test-newest: $(NEWEST_VENV)/.ready
+	$(NEWEST_VENV)/bin/pytest
 
 test-docs: $(VENV)/.ready
 	$(VENV)/bin/pytest -m slow_docs tests/docs
@@ -74,7 +92,7 @@ compare: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks.compare --out report
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) $(BENCH_VENV) demo .cache build dist
+	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(INTEROP_VENV) $(BENCH_VENV) demo .cache build dist
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Environments. The stamp comes last, so an interrupted installation is taken up again.
@@ -83,6 +101,20 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(call check-python)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[cpu,serve,export,rtx,dev]'
+	@touch $@
+
+$(OLDEST_VENV)/.ready: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST_VENV)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[cpu]' \
+	    hypothesis onnx pexpect psutil pytest pytest-timeout
+	@touch $@
+
+# The newest of everything but torch, of which pip might take a build of some gigabytes.
+$(NEWEST_VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
+	grep '^torch==' constraints.txt > $(NEWEST_VENV)/torch.txt
+	$(NEWEST_VENV)/bin/python $(PIP_INSTALL) --upgrade -c $(NEWEST_VENV)/torch.txt \
+	    -e '.[cpu,serve,export,rtx,dev]'
 	@touch $@
 
 # Without the export extra: its transformers 5 and optimum's 4.57 exclude each other.

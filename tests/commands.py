@@ -7,8 +7,16 @@ from click.testing import CliRunner, Result
 from qrun.cli import main as cli
 
 
+def runner() -> CliRunner:
+    """Streams apart: click before 8.2 mixes them unless told, and from 8.2 on does not know the option."""
+    try:
+        return CliRunner(mix_stderr=False)
+    except TypeError:
+        return CliRunner()
+
+
 def qrun(*arguments: object, stdin: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments], input=stdin)
+    return runner().invoke(cli.main, [str(argument) for argument in arguments], input=stdin)
 
 
 def refused(result: Result, code: int = 1) -> str:

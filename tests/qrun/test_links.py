@@ -69,6 +69,7 @@ def test_a_folder_answers_wherever_links_keep_its_files(layout, prompts_later, t
     assert answer(folder, prefill_graph=prompts_later, check_hashes=True) == expected
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("layout", ["cache with folders", "data on another disk", "hard links"])
 def test_a_linked_folder_is_verified_with_its_twins(layout, two_graphs, tmp_path):
     # onnx_ir refuses a data file that is a link to another folder, or has a second hard link.
@@ -87,6 +88,7 @@ def all_arrays(arrays):
     return [arrays[name] for name in arrays._tensors]
 
 
+@pytest.mark.export
 def test_a_folder_for_tensorrt_with_linked_data_runs_on_the_cpu(tmp_path):
     from qconvert.export import ExportOptions, export
     from qconvert.progress import Progress

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qrun.backends.ort.wheels import check_onnxruntime_wheels
+from qrun.backends.ort.wheels import check_onnxruntime_version, check_onnxruntime_wheels
 from qrun.cli.plan_info import describe_plan, here, here_rows, plan_lines
 from qrun.cli.terminal import hashing, rows, size
 from qrun.errors import QrunError
@@ -67,7 +67,7 @@ def describe(manifest: Manifest, *, hashes_checked: bool = False) -> dict[str, A
             }
             for entry in manifest.files
         ],
-        "here": here(_why_not_here()),
+        "here": here(_why_not_here(manifest)),
         "engine": _describe_engine(manifest, hashes_checked),
     }
 
@@ -106,9 +106,10 @@ def _link_to(path: Path) -> str | None:
     return str(path.resolve()) if path.is_symlink() else None
 
 
-def _why_not_here() -> QrunError | None:
+def _why_not_here(manifest: Manifest) -> QrunError | None:
     try:
         check_onnxruntime_wheels()
+        check_onnxruntime_version(manifest)
     except QrunError as error:
         return error
     return None

@@ -19,7 +19,7 @@ from qrun.backends.ort.attention import most_tokens
 from qrun.backends.ort.cache import GrowingKVCache, InPlaceKVCache, OrtKVCache
 from qrun.backends.ort.prefill import PrefillGraph
 from qrun.backends.ort.values import Values
-from qrun.backends.ort.wheels import check_onnxruntime_wheels
+from qrun.backends.ort.wheels import check_onnxruntime_version, check_onnxruntime_wheels
 from qrun.backends.token_ids import check_token_ids
 from qrun.errors import QrunError
 from qrun.folder.external_data import DATA_FOLDER, with_true_places
@@ -36,6 +36,11 @@ _HOW_TO_GET = {
     "tensorrt": "check the NVIDIA driver, and that this ONNX Runtime finds the version of NVIDIA's TensorRT "
     "libraries that it was built for; or build a plan with `qconvert build FOLDER`, which needs neither",
 }
+_FREE_MEMORY = "free some memory, or use a shorter context"
+_UPDATE = (
+    "update ONNX Runtime (pip install -U onnxruntime); if that does not help, check the folder with "
+    "`qconvert verify`, or export the model again"
+)
 # Operators on int64 shapes and lengths, which ONNX Runtime rightly keeps on the CPU beside any device.
 _SHAPE_OPERATORS = frozenset({"Shape", "Gather", "ReduceSum", "Sub", "Cast", "Slice", "Squeeze", "Unsqueeze"})
 
@@ -58,6 +63,7 @@ class OrtSession:
         check_onnxruntime_wheels(device)
         import onnxruntime
 
+        check_onnxruntime_version(manifest, onnxruntime.__version__)
         self.manifest = manifest
         self.threads = threads
         self._ort = onnxruntime
@@ -102,7 +108,7 @@ class OrtSession:
             raise QrunError(
                 f"ONNX Runtime {self._ort.__version__} cannot run the graph: {_reason(error)}",
                 where=self.manifest.graph_path,
-                hint="check the free memory; if there is enough, export the model again",
+                hint=_FREE_MEMORY if "alloc" in str(error) else _UPDATE,
             ) from error
 
     def _reads_at_once(self, batch: int, new: int, cache: OrtKVCache) -> bool:
@@ -186,7 +192,7 @@ class OrtSession:
             raise QrunError(
                 f"ONNX Runtime {self._ort.__version__} cannot open the graph: {_reason(error)}",
                 where=graph,
-                hint="check the folder with `qconvert verify`, or export the model again",
+                hint=_UPDATE,
             ) from error
         self._check_provider(device, inference.get_providers())
         self._check_nodes(device, inference)
