@@ -52,6 +52,7 @@ def test_json_is_one_object_with_everything(answering):
         "text",
         "token_ids",
         "finish_reason",
+        "stop",
         "prompt_tokens",
         "reused_tokens",
         "completion_tokens",
