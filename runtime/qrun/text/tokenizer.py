@@ -12,17 +12,7 @@ from typing import Any
 import tokenizers
 
 from qrun.errors import QrunError
-
-# The named special tokens that transformers gives to a chat template.
-SPECIAL_TOKEN_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+from qrun.text.added_tokens import add_tokens, special_names
 
 
 class Tokenizer:
@@ -45,7 +35,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Read ``tokenizer.json``, and the special tokens' names from ``tokenizer_config.json``.
+        """Read ``tokenizer.json``, and more tokens and special tokens' names from ``tokenizer_config.json``.
 
         Raises:
             QrunError: tokenizer.json is missing or malformed.
@@ -65,7 +55,10 @@ class Tokenizer:
                 where=path,
                 hint="copy it from the checkpoint again; it may be truncated, or a Git LFS pointer",
             ) from error
-        return cls(backend, read_special_tokens(Path(folder)))
+        older = read_json_object(Path(folder) / "added_tokens.json")
+        config = _with_older_names(Path(folder))
+        add_tokens(backend, config, older, Path(folder) / "tokenizer_config.json")
+        return cls(backend, special_names(config))
 
     @property
     def vocab_size(self) -> int:
@@ -127,17 +120,15 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
     Raises:
         QrunError: the file is not a JSON object.
     """
+    return special_names(_with_older_names(folder))
+
+
+def _with_older_names(folder: Path) -> dict[str, Any]:
+    """``tokenizer_config.json`` with the names of special_tokens_map.json, where that still counts."""
     config = read_tokenizer_config(folder)
-    if "added_tokens_decoder" not in config:  # else the older file of names is not looked at
+    if "added_tokens_decoder" not in config:
         config |= read_json_object(folder / "special_tokens_map.json")
-    texts = {name: _text_of(config.get(name)) for name in SPECIAL_TOKEN_NAMES}
-    return {name: text for name, text in texts.items() if text is not None}
-
-
-def _text_of(token: object) -> str | None:
-    """A special token is written as its text, or as an object with a "content"."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+    return config
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
