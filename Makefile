@@ -7,6 +7,7 @@
 #   make test-mutations thousands of damaged checkpoints and exports (make test tries some)
 #   make test-gpu  what only an NVIDIA GPU can show; elsewhere each test says why it is skipped
 #   make test-oldest  the runtime with the lowest versions of what it needs; test-newest: all with the newest
+#   make test-interleavings thousands of interleavings of answers (minutes); make soak: ten minutes of bad clients
 #   make lint      ruff, mypy, import-linter
 #   make interop   optimum and onnxruntime-genai read the exported sample and answer as qrun does
 #   make benchmark export cost and decode speed beside other programs (idle machine, 10 GB, an hour)
@@ -45,7 +46,7 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 QUESTION := Name the capital of France.
 
 .PHONY: demo test test-oldest test-newest test-matrix test-mutations test-docs test-gpu lint interop
-.PHONY: benchmark compare clean
+.PHONY: benchmark compare clean test-interleavings soak
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -66,6 +67,13 @@ test-oldest: $(OLDEST_VENV)/.ready $(VENV)/.ready
 
 test-newest: $(NEWEST_VENV)/.ready
 	$(NEWEST_VENV)/bin/pytest
+# Thousands of interleavings of answers, each compared bit for bit with what it is alone.
+test-interleavings: $(VENV)/.ready
+	QCONVERT_INTERLEAVINGS=2000 $(VENV)/bin/pytest --timeout=3600 tests/qrun/test_interleaving.py
+
+# Ten minutes of clients that behave badly, on a small random model.
+soak: $(VENV)/.ready
+	$(VENV)/bin/python -m tests.serve.soak
 
 test-docs: $(VENV)/.ready
 	$(VENV)/bin/pytest -m slow_docs tests/docs

@@ -1,0 +1,11 @@
+"""The soak in short: some seconds, one kill. ``make soak`` runs ten minutes of it."""
+
+from __future__ import annotations
+
+from tests.serve.soak import soak
+
+
+def test_nothing_is_left_of_clients_that_behave_badly(tiny_export):
+    told = soak(tiny_export, seconds=12, kills=1)
+    assert any("answered" in line for line in told)
+    assert any("broken off" in line for line in told)
