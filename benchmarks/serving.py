@@ -1,4 +1,4 @@
-"""Load on a server that speaks OpenAI's completions: throughput and waiting times against the number of clients.
+"""Load on a server that speaks OpenAI's completions: throughput and waiting times against numbers of clients.
 
     python -m benchmarks.serving --engine FOLDER                    # starts `qrun serve` and measures it
     python -m benchmarks.serving --url http://127.0.0.1:8081 --model NAME     # any other server
