@@ -23,7 +23,8 @@ from qconvert.folder.beside import hidden_name, only_writer
 from qconvert.folder.lock import only_changer
 from qconvert.folder.ours import MANIFEST, Marker, foreign_files, our_files, remove_files
 from qconvert.folder.renames import exchange, rename_new
-from qrun.folder.manifest import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME, sha256_of
+from qrun.folder.entry import sha256_of
+from qrun.folder.manifest import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME
 from qrun.system import expanded
 
 

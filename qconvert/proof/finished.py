@@ -15,7 +15,8 @@ from qconvert.proof.report import REPORT_JSON, REPORT_MARKDOWN, Report
 from qconvert.proof.report_view import write_report
 from qconvert.proof.verify import verify
 from qrun.backends.trt.checks import why_not_here
-from qrun.folder.manifest import MANIFEST_NAME, Manifest, names_plan, read_manifest, sha256_of
+from qrun.folder.entry import sha256_of
+from qrun.folder.manifest import MANIFEST_NAME, Manifest, names_plan, read_manifest
 from qrun.folder.plan import read_plan
 
 

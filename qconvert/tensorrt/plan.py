@@ -20,7 +20,8 @@ from qconvert.tensorrt.backends import Backend, BackendName, choose_backend
 from qconvert.tensorrt.build import BuilderSettings, Built, build_plan
 from qconvert.tensorrt.traps import check_graph
 from qrun.backends.trt.gpu import first_gpu
-from qrun.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of
+from qrun.folder.entry import sha256_of
+from qrun.folder.manifest import MANIFEST_NAME, Manifest, read_manifest
 from qrun.folder.plan import PLAN_NAME, SIDECAR_FORMAT, SIDECAR_VERSION, Profile, sidecar_of
 from qrun.machine import available_memory
 

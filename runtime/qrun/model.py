@@ -70,17 +70,19 @@ class Model:
 
         Raises:
             QrunError: the folder is not whole, not ours or too new, has no tokenizer, or the device
-                cannot run it; or no chat template has this name.
+                cannot run it; no chat template has this name; or a default of generation_config.json is bad.
         """
         folder = find_model_folder(path)
         session = open_session(path, **options)
         template = _template_of(folder, chat_template)
-        return cls(
+        model = cls(
             session,
             Tokenizer.from_folder(folder),
             template,
             read_json_object(folder / "generation_config.json"),
         )
+        model.resolve({})  # somebody may have edited the defaults since they were verified
+        return model
 
     @property
     def manifest(self) -> Manifest:

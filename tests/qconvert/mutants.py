@@ -20,7 +20,8 @@ from qconvert.models.spec import DecoderSpec
 from qconvert.progress import Progress
 from qconvert.proof.report import Report
 from qconvert.proof.verify import verify
-from qrun.folder.manifest import read_manifest, sha256_of
+from qrun.folder.entry import sha256_of
+from qrun.folder.manifest import read_manifest
 
 QUIET = Progress(quiet=True)
 

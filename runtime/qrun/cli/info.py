@@ -33,7 +33,7 @@ def check(manifest: Manifest, *, hashes: bool) -> None:
 
 def describe(manifest: Manifest, *, hashes_checked: bool = False) -> dict[str, Any]:
     """The facts as one JSON object; sizes in bytes, lengths in tokens."""
-    facts = manifest.model
+    facts, edited = manifest.model, manifest.edited_files()
     return {
         "name": manifest.name,
         "folder": str(manifest.folder),
@@ -63,6 +63,7 @@ def describe(manifest: Manifest, *, hashes_checked: bool = False) -> dict[str, A
                 "path": entry.path,
                 "size": entry.size,
                 "sha256": entry.sha256,
+                "edited": entry.path in edited,
                 "link_to": _link_to(manifest.folder / entry.path),
             }
             for entry in manifest.files
@@ -96,7 +97,8 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
     yield from rows(facts)
     for entry in sorted(info["files"], key=lambda entry: -entry["size"]):
         link = f", a link to {entry['link_to']}" if entry["link_to"] else ""
-        yield f"  {size(entry['size']):>9}  {entry['path']}{link}"
+        edited = ", edited since the export" if entry["edited"] else ""
+        yield f"  {size(entry['size']):>9}  {entry['path']}{link}{edited}"
     if info["engine"] is not None:
         yield ""
         yield from plan_lines(info["engine"])

@@ -185,6 +185,8 @@ def open_model(
         model = Model.open(engine, chat_template=chat_template, **opening)
     for name, value in unsupported_settings(model.generation_config).items():
         warn(f"generation_config.json asks for {name}={value!r}, which qrun does not do")
+    if edited := model.manifest.edited_files():
+        note(f"edited since the export: {', '.join(edited)}")
     if verbose:
         tell_model(model)
     return model

@@ -6,13 +6,13 @@ Everything that qrun needs to know about a model before it opens the graph stand
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qrun.errors import QrunError
+from qrun.folder.entry import FileEntry, Progress
 from qrun.folder.json_file import JsonReader
 from qrun.folder.paths import user_path
 from qrun.folder.recipe_facts import RecipeFacts, read_recipe
@@ -21,17 +21,7 @@ MANIFEST_NAME = "qconvert.json"
 FORMAT_NAME = "qconvert-model"
 FORMAT_VERSION = 1
 PLAN_SUFFIX = ".plan"
-_COPY_AGAIN = "copy the folder again as a whole, or export it again with `qconvert export`"
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8")
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of the folder: POSIX path relative to it, size in bytes, SHA-256 in hex."""
-
-    path: str
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -117,9 +107,7 @@ class Manifest:
     def prefill_path(self) -> Path | None:
         return self.folder / self.prefill.graph if self.prefill else None
 
-    def check_files(
-        self, *, hashes: bool = False, progress: Callable[[str, int], None] | None = None
-    ) -> None:
+    def check_files(self, *, hashes: bool = False, progress: Progress | None = None) -> None:
         """Compare the folder with the manifest: sizes always, SHA-256 only when asked.
 
         Args:
@@ -127,47 +115,21 @@ class Manifest:
             progress: called with (path, bytes read) while hashing.
 
         Raises:
-            QrunError: naming the first file that is missing, truncated or altered.
+            QrunError: naming the first file that is missing, truncated or altered; text that people may edit
+                must only be there (``edited_files``).
         """
         for entry in self.files:
-            path = self.folder / entry.path
-            if not path.is_file():
-                raise QrunError(f"{entry.path} {_why_no_file(path)}", where=path, hint=_COPY_AGAIN)
-            size = path.stat().st_size
-            if size != entry.size:
-                state = "truncated" if size < entry.size else "altered"
-                raise QrunError(
-                    f"{entry.path} is {state}: {size:,} bytes, the manifest says {entry.size:,}",
-                    where=path,
-                    hint=_COPY_AGAIN,
-                )
-            if hashes and sha256_of(path, progress) != entry.sha256:
-                what = f"{entry.path} is altered: its SHA-256 is not the manifest's"
-                raise QrunError(what, where=path, hint=_COPY_AGAIN)
+            entry.check(self.folder, hashes=hashes, progress=progress)
 
-
-def _why_no_file(path: Path) -> str:
-    if path.exists():
-        return "is not a regular file"
-    if path.is_symlink():
-        return f"is a link to {path.readlink()}, and nothing is there"
-    return "is missing from the model folder"
+    def edited_files(self) -> tuple[str, ...]:
+        """Paths of the text files that somebody has edited since the export."""
+        there = [entry for entry in self.files if entry.editable and (self.folder / entry.path).is_file()]
+        return tuple(entry.path for entry in there if not entry.check(self.folder))
 
 
 def forecast_bytes(manifest: Manifest, capacity: int, batch: int = 1) -> int:
     """Bytes that a KV cache of ``capacity`` tokens takes for ``batch`` sequences."""
     return manifest.kv.bytes_per_token * capacity * batch
-
-
-def sha256_of(path: Path, progress: Callable[[str, int], None] | None = None) -> str:
-    """SHA-256 of a file in hex, read in pieces of 4 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            if progress is not None:
-                progress(path.name, len(chunk))
-    return digest.hexdigest()
 
 
 def names_plan(path: str | Path) -> bool:

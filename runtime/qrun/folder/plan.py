@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qrun.errors import QrunError
+from qrun.folder.entry import sha256_of
 from qrun.folder.json_file import JsonReader
-from qrun.folder.manifest import PLAN_SUFFIX, Manifest, no_such_plan, sha256_of
+from qrun.folder.manifest import PLAN_SUFFIX, Manifest, no_such_plan
 from qrun.folder.paths import user_path
 
 PLAN_NAME = f"model{PLAN_SUFFIX}"
