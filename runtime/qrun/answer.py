@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from qrun.decoding.generate import Context, FinishReason, Prefilled, Token, generate
+from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 from qrun.text.streaming import IncrementalDetokenizer, StopStrings, Tokenizer
 
@@ -116,12 +117,17 @@ class Answering:
     """
 
     def __init__(
-        self, context: Context, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams
+        self,
+        context: Context,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        constraint: Constraint | None = None,
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self._wording = Wording(tokenizer, params.stop)
         self._prompt_ids = prompt_ids
-        self._tokens = generate(context, prompt_ids, params)
+        self._tokens = generate(context, prompt_ids, params, constraint=constraint)
         self._cancelled = False
 
     @property

@@ -10,6 +10,7 @@ from qrun.decoding.sequence import Finished, FinishReason, Prefilled, Token
 from qrun.decoding.sequence import Sequence as TokenSequence
 from qrun.errors import QrunError
 from qrun.model import Model
+from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 
 # Called by the engine's thread for each event of an answer; the last one is an ``Answer`` or a ``QrunError``.
@@ -30,9 +31,11 @@ class Call:
         params: SamplingParams,
         listener: Listener,
         client: str,
+        *,
+        constraint: Constraint | None = None,
     ) -> None:
         self.client = client
-        self.sequence = TokenSequence(prompt_ids, params, model.manifest.model.context_length)
+        self.sequence = TokenSequence(prompt_ids, params, model.manifest.model.context_length, constraint)
         self._listener = listener
         self._wording = Wording(model.tokenizer, params.stop)
         self._keeps_tokens = params.logprobs is not None

@@ -9,6 +9,7 @@ from qrun.answer import Answer, Answering, Event
 from qrun.decoding.generate import Context
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
+from qrun.sampling.constraint import Constraint, Schema
 from qrun.sampling.params import SamplingParams
 from qrun.text.chat_template import ChatTemplate
 from qrun.text.tokenizer import Tokenizer
@@ -30,8 +31,17 @@ class Speaker(Protocol):
 
     def new_context(self) -> Context: ...
 
+    def constraint(
+        self, *, schema: Schema | None = None, regex: str | None = None, grammar: str | None = None
+    ) -> Constraint | None: ...
+
     def answering(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, context: Context | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        context: Context | None = None,
+        constraint: Constraint | None = None,
     ) -> Answering: ...
 
 
@@ -108,7 +118,15 @@ class Chat:
         if self._answering is not None:
             self._answering.cancel()
 
-    def send(self, text: str, **overrides: Any) -> Generator[Event, None, None]:
+    def send(
+        self,
+        text: str,
+        *,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        **overrides: Any,
+    ) -> Generator[Event, None, None]:
         """Say something and get the events of the answer, the last of them an ``Answer``.
 
         An answer that is cancelled, or whose loop is left, stays in the conversation as far as it
@@ -116,6 +134,7 @@ class Chat:
 
         Args:
             text: the user's message.
+            schema, regex, grammar: what this answer must fit, see ``Model.generate``.
             overrides: fields of ``SamplingParams`` for this turn only.
 
         Raises:
@@ -123,14 +142,17 @@ class Chat:
                 sampling parameter.
         """
         self._end_running_turn()
-        self._turn = self._run_turn(text, overrides)
+        constraint = self.model.constraint(schema=schema, regex=regex, grammar=grammar)
+        self._turn = self._run_turn(text, overrides, constraint)
         return self._turn
 
-    def _run_turn(self, text: str, overrides: dict[str, Any]) -> Generator[Event, None, None]:
+    def _run_turn(
+        self, text: str, overrides: dict[str, Any], constraint: Constraint | None
+    ) -> Generator[Event, None, None]:
         params, _ = self.model.resolve({**self._sampling, **overrides})
         user = {"role": "user", "content": text}
         rendered, prompt_ids = self._prompt(user)
-        answering = self.model.answering(prompt_ids, params, context=self.context)
+        answering = self.model.answering(prompt_ids, params, context=self.context, constraint=constraint)
         self._answering = answering
         try:
             for event in answering.events():

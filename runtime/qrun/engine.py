@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from threading import Condition, Thread
 from time import monotonic
 from types import TracebackType
@@ -27,6 +28,7 @@ from qrun.decoding.sequence import Failed, Finished
 from qrun.decoding.slots import Slots
 from qrun.errors import QrunError
 from qrun.model import Model
+from qrun.sampling.constraint import Constraint, Schema
 from qrun.sampling.params import SamplingParams
 
 _log = logging.getLogger("qrun.engine")
@@ -84,7 +86,13 @@ class Engine:
         self._thread.start()
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener, *, client: str = ""
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        client: str = "",
+        constraint: Constraint | None = None,
     ) -> Call:
         """Hand a prompt in; the engine's thread tells ``listener`` what becomes of it.
 
@@ -93,13 +101,14 @@ class Engine:
             params: how to sample and when to stop.
             listener: called for each event, in order; it must not block.
             client: who asks.
+            constraint: what the answer must fit: ``Model.constraint`` makes one for each answer.
 
         Raises:
             EngineBusyError: too many wait already.
             EngineClosedError: after ``close``.
             QrunError: an empty prompt, or one longer than the context.
         """
-        call = Call(self.model, prompt_ids, params, listener, client)
+        call = Call(self.model, prompt_ids, params, listener, client, constraint=constraint)
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the engine is closing: it takes no more prompts")
@@ -113,7 +122,12 @@ class Engine:
         return call
 
     async def answer(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, client: str = ""
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        client: str = "",
+        constraint: Constraint | None = None,
     ) -> AsyncIterator[Event]:
         """The events of one answer, for ``async for``. Leave the loop and close it to cancel the answer.
 
@@ -125,7 +139,7 @@ class Engine:
         def listener(event: Event | QrunError) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        call = self.submit(prompt_ids, params, listener, client=client)
+        call = self.submit(prompt_ids, params, listener, client=client, constraint=constraint)
         try:
             while True:
                 event = await events.get()
@@ -138,22 +152,40 @@ class Engine:
             self.cancel(call)
 
     async def generate(
-        self, prompt: str | Sequence[int], *, client: str = "", **sampling: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        client: str = "",
+        schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        **sampling: Any,
     ) -> AsyncIterator[Event]:
-        """Continue a prompt as it is; see ``Model.generate`` for prompt, sampling and events."""
+        """Continue a prompt as it is; see ``Model.generate`` for all arguments and the events."""
         params, _ = self.model.resolve(sampling)
         if isinstance(prompt, str):
             prompt = await asyncio.to_thread(self.model.tokenizer.encode, prompt, add_special_tokens=True)
-        async for event in self.answer(prompt, params, client=client):
+        form = partial(self.model.constraint, schema=schema, regex=regex, grammar=grammar)
+        constraint = await asyncio.to_thread(form)  # compiles: not in the thread that serves all
+        async for event in self.answer(prompt, params, client=client, constraint=constraint):
             yield event
 
     async def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, client: str = "", **sampling: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        client: str = "",
+        schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        **sampling: Any,
     ) -> AsyncIterator[Event]:
-        """Answer a conversation, given as messages with "role" and "content"."""
+        """Answer a conversation, given as messages with "role" and "content"; see ``Model.generate``."""
         params, _ = self.model.resolve(sampling)
         ids = await asyncio.to_thread(self.model.chat_prompt, messages)
-        async for event in self.answer(ids, params, client=client):
+        form = partial(self.model.constraint, schema=schema, regex=regex, grammar=grammar)
+        constraint = await asyncio.to_thread(form)
+        async for event in self.answer(ids, params, client=client, constraint=constraint):
             yield event
 
     def cancel(self, call: Call) -> None:

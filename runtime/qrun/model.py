@@ -29,6 +29,7 @@ from qrun.chat import Chat
 from qrun.decoding.generate import Context, check_prompt
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest, find_model_folder
+from qrun.sampling.constraint import Constraint, Grammars, Schema, Vocabulary
 from qrun.sampling.params import SamplingParams, resolve
 from qrun.text.streaming import ChatTemplate, Tokenizer
 from qrun.text.tokenizer import read_json_object, read_tokenizer_config
@@ -58,6 +59,7 @@ class Model:
         self.tokenizer = tokenizer
         self.template = template
         self.generation_config = generation_config or {}
+        self._grammars = Grammars(self._vocabulary)
 
     @classmethod
     def open(cls, path: str | Path, *, chat_template: str | None = None, **options: Unpack[Opening]) -> Model:
@@ -106,8 +108,25 @@ class Model:
         """An empty KV cache. Prompts that are given the same one share their common beginning."""
         return Context(self.session)
 
+    def constraint(
+        self, *, schema: Schema | None = None, regex: str | None = None, grammar: str | None = None
+    ) -> Constraint | None:
+        """What an answer must fit, for ``answering`` and ``Engine.submit``; see ``Grammars.constraint``."""
+        return self._grammars.constraint(schema=schema, regex=regex, grammar=grammar)
+
+    def _vocabulary(self) -> Vocabulary:
+        size = max(self.manifest.model.vocab_size, self.tokenizer.id_limit)
+        return Vocabulary(self.tokenizer.to_json(), size, self.resolve({})[0].eos_token_ids)
+
     def generate(
-        self, prompt: str | Sequence[int], *, context: Context | None = None, **sampling: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        context: Context | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        **sampling: Any,
     ) -> Generator[Event, None, None]:
         """Continue a prompt as it is, without the chat template (for that, see ``chat``).
 
@@ -115,6 +134,9 @@ class Model:
             prompt: text, or token ids.
             context: where the tokens go. With the context of an earlier prompt, the tokens that
                 both begin with are not computed again. One answer at a time may use it.
+            schema: a JSON schema that the answer fits, unless max_tokens or a stop string cuts it off.
+            regex: a regular expression that the whole answer matches.
+            grammar: a grammar in Lark's notation.
             sampling: fields of ``SamplingParams``: max_tokens, temperature, top_p, stop, seed, ...
 
         Returns:
@@ -122,18 +144,25 @@ class Model:
             Leave the loop to stop early.
 
         Raises:
-            QrunError: an empty prompt, one longer than the context, a bad sampling parameter.
+            QrunError: an empty prompt, one longer than the context, a bad sampling parameter, a schema,
+                expression or grammar that cannot be enforced.
         """
         params, _ = self.resolve(sampling)
         ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         check_prompt(ids, self.manifest.model.context_length)
-        return self.answering(ids, params, context=context).events()
+        constraint = self.constraint(schema=schema, regex=regex, grammar=grammar)
+        return self.answering(ids, params, context=context, constraint=constraint).events()
 
     def answering(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, context: Context | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        context: Context | None = None,
+        constraint: Constraint | None = None,
     ) -> Answering:
         """The answer to a prompt as an object that can be cancelled; see ``generate``."""
-        return Answering(context or self.new_context(), self.tokenizer, prompt_ids, params)
+        return Answering(context or self.new_context(), self.tokenizer, prompt_ids, params, constraint)
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None

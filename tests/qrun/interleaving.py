@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
@@ -13,10 +15,21 @@ from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.scheduler import Scheduler
 from qrun.decoding.sequence import Event, Failed, Finished, Prefilled, Sequence, Token
 from qrun.decoding.slots import Slots
+from qrun.sampling.constraint import Constraint, Grammars, Vocabulary
 from qrun.sampling.params import SamplingParams
+from tests.fakes import tiny_tokenizer
 
 # So that prompts of some tens of tokens have several pieces, and leave something to be reused.
 CHUNK, GRAIN = 8, 4
+
+
+def _vocabulary() -> Vocabulary:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tiny_tokenizer(Path(folder))
+    return Vocabulary(tokenizer.to_json(), 5_000, (258,))
+
+
+GRAMMARS = Grammars(_vocabulary)
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,11 @@ class Request:
     params: SamplingParams
     added: int
     cancelled: int | None = None
+    regex: str | None = None
+
+    def constraint(self) -> Constraint | None:
+        """What the answer must fit, at its beginning."""
+        return GRAMMARS.constraint(regex=self.regex)
 
 
 class Recorded(Sequence):
@@ -57,7 +75,9 @@ def run(
     slots = Slots(session, rows)
     scheduler = Scheduler(slots, chunk=CHUNK, grain=GRAIN, prefixes=prefixes)
     sequences = [
-        Recorded(request.prompt_ids, request.params, session.manifest.model.context_length)
+        Recorded(
+            request.prompt_ids, request.params, session.manifest.model.context_length, request.constraint()
+        )
         for request in requests
     ]
     outcomes = {id(sequence): Outcome(logits=sequence.logits) for sequence in sequences}
@@ -90,7 +110,7 @@ def differences(
 ) -> Iterator[str]:
     """Where a sequence's answer, or one bit of its logits, is not what it gets alone."""
     for number, (request, found) in enumerate(zip(requests, run(session, requests, rows, prefixes=prefixes))):
-        alone = run(session, [Request(request.prompt_ids, request.params, 0)], 1)[0]
+        alone = run(session, [replace(request, added=0, cancelled=None)], 1)[0]
         assert isinstance(alone.last, Finished)
         if not isinstance(found.last, Finished):
             yield f"sequence {number} ended with {found.last}"
@@ -144,6 +164,8 @@ def requests(
         params=always if greedy else sampled,
         added=st.integers(0, 12),
         cancelled=st.none() | st.integers(0, 30),
+        # Most have no form; "ab*" may end at any time, "[a-f]{2}" ends by itself.
+        regex=st.none() if greedy else st.sampled_from([None, None, "(ab*|[c-z]+)", "[a-f]{2}", ".*"]),
     )
     return st.lists(request, min_size=1, max_size=8)
 

@@ -25,6 +25,7 @@ from qrun.cli.options import (
     model_options,
     open_engine,
     open_model,
+    read_schema,
     sampling_options,
     take_sampling,
     tell_sampling,
@@ -82,13 +83,18 @@ def chat(system: str | None, **options: Any) -> None:
 @click.option("--system", help="The system message of a chat.")
 @template_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option("--schema", type=click.Path(path_type=Path), help="A JSON schema that the answer fits.")
+@click.option("--regex", help="A regular expression that the whole answer matches.")
 @sampling_options
 def generate(
+    *,
     prompt: str | None,
     prompt_file: Path | None,
     templated: bool | None,
     system: str | None,
     as_json: bool,
+    schema: Path | None,
+    regex: str | None,
     **options: Any,
 ) -> None:
     """Answer one prompt.
@@ -99,15 +105,21 @@ def generate(
         raise click.UsageError("--system has no place in a --raw prompt.")
     if templated is False and options["chat_template"] is not None:
         raise click.UsageError("--chat-template has no place in a --raw prompt.")
+    if schema is not None and regex is not None:
+        raise click.UsageError("Give either --schema or --regex.")
     sampling = take_sampling(options)
     text = _read_prompt(prompt, prompt_file)
+    form: dict[str, Any] = {"regex": regex, "schema": None if schema is None else read_schema(schema)}
     model = open_model(**options)
     ours = "max_tokens" not in sampling and model.generation_config.get("max_new_tokens") is None
     if ours:
         sampling["max_tokens"] = DEFAULT_MAX_TOKENS
     if templated is None:
         templated = model.template is not None or system is not None
-    events = Chat(model, system, **sampling).send(text) if templated else model.generate(text, **sampling)
+    if templated:
+        events = Chat(model, system, **sampling).send(text, **form)
+    else:
+        events = model.generate(text, **form, **sampling)
     if options["verbose"]:
         params, sources = model.resolve(sampling)
         tell_sampling(params, sources | ({"max_tokens": DEFAULT} if ours else {}))

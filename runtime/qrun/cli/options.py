@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -157,6 +158,20 @@ def _with_option_names(message: str, request: Mapping[str, Any]) -> str:
         option = "--greedy" if name == "do_sample" else f"--{name.replace('_', '-')}"
         message = message.replace("do_sample=False" if name == "do_sample" else name, option)
     return message
+
+
+def read_schema(path: Path) -> Any:
+    """The content of a JSON schema's file.
+
+    Raises:
+        QrunError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QrunError(f"the schema cannot be read: {error.strerror}", where=path) from error
+    except (ValueError, RecursionError) as error:
+        raise QrunError(f"the schema is not JSON: {error}", where=path) from error
 
 
 def open_engine(*, engine: Path, verbose: bool, **options: Unpack[Opening]) -> Session:

@@ -21,6 +21,7 @@ from qrun.decoding.sequence import (
     check_prompt,
 )
 from qrun.decoding.slots import Slots
+from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 
 __all__ = [
@@ -69,6 +70,7 @@ def generate(
     params: SamplingParams,
     *,
     chunk: int = PREFILL_CHUNK,
+    constraint: Constraint | None = None,
 ) -> Iterator[Event]:
     """Continue a prompt token by token.
 
@@ -81,11 +83,12 @@ def generate(
         prompt_ids: the whole prompt, earlier turns included.
         params: how to sample and when to stop.
         chunk: tokens that are prefilled at once.
+        constraint: what the answer must fit.
 
     Raises:
         QrunError: see ``check_prompt``; or too little memory for the KV cache.
     """
-    yield from run(context, Sequence(prompt_ids, params, context.cache.limit), chunk=chunk)
+    yield from run(context, Sequence(prompt_ids, params, context.cache.limit, constraint), chunk=chunk)
 
 
 def run(context: Context, sequence: Sequence, *, chunk: int = PREFILL_CHUNK) -> Iterator[Event]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.errors import QrunError
+from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 from qrun.sampling.sampler import Logprobs, Sampler, logprobs
 
@@ -96,19 +97,29 @@ class Sequence:
         prompt_ids: token ids.
         params: how to sample and when to stop.
         context_length: of the model.
+        constraint: what the answer must fit, at its beginning.
 
     Raises:
-        QrunError: see ``check_prompt``.
+        QrunError: see ``check_prompt``; or ignore_eos for an answer that ends where it is complete.
     """
 
-    def __init__(self, prompt_ids: Tokens[int], params: SamplingParams, context_length: int) -> None:
+    def __init__(
+        self,
+        prompt_ids: Tokens[int],
+        params: SamplingParams,
+        context_length: int,
+        constraint: Constraint | None = None,
+    ) -> None:
         check_prompt(prompt_ids, context_length)
+        if constraint is not None and params.ignore_eos:
+            raise QrunError("ignore_eos contradicts a form: such an answer ends where it is complete")
         self.prompt_ids = list(prompt_ids)
         self.token_ids: list[int] = []
         self.read = 0
         self.finish_reason: FinishReason | None = None
         self.cancelled = False
         self._params = params
+        self._constraint = constraint
         self._sampler: Sampler | None = None
         self._ends = frozenset() if params.ignore_eos else frozenset(params.eos_token_ids)
         room = context_length - len(prompt_ids) + 1  # the last token is sampled, and not fed
@@ -163,12 +174,18 @@ class Sequence:
             return [self.finish(self._at_budget)]
         if self._sampler is None:
             self._sampler = Sampler(self._params, self.prompt_ids)
-        token_id = self._sampler.sample(logits)
+        # What may not come is ruled out first: no bias and no penalty brings it back.
+        masked = logits if self._constraint is None else self._constraint.mask(logits, self._ends)
+        token_id = self._sampler.sample(masked)
         if token_id in self._ends:
             return [self.finish("eos")]
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
         self.token_ids.append(token_id)
         count = self._params.logprobs
         token = Token(token_id, None if count is None else logprobs(logits, token_id, count))
+        if self._constraint is not None and self._constraint.over:
+            return [token, self.finish("eos")]  # no step is spent on an end token that alone could come
         if len(self.token_ids) < self._budget:
             return [token]
         return [token, self.finish(self._at_budget)]

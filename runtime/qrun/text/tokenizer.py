@@ -65,6 +65,15 @@ class Tokenizer:
         """Number of tokens, added ones included; the model's logits are often padded beyond it."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def id_limit(self) -> int:
+        """One more than the highest token id; ids may have gaps."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def to_json(self) -> str:
+        """What tokenizer.json holds, for other libraries."""
+        return self._backend.to_str()
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of ``text``; special tokens written out in it become their ids.
 
