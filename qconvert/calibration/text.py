@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qconvert.checkpoint.tokenizer import whole_texts
+from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.errors import QconvertError
 from qconvert.formats.recipe import Calibration
 
@@ -111,7 +111,7 @@ def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]
 
 
 def _encode(folder: Path, passages: list[str], vocab_size: int) -> list[list[int]] | None:
-    tokenizer = whole_texts(folder)
+    tokenizer = read_tokenizer(folder)
     if tokenizer is None:
         return None
     sequences = [tokenizer.encode(passage, add_special_tokens=False).ids for passage in passages]

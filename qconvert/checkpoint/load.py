@@ -17,6 +17,7 @@ from qconvert.checkpoint.files import TensorInfo, inspect_files, read_weight_fil
 from qconvert.checkpoint.fit import find_misfit
 from qconvert.checkpoint.hub import resolve_source
 from qconvert.checkpoint.text_files import read_json_object, text_file_states
+from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.checkpoint.tokens import EndTokens, end_tokens
 from qconvert.errors import QconvertError
 from qrun.sampling.params import SamplingParams, resolve, unsupported_settings
@@ -84,7 +85,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         name=checkpoint_name(folder),
         ends=ends,
         sampling=resolve({}, generation)[0],
-        notes=(*weights.notes, *_notes(config, weights.tensors, ends, generation)),
+        notes=(
+            *weights.notes,
+            *_notes(config, weights.tensors, ends, generation),
+            *_tokenizer_notes(folder, config.vocab_size),
+        ),
     )
 
 
@@ -132,6 +137,20 @@ def _notes(
         instead = "; max_new_tokens is obeyed" if name == "max_length" else ""
         notes.append(f"generation_config.json asks for {name}={value!r}, which qrun does not do{instead}")
     return tuple(notes)
+
+
+def _tokenizer_notes(folder: Path, vocab_size: int) -> tuple[str, ...]:
+    tokenizer = read_tokenizer(folder)
+    highest = (
+        -1 if tokenizer is None else max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    )
+    if highest < vocab_size:
+        return ()
+    note = (
+        f"the tokenizer has token ids up to {highest:,}, and the model only {vocab_size:,} tokens: "
+        "it may be another model's"
+    )
+    return (note,)
 
 
 def stored_dtypes(tensors: dict[str, TensorInfo]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qconvert.checkpoint.tokenizer import whole_texts
+from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.proof import paths as ways
 from qconvert.proof.paths import PromptPath, with_one_position, with_static_cache
 
@@ -116,7 +116,7 @@ def _prompts(encoded: Sequence[tuple[int, ...]], length: int) -> tuple[tuple[int
 
 
 def _encode(folder: Path, vocab_size: int) -> tuple[list[tuple[int, ...]], bool, list[str]]:
-    tokenizer = whole_texts(folder)
+    tokenizer = read_tokenizer(folder)
     if tokenizer is None:
         return _random(vocab_size), False, ["random tokens: the folder has no tokenizer.json"]
     encoded = [_tokens(tokenizer, plan.file) for plan in _PLANS]

@@ -153,6 +153,16 @@ def test_a_link_to_another_disk_is_the_user_s_choice_and_one_that_leads_nowhere_
     assert f"missing: a link to {elsewhere}, and nothing is there" in str(refusal(tied))
 
 
+def test_shards_and_index_may_be_links_to_another_disk(sharded: Path, tmp_path: Path) -> None:
+    # Only names inside of the index may not lead out of the folder; a link is the user's own choice.
+    (tmp_path / "disk").mkdir()
+    for path in sorted(sharded.glob("model*")):
+        path.rename(tmp_path / "disk" / path.name)
+        path.symlink_to(tmp_path / "disk" / path.name)
+    load_model(open_checkpoint(sharded))
+    assert describe(sharded).whole
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.embed_tokens.weight"])
 def test_missing_tensor(tied: Path, name: str) -> None:
     edit_weights(tied, lambda tensors: tensors.pop(name))

@@ -165,6 +165,27 @@ def test_older_files_of_which_no_tokenizer_can_be_made(tied: Path, name: str, co
     told_before_the_work(tied, "tokenizer.json", "no tokenizer.json can be made of vocab.json and merges.txt")
 
 
+def test_added_tokens_whose_ids_a_conversion_would_change(tied: Path) -> None:
+    # It numbers them on, whatever added_tokens_decoder says: control tokens would become others.
+    older_files(tied)
+    edit_json(
+        tied / "tokenizer_config.json",
+        lambda settings: settings["added_tokens_decoder"].update(
+            {"300": settings["added_tokens_decoder"].pop("257")}
+        ),
+    )
+    told_before_the_work(tied, "tokenizer.json", "the id of '<|im_end|>' becomes 257 where 258 is stated")
+
+
+def test_a_tokenizer_of_another_model_is_told(tied: Path) -> None:
+    content = json.loads((tied / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {f"token {number}": number for number in range(259, 331)}
+    (tied / "tokenizer.json").write_text(json.dumps(content))
+    notes = open_checkpoint(tied).notes
+    assert any(note.startswith("the tokenizer has token ids up to 33") for note in notes), notes
+    assert "the model only 320 tokens: it may be another model's" in notes[-1]
+
+
 def test_one_of_the_older_files_alone_is_no_tokenizer(tied: Path) -> None:
     older_files(tied)
     (tied / "merges.txt").unlink()
