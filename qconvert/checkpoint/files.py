@@ -6,6 +6,7 @@ missing shard shows after reading some kilobytes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -112,7 +113,7 @@ def _read_shard(folder: Path, name: str) -> tuple[FileState, dict[str, TensorInf
     try:
         path = _inside(folder, name)
         if path.is_symlink():
-            linked = f", a link to {path.resolve()}"
+            linked = f", a link to {os.path.realpath(path)}"
         if not path.is_file():
             raise BrokenFileError("missing", "the index names this shard, but it is not on disk" + linked)
         size = path.stat().st_size
@@ -131,6 +132,12 @@ def _inside(folder: Path, name: str) -> Path:
         raise BrokenFileError(
             "refused", "the index points outside the folder or to another kind of file", hint
         )
+    try:
+        (folder / name).lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # told by whoever opens it
+    except (OSError, ValueError) as error:
+        raise BrokenFileError("refused", "the index has a name here that no file can have", hint) from error
     return folder / name  # a link to another folder, a hub's cache or another disk, is the user's own choice
 
 

@@ -7,7 +7,7 @@ syntax is wrong, a sampling default out of range) is therefore told here, not af
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from qrun.errors import QrunError
 from qrun.sampling.params import resolve
 from qrun.text.chat_template import ADDITIONAL_TEMPLATES, ChatTemplate
 
+# Read together with tokenizer.json.
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MEND = "mend or download the file again"
 _LEAVE_OUT = "mend it in the checkpoint, or delete it there: the default then applies"
 _CONVERSATION = ({"role": "user", "content": "Hello!"},)
@@ -66,7 +68,7 @@ def read_json_object(path: Path) -> tuple[FileState, dict[str, Any] | None]:
 
 def _further_files(folder: Path) -> Iterator[str]:
     """Files that few checkpoints have, and that are read where they are there."""
-    for name in ("special_tokens_map.json", "added_tokens.json"):
+    for name in BESIDE_TOKENIZER[1:]:
         if (folder / name).is_file():
             yield name
     for path in sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja")):
@@ -77,15 +79,17 @@ def _used(folder: Path, states: list[FileState]) -> list[FileState]:
     """The states once more, with what using whole files has shown."""
     found = {state.name: state for state in states}
 
-    def try_out(name: str, use: Callable[[], object], *, hint: str = _MEND) -> None:
-        state = found[name]
-        if state.harmful:
+    def try_out(
+        name: str, use: Callable[[], object], *, reads: Iterable[str] = (), hint: str = _MEND
+    ) -> None:
+        if any(found[each].harmful for each in (name, *reads) if each in found):
             return
         try:
             use()
         except QrunError as error:
-            # A template's error may be in another file than the one that was opened first.
-            blamed = next((each for each in found if error.where == str(folder / each)), name)
+            # It may be in another of the files that are read than the one that comes first.
+            named = [each for each in found if error.where is not None and error.where.endswith(f"/{each}")]
+            blamed = max(named, key=len, default=name)
             state = found[blamed]
             detail, remedy = " ".join(error.what.split()), error.hint or hint
             found[blamed] = FileState(blamed, state.size, "garbage", detail, remedy, state.required)
@@ -94,19 +98,20 @@ def _used(folder: Path, states: list[FileState]) -> list[FileState]:
     if found["tokenizer.json"].status == "missing" and all((folder / name).is_file() for name in FROM_THESE):
         detail = f"made from {' and '.join(FROM_THESE)}"
         found["tokenizer.json"] = FileState("tokenizer.json", 0, "missing", detail, required=False)
-    try_out("tokenizer.json", lambda: read_tokenizer(folder), hint=DOWNLOAD_HINT)
-    read_by_templates = ("tokenizer_config.json", "chat_template.jinja", *_further_files(folder))
-    if not any(found[name].harmful for name in read_by_templates) and _has_template(folder):
-        first = (
-            "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
+    if found["tokenizer.json"].status == "whole" or not found["tokenizer.json"].required:
+        try_out("tokenizer.json", lambda: read_tokenizer(folder), reads=BESIDE_TOKENIZER, hint=DOWNLOAD_HINT)
+    if (folder / "chat_template.jinja").is_file() or _has_template(folder):
+        first = next(
+            name for name in ("chat_template.jinja", "tokenizer_config.json") if (folder / name).is_file()
         )
-        try_out(first, lambda: ChatTemplate.from_folder(folder).render(_CONVERSATION))
+        others = (*BESIDE_TOKENIZER, *_further_files(folder))
+        try_out(first, lambda: ChatTemplate.from_folder(folder).render(_CONVERSATION), reads=others)
     return list(found.values())
 
 
 def _has_template(folder: Path) -> bool:
     settings = read_json_object(folder / "tokenizer_config.json")[1] or {}
-    return (folder / "chat_template.jinja").is_file() or settings.get("chat_template") is not None
+    return settings.get("chat_template") is not None
 
 
 def _check_generation(folder: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconvert.errors import QconvertError
+from qrun.text.added_tokens import text_of
+from qrun.text.tokenizer import add_folders_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,6 +45,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
     Raises:
         QconvertError: the file is no tokenizer, or none can be made of the older files.
+        QrunError: a file beside it is not what it should be.
     """
     return _read(folder.resolve(), _stamps(folder))
 
@@ -62,6 +65,7 @@ def _read(folder: Path, stamps: tuple[object, ...]) -> Tokenizer | None:
             where=folder / "tokenizer.json",
             hint="download the file again, or copy it from the model that this one was trained from",
         ) from error
+    add_folders_tokens(tokenizer, folder)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -69,7 +73,7 @@ def _read(folder: Path, stamps: tuple[object, ...]) -> Tokenizer | None:
 
 def _stamps(folder: Path) -> tuple[object, ...]:
     """Size and time of the files that say something of the tokenizer: changed ones are read again."""
-    names = ("tokenizer.json", *FROM_THESE, *_ADDED, "config.json")
+    names = ("tokenizer.json", *FROM_THESE, *_ADDED, "special_tokens_map.json", "config.json")
     found = {name: (folder / name).stat() for name in names if (folder / name).is_file()}
     return tuple((name, status.st_size, status.st_mtime_ns) for name, status in found.items())
 
@@ -105,10 +109,10 @@ def _added_tokens(folder: Path) -> dict[str, int]:
     """Ids of added tokens as the checkpoint states them; what is no token with an id is left out."""
     settings, added = (_object(folder / name) for name in _ADDED)
     decoder = settings.get("added_tokens_decoder")
-    stated = {str(token): value for token, value in added.items() if type(value) is int}
+    stated = {token: value for token, value in added.items() if type(value) is int and text_of(token)}
     for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
-        text = token.get("content") if isinstance(token, dict) else None
-        if isinstance(text, str) and token_id.isdecimal():
+        text = text_of(token)
+        if text is not None and token_id.isdecimal():
             stated[text] = int(token_id)
     return stated
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qconvert.checkpoint.file_state import FileState
 from qconvert.checkpoint.files import TensorInfo
-from qconvert.checkpoint.text_files import read_json_object
+from qconvert.checkpoint.text_files import BESIDE_TOKENIZER, read_json_object
 from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.checkpoint.tokens import end_tokens
 from qconvert.models.spec import DecoderSpec
@@ -50,7 +50,7 @@ def find_facts(
 ) -> Iterator[Fact]:
     """All that files in a usable state say."""
     broken = {state.name for state in states if state.harmful}
-    usable = "tokenizer.json" not in broken
+    usable = broken.isdisjoint(("tokenizer.json", *BESIDE_TOKENIZER))
     tokenizer = read_tokenizer(folder) if usable else None
     added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
     names = {token_id: token.content for token_id, token in added.items()}

@@ -153,6 +153,23 @@ def test_a_link_to_another_disk_is_the_user_s_choice_and_one_that_leads_nowhere_
     assert f"missing: a link to {elsewhere}, and nothing is there" in str(refusal(tied))
 
 
+@pytest.mark.parametrize("name", ["m" * 300 + ".safetensors", "a\0b.safetensors", "\ud800.safetensors"])
+def test_an_index_with_a_name_that_no_file_can_have(sharded: Path, name: str) -> None:
+    def rename(index: dict[str, Any]) -> None:
+        index["weight_map"]["model.norm.weight"] = name
+
+    edit_json(sharded / "model.safetensors.index.json", rename)
+    assert "is refused: the index has a name here that no file can have" in str(refusal(sharded))
+
+
+def test_a_shard_that_is_a_link_to_itself(sharded: Path) -> None:
+    shard = sorted(sharded.glob("model-*-of-*.safetensors"))[0]
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    assert f"{shard.name} is missing" in str(refusal(sharded))
+    assert not describe(sharded).whole
+
+
 def test_shards_and_index_may_be_links_to_another_disk(sharded: Path, tmp_path: Path) -> None:
     # Only names inside of the index may not lead out of the folder; a link is the user's own choice.
     (tmp_path / "disk").mkdir()

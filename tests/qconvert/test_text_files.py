@@ -186,6 +186,27 @@ def test_a_tokenizer_of_another_model_is_told(tied: Path) -> None:
     assert "the model only 320 tokens: it may be another model's" in notes[-1]
 
 
+def test_a_special_token_that_is_no_text(tied: Path, tmp_path: Path) -> None:
+    # Half of a surrogate pair, which JSON can write: found by a mutated checkpoint.
+    edit_json(tied / "tokenizer_config.json", lambda settings: settings.update(eos_token="\ud800"))
+    (tied / "added_tokens.json").write_text('{"\\ud800": 300}')
+    assert open_checkpoint(tied).ends.ids == [258, 256]
+    assert run("inspect", tied).exit_code == 0
+
+
+def test_an_end_token_that_stands_beside_the_tokenizer_alone(tied: Path) -> None:
+    # transformers gives it the next free id, and so do qrun, the proof and the calibration.
+    token = {"content": "<|done|>", "special": True}
+    edit_json(
+        tied / "tokenizer_config.json",
+        lambda settings: settings.update(eos_token="<|done|>", added_tokens_decoder={"259": token}),
+    )
+    assert open_checkpoint(tied).ends.sources[259] == ("the tokenizer",)
+    tokenizer = read_tokenizer(tied)
+    assert tokenizer is not None
+    assert tokenizer.encode("<|done|>").ids == [259]
+
+
 def test_one_of_the_older_files_alone_is_no_tokenizer(tied: Path) -> None:
     older_files(tied)
     (tied / "merges.txt").unlink()

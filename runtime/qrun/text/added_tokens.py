@@ -47,7 +47,9 @@ def add_tokens(
     special = dict(_special(config))
     listed = config.get("added_tokens_decoder")
     if listed is None:
-        found = [(number, text) for text, number in older.items() if type(number) is int]
+        found = [
+            (number, text) for text, number in older.items() if type(number) is int and _is_unicode(text)
+        ]
         tokens = [_token(text, special=text in special) for _, text in sorted(found)]
     else:
         tokens = [token for _, token in sorted(_decoder(listed, where), key=lambda entry: entry[0])]
@@ -70,7 +72,12 @@ def special_names(config: Mapping[str, Any]) -> dict[str, str]:
 def text_of(token: object) -> str | None:
     """A special token is written as its text, or as an object with a "content"."""
     found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) and _is_unicode(found) else None
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can write half of a surrogate pair, which no tokenizer takes."""
+    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in text)
 
 
 def _special(config: Mapping[str, Any]) -> Iterator[tuple[str, tokenizers.AddedToken]]:

@@ -55,10 +55,7 @@ class Tokenizer:
                 where=path,
                 hint="copy it from the checkpoint again; it may be truncated, or a Git LFS pointer",
             ) from error
-        older = read_json_object(Path(folder) / "added_tokens.json")
-        config = _with_older_names(Path(folder))
-        add_tokens(backend, config, older, Path(folder) / "tokenizer_config.json")
-        return cls(backend, special_names(config))
+        return cls(backend, add_folders_tokens(backend, Path(folder)))
 
     @property
     def vocab_size(self) -> int:
@@ -130,6 +127,22 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
         QrunError: the file is not a JSON object.
     """
     return special_names(_with_older_names(folder))
+
+
+def add_folders_tokens(backend: tokenizers.Tokenizer, folder: Path) -> dict[str, str]:
+    """Give a tokenizer the tokens that stand beside its tokenizer.json.
+
+    Returns:
+        As ``read_special_tokens``.
+
+    Raises:
+        QrunError: a file of the folder is not what it should be.
+    """
+    config = _with_older_names(folder)
+    add_tokens(
+        backend, config, read_json_object(folder / "added_tokens.json"), folder / "tokenizer_config.json"
+    )
+    return special_names(config)
 
 
 def _with_older_names(folder: Path) -> dict[str, Any]:
