@@ -134,14 +134,15 @@ def _build_options(command: Any) -> Any:
 @click.option(
     "--recipe",
     type=click.Choice(RECIPES),
-    help="How int4 is rounded: to nearest, at once; by GPTQ, for the same speed and size, a third of the "
-    "error and minutes of work; or by GPTQ in shorter blocks, with down_proj and head in 8 bits.  "
+    help="How int4 is rounded: to nearest, at once; balanced (awq), for the same speed and size, half of the "
+    "error and seconds of work; by GPTQ, for a third of the error and minutes; or by GPTQ in shorter blocks, "
+    "with down_proj and head in 8 bits.  "
     "[default: rtn, with --calibrate gptq]",
 )
 @click.option(
     "--calibrate",
     metavar="FILE",
-    help="A text on which GPTQ looks at the model's activations, or 'default' for the package's own.",
+    help="A text on which awq and GPTQ look at the model's activations, or 'default' for the package's own.",
 )
 @click.option(
     "--prefill",

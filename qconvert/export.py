@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qconvert.calibration.awq import balance_and_round
 from qconvert.calibration.gptq.rounding import round_weights, write_record
 from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.calibration.kv_scales import KVScales, scales_for
@@ -26,9 +27,10 @@ from qconvert.checkpoint.load import (
 from qconvert.errors import QconvertError
 from qconvert.folder.artifact import ModelFolder, new_model_folder
 from qconvert.folder.companions import write_companions
-from qconvert.formats.folding import Folding
+from qconvert.formats.folding import NO_FOLDING, Folding
 from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import Recipe
+from qconvert.formats.record import write_factors
 from qconvert.models.families import family_of, rope_tables, spec_of
 from qconvert.models.spec import DecoderSpec
 from qconvert.parallel import piece_workers
@@ -82,7 +84,9 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     choice, text = choose(options, target.capabilities, spec), None
     recipe = choice.recipe
     if choice.calibrated:
-        text = calibration_text(options.calibrate, checkpoint.folder, spec.vocab_size, spec.context_length)
+        text = calibration_text(
+            options.calibrate, checkpoint.folder, spec.vocab_size, spec.context_length, choice.tokens
+        )
         recipe = choice.on_text(text.facts)
     output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{choice.name}")
     needed = sum(data_bytes(target.lower, spec, recipe).values()) + (64 << 20)  # graph, tokenizer and reports
@@ -91,13 +95,20 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
         with hashed_meanwhile(checkpoint.weight_files) as hashes:
             with progress.task("loading the checkpoint"):
                 model = load_model(checkpoint)
-            folding = folding_for(recipe, model, checkpoint.folder, progress)
-            rounded = None
+            balance, values, rounded = NO_FOLDING, NO_FOLDING, None
             if text is not None:
                 rounded = RoundedWeights(folder.output, hashes.result(), recipe)
-                round_weights(model, recipe, text.sequences, rounded, progress)
+                if choice.method == "awq":
+                    factors = balance_and_round(model, recipe, text.sequences, rounded, progress)
+                    write_factors(folder.path, {found.divided: each for found, each in factors.items()})
+                    balance = Folding.of_inputs(factors)
+                    # What is in the KV cache is divided for every graph that reads or fills it.
+                    values = Folding.of_inputs({f: each for f, each in factors.items() if f.of_values})
+                else:
+                    round_weights(model, recipe, text.sequences, rounded, progress)
                 write_record(folder.path, model, recipe, rounded)
-            kv_scales = scales_for(recipe, model, checkpoint.folder, progress)
+            folding = folding_for(recipe, model, checkpoint.folder, progress) | values
+            kv_scales = scales_for(recipe, model, checkpoint.folder, progress, values)
             with progress.task("writing the graph", parameter_count(spec)) as advance:
                 write_graph(
                     model,
@@ -106,6 +117,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                     target,
                     folder.path,
                     folding=folding,
+                    balance=balance,
                     rounded=rounded,
                     kv_scales=kv_scales,
                     advance=advance,
@@ -135,8 +147,12 @@ def write_graph(
     kv_scales: KVScales,
     advance: Any = None,
     rounded: Mapping[str, PackedWeight] | None = None,
+    balance: Folding = NO_FOLDING,
 ) -> None:
-    """Lower the decoder and write the target's graphs and ``model.onnx.data``."""
+    """Lower the decoder and write the target's graphs and ``model.onnx.data``.
+
+    ``folding`` is that of integer products, ``balance`` that of all others.
+    """
     import onnx_ir
 
     from qconvert.checkpoint.weights import CheckpointWeights
@@ -144,7 +160,8 @@ def write_graph(
     from qconvert.lowering.initializers import Initializers
 
     with DataFile(folder / DATA_NAME) as data, piece_workers() as workers:
-        initializers = Initializers(CheckpointWeights(model, advance), data, workers, folding, rounded)
+        weights = CheckpointWeights(model, advance)
+        initializers = Initializers(weights, data, workers, folding, rounded, balance=balance)
         for name, scale in kv_scales.items():
             initializers.constant(name, scale.numpy())
         graphs = target.lower(spec, recipe, initializers, rope_tables(model.config, spec.context_length))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from qconvert.calibration.text import batches, calibration_ids
 from qconvert.checkpoint.kv_observers import LARGEST, Observed
 from qconvert.checkpoint.reference import Reference
+from qconvert.formats.folding import NO_FOLDING, Folding
 from qconvert.formats.recipe import Recipe
 from qconvert.formats.stored import kv_scale_name
 from qconvert.progress import Progress
@@ -35,11 +36,16 @@ KVScales = Mapping[str, "torch.Tensor"]
 
 
 def scales_for(
-    recipe: Recipe, model: PreTrainedModel, tokenizer_folder: Path, progress: Progress
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer_folder: Path,
+    progress: Progress,
+    folding: Folding = NO_FOLDING,
 ) -> KVScales:
     """The scales that a recipe needs: none, unless its KV cache is of 8 bits.
 
-    They come from the package's own text, read some sequences at a time, in float32.
+    They come from the package's own text, read some sequences at a time, in float32. Values that the
+    ``folding`` of the graphs divides are stored as much smaller.
     """
     if recipe.kv_cache is None:
         return {}
@@ -52,7 +58,9 @@ def scales_for(
             reference.hidden_states(batch)
             advance(sum(map(len, batch)))
     return {
-        kv_scale_name(*place): scale_of(largest)[None, :, None, :].contiguous()
+        kv_scale_name(*place): scale_of(largest / folding.of_cache(*place, largest))[
+            None, :, None, :
+        ].contiguous()
         for place, largest in observed.largest.items()
     }
 

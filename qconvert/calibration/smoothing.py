@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qconvert.calibration.text import batches, calibration_ids
 from qconvert.checkpoint.reference import Reference
 from qconvert.checkpoint.weights import CheckpointWeights
-from qconvert.formats.folding import NO_FOLDING, FoldedInput, Folding, folded_inputs
+from qconvert.formats.folding import LARGEST_FACTOR, NO_FOLDING, FoldedInput, Folding, folded_inputs
 from qconvert.formats.recipe import Recipe
 from qconvert.progress import Progress
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Factors beyond have no use, and could bring float32 arithmetic near its ends.
-_LARGEST_FACTOR = 2.0**12
 # Tokens of a passage that are read. It bounds time and memory where a tokenizer knows bytes only.
 _LONGEST = 256
 
@@ -84,7 +82,7 @@ def factors_for(size: torch.Tensor, largest: torch.Tensor, strength: float) -> t
     if not bool(usable.any()):
         return torch.ones_like(size)
     factors = (logarithm - logarithm[usable].mean()).exp()
-    factors.clamp_(1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
+    factors.clamp_(1 / LARGEST_FACTOR, LARGEST_FACTOR)
     return torch.where(usable, factors, torch.ones_like(factors))
 
 

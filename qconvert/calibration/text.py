@@ -26,7 +26,7 @@ _RANDOM_SEQUENCES = 8
 # Tokens that are looked at together: each weight is then upcast once for all of them, and what lies between
 # the layers of a 1.5B model takes 0.2 GB.
 _BATCH_TOKENS = 2048
-# Rounding by GPTQ reads more text than the other calibrations: 16,384 tokens of both of the package's texts.
+# Rounding reads more text than the other calibrations: up to 16,384 tokens of both of the package's texts.
 _SEQUENCE_TOKENS = 512
 _MOST_TOKENS = 32 * _SEQUENCE_TOKENS
 _TEXTS = ("text.txt", "more.txt")
@@ -68,7 +68,11 @@ def calibration_ids(
 
 
 def calibration_text(
-    source: str | Path | None, tokenizer_folder: Path, vocab_size: int, context_length: int
+    source: str | Path | None,
+    tokenizer_folder: Path,
+    vocab_size: int,
+    context_length: int,
+    most_tokens: int = _MOST_TOKENS,
 ) -> CalibrationText:
     """The text behind ``--calibrate`` in sequences of one length: passages follow one another.
 
@@ -77,6 +81,7 @@ def calibration_text(
         tokenizer_folder: the checkpoint's.
         vocab_size: the model's.
         context_length: the model's; sequences are no longer.
+        most_tokens: how many are taken.
 
     Raises:
         QconvertError: the file cannot be read or is not text, or has too little of it.
@@ -84,7 +89,7 @@ def calibration_text(
     own = source is None or str(source) == DEFAULT_TEXT
     text = SEPARATOR.join(_own_texts()) if own else _read(Path(str(source)))
     sequences = calibration_ids(tokenizer_folder, vocab_size, text=text)
-    tokens = [token for sequence in sequences for token in sequence][:_MOST_TOKENS]
+    tokens = [token for sequence in sequences for token in sequence][:most_tokens]
     length = min(_SEQUENCE_TOKENS, context_length, len(tokens))
     cut = tuple(tuple(tokens[start : start + length]) for start in range(0, len(tokens) - length + 1, length))
     if not own and len(tokens) < _SEQUENCE_TOKENS:

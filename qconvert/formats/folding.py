@@ -1,10 +1,11 @@
-"""Factors moved from a product's inputs into its weights, so that both round well to 8 bits.
+"""Factors moved from a product's inputs into its weights, so that both round well.
 
 x W^T = (x / f) (W f)^T. Dividing costs nothing where the input comes from a norm or from another
-matrix: ``input_layernorm`` and ``post_attention_layernorm`` are divided, and of ``down_proj``'s input
-the rows of ``up_proj``. The model computes the same numbers, up to rounding.
+matrix: ``input_layernorm`` and ``post_attention_layernorm`` are divided, of ``down_proj``'s input the rows
+of ``up_proj``, and of ``o_proj``'s input the rows of ``v_proj`` with their biases. The model computes the
+same numbers, up to rounding.
 
-Source: Xiao et al., SmoothQuant, arXiv:2211.10438, which folds into norms only.
+Sources: Xiao et al., SmoothQuant, arXiv:2211.10438, and Lin et al., AWQ, arXiv:2306.00978.
 """
 
 from __future__ import annotations
@@ -16,19 +17,45 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+# Factors beyond have no use, and could bring float32 arithmetic near its ends.
+LARGEST_FACTOR = 2.0**12
+
 
 @dataclass(frozen=True)
 class FoldedInput:
-    """One input whose columns can be scaled: what is divided, and the matrices that read it."""
+    """One input whose columns can be scaled: what is divided, and the matrices that read it.
+
+    Attributes:
+        divided: by as many factors as it has rows.
+        readers: matrices whose columns are multiplied.
+        bias: divided as well, where the model has it.
+        heads: of keys and values, for the input of ``o_proj``; else 1.
+        queries: heads that read the same value head, and so share its factors; else 1.
+    """
 
     divided: str
     readers: tuple[str, ...]
+    bias: str | None = None
+    heads: int = 1
+    queries: int = 1
+
+    @property
+    def of_values(self) -> bool:
+        """Whether values are divided: then what is in the KV cache is, too."""
+        return self.divided.endswith(".v_proj.weight")
+
+    def of_columns(self, factors: torch.Tensor) -> torch.Tensor:
+        """The factor of each of the readers' columns for factors of the divided rows."""
+        if self.queries == 1:
+            return factors
+        return factors.view(self.heads, 1, -1).expand(-1, self.queries, -1).reshape(-1)
 
 
 def folded_inputs(layer: int) -> tuple[FoldedInput, ...]:
-    """The inputs of a layer, that of ``up_proj`` before that of ``down_proj``, which divides it again.
+    """The inputs of a layer that integer products fold, that of ``up_proj`` before that of ``down_proj``,
+    which divides it again.
 
-    ``o_proj`` has none: its input is not hard to round (docs/verification.md).
+    ``o_proj``'s is not hard to round to 8 bits (docs/verification.md).
     """
     name = f"model.layers.{layer}"
     return (
@@ -40,6 +67,18 @@ def folded_inputs(layer: int) -> tuple[FoldedInput, ...]:
             (f"{name}.mlp.gate_proj.weight", f"{name}.mlp.up_proj.weight"),
         ),
         FoldedInput(f"{name}.mlp.up_proj.weight", (f"{name}.mlp.down_proj.weight",)),
+    )
+
+
+def value_input(layer: int, query_heads: int, kv_heads: int) -> FoldedInput:
+    """The input of ``o_proj``: attention takes means of values, so their scale passes through it."""
+    name = f"model.layers.{layer}.self_attn"
+    return FoldedInput(
+        f"{name}.v_proj.weight",
+        (f"{name}.o_proj.weight",),
+        f"{name}.v_proj.bias",
+        kv_heads,
+        query_heads // kv_heads,
     )
 
 
@@ -58,9 +97,15 @@ class Folding:
     @classmethod
     def of_inputs(cls, factors: Mapping[FoldedInput, torch.Tensor]) -> Folding:
         """The folding that scales each of some inputs."""
+        divided = {found.divided: factor for found, factor in factors.items()}
+        divided |= {found.bias: factor for found, factor in factors.items() if found.bias is not None}
         return cls(
-            {found.divided: factor for found, factor in factors.items()},
-            {reader: factor for found, factor in factors.items() for reader in found.readers},
+            divided,
+            {
+                reader: found.of_columns(factor)
+                for found, factor in factors.items()
+                for reader in found.readers
+            },
         )
 
     def __contains__(self, name: str) -> bool:
@@ -81,6 +126,19 @@ class Folding:
         if name in self.multiplied:
             rows = rows / self.multiplied[name]
         return rows
+
+    def of_cache(self, layer: int, part: str, like: torch.Tensor) -> torch.Tensor:
+        """By what a layer's "key" or "value" is divided in the cache, ``[kv_heads, head_size]``."""
+        import torch
+
+        name = f"model.layers.{layer}.self_attn.v_proj.weight"
+        if part == "value" and name in self.divided:
+            return self.divided[name].view_as(like)
+        return torch.ones_like(like)
+
+    def __or__(self, other: Folding) -> Folding:
+        """Both, where they fold other inputs."""
+        return Folding({**self.divided, **other.divided}, {**self.multiplied, **other.multiplied})
 
     def _of_rows(self, name: str, rows: torch.Tensor, start: int) -> torch.Tensor:
         factors = self.divided[name][start : start + len(rows)]

@@ -59,11 +59,12 @@ class BlockFormat:
 
 @dataclass(frozen=True)
 class Calibration:
-    """On which text weights were rounded: its name for people, SHA-256 of its token ids, their number."""
+    """On which text weights were rounded, and how: its name, SHA-256 of its token ids, their number."""
 
     text: str
     sha256: str
     tokens: int
+    method: Literal["gptq", "awq"] = "gptq"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Recipe:
     are computed from the upper halves of the head's weights, and again from all of them for that many of the
     likeliest tokens (``lowering/ort/shortlist.py``). ``exceptions`` are
     formats of single kinds of linear weights (``down_proj``). With a ``calibration``, 4-bit weights are
-    rounded by GPTQ on its text; all others, and without it all, are rounded to nearest. ``kv_cache`` is None
+    rounded on its text (``calibration/gptq``, or ``calibration/awq.py``, which folds factors into matrices as
+    well); all others, and without it all, are rounded to nearest. ``kv_cache`` is None
     where keys and values keep the activations' type.
     """
 

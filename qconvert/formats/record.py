@@ -1,9 +1,14 @@
-"""``rounding.json`` in a model folder: digests of the weights that a calibration has rounded on purpose."""
+"""What a calibration records in a model folder for whoever wants to check its weights.
+
+``rounding.json`` has digests of the weights that were rounded on purpose, ``balance.safetensors`` the factors
+that were folded into matrices before (``folding.py``), by the name of the tensor whose rows they divide.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 RECORD_NAME = "rounding.json"
+FACTORS_NAME = "balance.safetensors"
 
 
 class Digest:
@@ -44,4 +50,31 @@ def read_record(folder: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise QconvertError(
             "the record of rounded weights is damaged", where=file, hint="export again"
+        ) from error
+
+
+def write_factors(folder: Path, factors: Mapping[str, torch.Tensor]) -> None:
+    """``balance.safetensors``: factors, of bfloat16's values, by the name of the tensor that they divide."""
+    from safetensors.torch import save_file
+
+    save_file({name: factor.bfloat16() for name, factor in factors.items()}, folder / FACTORS_NAME)
+
+
+def read_factors(folder: Path) -> dict[str, torch.Tensor]:
+    """The same in float32; none where nothing was folded before rounding.
+
+    Raises:
+        QconvertError: the file is not what ``write_factors`` writes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / FACTORS_NAME
+    if not file.is_file():
+        return {}
+    try:
+        return {name: factor.float() for name, factor in load_file(file).items()}
+    except (SafetensorError, ValueError) as error:
+        raise QconvertError(
+            "the record of folded factors is damaged", where=file, hint="export again"
         ) from error

@@ -61,9 +61,13 @@ class Initializers:
         workers: Executor | None = None,
         folding: Folding = NO_FOLDING,
         rounded: Mapping[str, PackedWeight] | None = None,
+        *,
+        balance: Folding = NO_FOLDING,
     ) -> None:
-        self._weights = weights
-        self._folding = folding
+        """``balance`` is the folding of the graph that is written first, ``folding`` that of ``folded``."""
+        self._checkpoint = weights
+        self._weights = FoldedWeights(weights, balance)
+        self._folding, self._balance = folding, balance
         self._rounded = rounded or {}  # in blocks already, by a calibration
         self._workers = workers
         self._data = data
@@ -84,7 +88,15 @@ class Initializers:
     def for_another_graph(self, data: DataFile | None = None) -> Initializers:
         """The same tensors as values of a second graph: a value belongs to one, the data to both."""
         kind = type(self)
-        twin = kind(self._weights, data or self._data, self._workers, self._folding, self._rounded)
+        twin = kind(
+            self._checkpoint,
+            data or self._data,
+            self._workers,
+            self._folding,
+            self._rounded,
+            balance=self._balance,
+        )
+        twin._weights = self._weights
         for name, value in self._by_name.items():
             twin._by_name[name] = ir.Value(
                 name=name, shape=value.shape, type=value.type, const_value=value.const_value
@@ -95,9 +107,9 @@ class Initializers:
     def folded(self) -> Initializers:
         """The same for a graph of integer products, whose inputs and weights share out their scales."""
         twin = self.for_another_graph()
-        twin._weights = FoldedWeights(self._weights, self._folding)
+        twin._weights = FoldedWeights(self._checkpoint, self._folding)
         for name in [name for name in twin._by_name if name in self._folding]:
-            # Stored unfolded for the other graph; this one needs its own copy.
+            # Stored for the other graph, whose folding is another; this one needs its own copy.
             del twin._by_name[name]
         return twin
 
@@ -128,8 +140,8 @@ class Initializers:
         """
         joined = joined_name(names)
         if joined not in self._by_name:
-            first = self._weights[names[0]]
-            shape = (sum(self._weights[name].shape[0] for name in names), *first.shape[1:])
+            first = self._checkpoint[names[0]]
+            shape = (sum(self._checkpoint[name].shape[0] for name in names), *first.shape[1:])
             self._keep(self._data.add(joined, self._cast(names, dtype), shape, _ir_dtype(dtype)))
         return self._by_name[joined]
 
@@ -140,7 +152,8 @@ class Initializers:
             QconvertError: a value is NaN or Inf.
         """
         joined = joined_name(names)
-        rows, columns = sum(self._weights[name].shape[0] for name in names), self._weights[names[0]].shape[1]
+        rows = sum(self._checkpoint[name].shape[0] for name in names)
+        columns = self._checkpoint[names[0]].shape[1]
         if (joined, layout) not in self._packed:  # else a tied embedding, or a graph beside this one has it
             parts = layout.parts(rows, columns)
             for part, pieces in zip(parts, self._contents(names, layout), strict=True):
@@ -190,9 +203,10 @@ class Initializers:
         return layout.pieces([self._pack(name, layout) for name in names])
 
     def _pack(self, name: str, layout: Layout) -> PackedWeight:
+        if name in self._rounded and isinstance(layout, Blocks):
+            self._weights.release(name)
+            return self._rounded[name]
         with self._used(name) as weight:
-            if name in self._rounded and isinstance(layout, Blocks):
-                return self._rounded[name]
             return layout.pack(weight, self._workers)
 
     @contextmanager

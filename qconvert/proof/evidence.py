@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qconvert.checkpoint.reference import Reference
+from qconvert.errors import QconvertError
+from qconvert.formats.record import read_factors
 from qconvert.models.families import spec_of
 from qconvert.progress import Progress
 from qconvert.proof.cases import CaseSet, make_cases
@@ -52,15 +54,26 @@ class Evidence:
         self.head = HeadProof()
 
     @property
-    def calibrated(self) -> bool:
-        """Whether weights were rounded by a calibration."""
-        return self.manifest.recipe.calibrated
+    def method(self) -> str | None:
+        """How a calibration has rounded weights, "gptq" or "awq"; None where there was none.
+
+        Raises:
+            QconvertError: by a way that this version does not know.
+        """
+        method = self.manifest.recipe.method
+        if method not in (None, "gptq", "awq"):
+            raise QconvertError(
+                f'there are no limits for weights that were rounded by "{method}"',
+                where=self.manifest.folder,
+                hint="update it: pip install -U qconvert",
+            )
+        return method
 
     @property
     def limits(self) -> str:
         """The column of the table of limits."""
         manifest = self.manifest
-        return limits_name(manifest.precision, calibrated=self.calibrated, kv_dtype=manifest.kv.dtype)
+        return limits_name(manifest.precision, method=self.method, kv_dtype=manifest.kv.dtype)
 
     @property
     def has_prompt_graph(self) -> bool:
@@ -85,13 +98,18 @@ class Evidence:
 
     @cached_property
     def exported(self) -> ExportedWeights:
-        return ExportedWeights(self.manifest.graph_path, self.reference.model)
+        return ExportedWeights(self.manifest.graph_path, self.reference.model, recorded=self.factors)
+
+    @cached_property
+    def factors(self) -> dict[str, torch.Tensor]:
+        """What the export says to have folded into its matrices before they were rounded."""
+        return read_factors(self.manifest.folder) if self.method == "awq" else {}
 
     @cached_property
     def prompts(self) -> ExportedWeights:
         """The weights of the second graph."""
         assert self.manifest.prefill_path is not None
-        return prompt_weights(self.manifest.prefill_path, self.reference.model)
+        return prompt_weights(self.manifest.prefill_path, self.reference.model, self.factors)
 
     @cached_property
     def kv(self) -> KVProof:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.errors import QconvertError
 from qconvert.formats.channels import LARGEST, StoredChannels, StoredInputChannels
-from qconvert.formats.folding import FoldedInput, Folding, folded_inputs
+from qconvert.formats.folding import LARGEST_FACTOR, FoldedInput, Folding, folded_inputs, value_input
 from qconvert.formats.halves import StoredHalves
 from qconvert.formats.layout import Arrays, Rounding, Stored
+from qconvert.formats.record import FACTORS_NAME
 from qconvert.formats.shortlist import Shortlist
 from qconvert.formats.stored import SHORTLIST_RANGES, SHORTLIST_SIZE, find, joined_name
 from qconvert.models.decoder import lower_decoder
 from qconvert.models.families import spec_of
 from qconvert.models.recorder import LowerDecoder, tensor_groups
+from qconvert.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
     import torch
@@ -42,23 +44,36 @@ class ExportedWeights:
         graph: the ``model.onnx`` or ``prefill.onnx`` beside its data file.
         model: the checkpoint, for names and shapes.
         lower: which part of the decoder the graph holds.
+        recorded: factors that were folded into matrices in blocks before they were rounded, by the tensor
+            that they divide (``formats/record.py``).
 
     Attributes:
         folding: between the checkpoint's weights and the stored ones.
+        recovered: tensors from which its factors were taken, so that they say nothing of themselves.
         description: for people.
 
     Raises:
-        QconvertError: a tensor of the checkpoint is not in the graph, or has another shape there.
+        QconvertError: a tensor of the checkpoint is not in the graph, or has another shape there; or a
+            recorded factor is none.
     """
 
-    def __init__(self, graph: Path, model: PreTrainedModel, lower: LowerDecoder = lower_decoder) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        model: PreTrainedModel,
+        lower: LowerDecoder = lower_decoder,
+        recorded: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self._arrays = Arrays(graph)
         self._path = graph
         self._stored: dict[str, _Place] = {}
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         for group in tensor_groups(spec_of(model.config), lower):
             self._place(group, shapes)
-        self.folding = self._recover_folding(CheckpointWeights(model), model.config.num_hidden_layers)
+        factors = self._recorded_factors(recorded or {}, spec_of(model.config), shapes)
+        recovered = self._recover_factors(CheckpointWeights(model), model.config.num_hidden_layers)
+        self.recovered = {found.divided for found in recovered}
+        self.folding = Folding.of_inputs({**factors, **recovered})
         self.description = "float32 (with the export's own weights)"
 
     def __iter__(self) -> Iterator[str]:
@@ -125,7 +140,32 @@ class ExportedWeights:
         """
         return self._arrays[initializer]
 
-    def _recover_folding(self, checkpoint: CheckpointWeights, layers: int) -> Folding:
+    def _recorded_factors(
+        self, recorded: Mapping[str, torch.Tensor], spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[FoldedInput, torch.Tensor]:
+        """Those recorded factors that this graph was folded with.
+
+        A wrong one cannot excuse itself: what it divides has to be divided by it, norms and biases to the
+        last bit, and the matrices that read the input have to be multiplied with the same one.
+        """
+        factors: dict[FoldedInput, torch.Tensor] = {}
+        for layer in range(spec.num_hidden_layers if recorded else 0):
+            values = value_input(layer, spec.num_attention_heads, spec.num_key_value_heads)
+            for found in (*folded_inputs(layer), values):
+                # Values are divided in every graph, since they meet in one KV cache.
+                if found.divided not in self or (self._for_integers(found) and not found.of_values):
+                    continue
+                factor = recorded.get(found.divided)
+                if factor is None or not _usable(factor, shapes[found.divided][:1]):
+                    raise QconvertError(
+                        f"the factors of {found.divided} are not recorded, or are none",
+                        where=self._path.with_name(FACTORS_NAME),
+                        hint="export the model again",
+                    )
+                factors[found] = factor
+        return factors
+
+    def _recover_factors(self, checkpoint: CheckpointWeights, layers: int) -> dict[FoldedInput, torch.Tensor]:
         """The factors of integer products, from what was divided by them.
 
         They are not recorded anywhere else. A wrong one cannot excuse itself: the matrices that read the
@@ -135,7 +175,7 @@ class ExportedWeights:
 
         factors: dict[FoldedInput, torch.Tensor] = {}
         for found in (found for layer in range(layers) for found in folded_inputs(layer)):
-            if found.readers[0] not in self or not self._for_integers(found.readers[0]):
+            if not self._for_integers(found):
                 continue
             true = Folding.of_inputs(factors).apply(found.divided, checkpoint[found.divided]).float()
             divided = self._stored[found.divided].stored
@@ -146,11 +186,12 @@ class ExportedWeights:
             # Where the checkpoint holds only zeros there is nothing to divide: factor 1.
             factors[found] = torch.where(true == 0, torch.ones_like(true), true / stored)
             checkpoint.release(found.divided)
-        return Folding.of_inputs(factors)
+        return factors
 
-    def _for_integers(self, name: str) -> bool:
-        """Whether a matrix is stored for integer products."""
-        return isinstance(self._stored[name].stored, StoredChannels | StoredInputChannels)
+    def _for_integers(self, found: FoldedInput) -> bool:
+        """Whether an input is read by integer products."""
+        name = found.readers[0]
+        return name in self and isinstance(self._stored[name].stored, StoredChannels | StoredInputChannels)
 
     def _place(self, group: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> None:
         """Find a group of tensors that stand side by side in one initializer."""
@@ -166,3 +207,10 @@ class ExportedWeights:
                 where=self._path,
                 hint="give the checkpoint from which the folder was exported",
             )
+
+
+def _usable(factors: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether such factors can have been folded; NaN is none."""
+    if tuple(factors.shape) != shape:
+        return False
+    return float(factors.min()) >= 1 / LARGEST_FACTOR and float(factors.max()) <= LARGEST_FACTOR

@@ -46,7 +46,11 @@ class KVProof:
         self._scales = stored_scales(exported, graph, reference.model.config)
         self._observed = Observed()
         self.checkpoint = Reference(reference.model, kv=self._observed)
-        self.rounded = Rounded(lambda layer, part: self._scales[layer, part])
+        # The checkpoint's values are larger than the stored ones by what the export has divided them by.
+        self._true_scales = {
+            place: scale * exported.folding.of_cache(*place, scale) for place, scale in self._scales.items()
+        }
+        self.rounded = Rounded(lambda layer, part: self._true_scales[layer, part])
 
     def with_faults(self, check: WeightCheck, limits: str) -> WeightCheck:
         """The outcome for the weights and, once PyTorch has run, for the scales.
@@ -72,7 +76,7 @@ class KVProof:
         above, below = limit_value("kv_above", limits), limit_value("kv_below", limits)
         for place, largest in self._observed.largest.items():
             # Of what the scale can store, how much did these texts need? 1 is all of it.
-            need = (largest / (self._scales[place] * LARGEST)).numpy()
+            need = (largest / (self._true_scales[place] * LARGEST)).numpy()
             bad = ~((need <= above) & (need >= 1 / below)) & (largest > 0).numpy()
             if bad.any():
                 head, channel = np.argwhere(bad)[0]

@@ -14,9 +14,11 @@ from typing import Literal
 Against = Literal["checkpoint", "own weights", "sharp twin"]
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 CALIBRATED = "int4 gptq"
+BALANCED = "int4 awq"
+FOUR_BITS = ("int4", BALANCED, CALIBRATED)
 # With exact weights, what the cache's 8 bits cost is all there is. Elsewhere the weights cost more.
 FP32_INT8_KV = "fp32, int8 KV"
-COLUMNS = (*PRECISIONS, CALIBRATED, FP32_INT8_KV)
+COLUMNS = (*PRECISIONS, BALANCED, CALIBRATED, FP32_INT8_KV)
 # Where fewer positions are compared, one token decides over a share, a perplexity or a mean.
 ENOUGH_FOR_SHARES = 100
 ENOUGH_FOR_MEANS = 20
@@ -67,6 +69,7 @@ LIMITS = (
             "bf16": 0.0,
             "int8": 0.501,
             "int4": 0.501,
+            BALANCED: 0.501,
             CALIBRATED: 0.501,
         },
         "Rounding to nearest leaves half a step at most, and 0.001 is room for float32 arithmetic. "
@@ -75,18 +78,28 @@ LIMITS = (
     ),
     Limit(
         "moved_steps",
-        "the same of a matrix that GPTQ has rounded, largest of each block, mean over the blocks",
+        "the same of a matrix that a calibration has rounded, largest of each block, mean over the blocks",
         "checkpoint",
-        {CALIBRATED: 5.0},
+        {BALANCED: 3.0, CALIBRATED: 5.0},
         "GPTQ moves weights on purpose, single ones by up to 17 steps, where the inputs do not feel it. "
         "The sample's matrices have 2.1 at most, tiny random models 1.9; rows in each other's place have "
-        "more than 5. A single wrong weight is found all the same: what was solved is recorded bit by bit.",
+        "more than 5. In groups of balanced columns it moves them less: 1.4 on the sample, 1.8 at most on "
+        "random models. A single wrong weight is found all the same: what was solved is recorded bit by bit.",
+    ),
+    Limit(
+        "common_steps",
+        "the same of a balanced matrix: how far a row or a column is off as a whole",
+        "checkpoint",
+        {BALANCED: 0.75},
+        "A mean over blocks hides a factor that was folded into one matrix and not into the other: it makes a "
+        "row or a column longer as a whole, by 1 step and more for twice the factor. Rounding leaves 0.42 at "
+        "most on the sample and 0.36 on random models, in columns so small that they are rounded away.",
     ),
     Limit(
         "kv_above",
         "int8 KV cache: largest key or value over the largest that its scale can store",
         "checkpoint",
-        {FP32_INT8_KV: 3.0, "int8": 3.0, "int4": 3.0, CALIBRATED: 3.0},
+        {FP32_INT8_KV: 3.0, "int8": 3.0, "int4": 3.0, BALANCED: 3.0, CALIBRATED: 3.0},
         "Scales come from a calibration text and leave a tenth of room; what is beyond is cut off. These "
         "texts reach 1.5 in channels of the sample, 1.6 in random models. PyTorch with the export's own "
         "scales would share a wrong one: it is found here.",
@@ -95,7 +108,7 @@ LIMITS = (
         "kv_below",
         "int8 KV cache: what a channel's scale can store over its largest key or value",
         "checkpoint",
-        {FP32_INT8_KV: 10.0, "int8": 10.0, "int4": 10.0, CALIBRATED: 10.0},
+        {FP32_INT8_KV: 10.0, "int8": 10.0, "int4": 10.0, BALANCED: 10.0, CALIBRATED: 10.0},
         "A scale that is too large wastes the 8 bits. The sample's largest ratio is 3.1, that of random "
         "models 1.7: these texts are shorter than the calibration's.",
     ),
@@ -103,7 +116,7 @@ LIMITS = (
         "second_step",
         "logits in two steps: share of the second step that is missing",
         "own weights",
-        {"int4": 0.2, CALIBRATED: 0.2},
+        {"int4": 0.2, BALANCED: 0.2, CALIBRATED: 0.2},
         "Without it, or done to other tokens, the share is 1. Where it is right, rounding in the layers "
         "before leaves 0.06 on the sample (rounded to nearest or by GPTQ) and 0.07 at most on random models, "
         "1.3e-4 on the sample.",
@@ -112,7 +125,7 @@ LIMITS = (
         "twin_difference",
         "sharp twin: largest difference of any logit",
         "own weights",
-        dict.fromkeys((FP32_INT8_KV, "fp16", "bf16", "int8", "int4", CALIBRATED), 1e-3),
+        dict.fromkeys((FP32_INT8_KV, "fp16", "bf16", "int8", *FOUR_BITS), 1e-3),
         "As sharp as fp32, for what is left is the order of sums: 4e-5 at most on random models, "
         "1.3e-4 on the sample.",
     ),
@@ -120,7 +133,15 @@ LIMITS = (
         "mean_rounding",
         "what rounding costs: mean KL divergence of the graph from its sharp twin, nats",
         "sharp twin",
-        {FP32_INT8_KV: 3e-3, "fp16": 5e-4, "bf16": 5e-3, "int8": 0.05, "int4": 0.05, CALIBRATED: 0.05},
+        {
+            FP32_INT8_KV: 3e-3,
+            "fp16": 5e-4,
+            "bf16": 5e-3,
+            "int8": 0.05,
+            "int4": 0.05,
+            BALANCED: 0.05,
+            CALIBRATED: 0.05,
+        },
         "Of activations, and of keys and values in an int8 KV cache: "
         "the twin shows that nothing else is left. The sample has 0.009 in int8 and 0.016 in int4.",
     ),
@@ -128,7 +149,15 @@ LIMITS = (
         "max_rounding",
         "the same of one token",
         "sharp twin",
-        {FP32_INT8_KV: 0.03, "fp16": 0.01, "bf16": 0.05, "int8": 0.5, "int4": 0.5, CALIBRATED: 0.5},
+        {
+            FP32_INT8_KV: 0.03,
+            "fp16": 0.01,
+            "bf16": 0.05,
+            "int8": 0.5,
+            "int4": 0.5,
+            BALANCED: 0.5,
+            CALIBRATED: 0.5,
+        },
         "A mean hides one bad position, as above. Random models have 0.03 at most with an int8 KV cache.",
     ),
     Limit(
@@ -143,7 +172,15 @@ LIMITS = (
         "mean_kl",
         "mean KL divergence per token, nats",
         "own weights",
-        {FP32_INT8_KV: 3e-3, "fp16": 5e-4, "bf16": 5e-3, "int8": 0.05, "int4": 0.05, CALIBRATED: 0.05},
+        {
+            FP32_INT8_KV: 3e-3,
+            "fp16": 5e-4,
+            "bf16": 5e-3,
+            "int8": 0.05,
+            "int4": 0.05,
+            BALANCED: 0.05,
+            CALIBRATED: 0.05,
+        },
         "What activations lose in float16 (1.5e-5 on the sample), bfloat16 (1.5e-3) or as int8 blocks inside "
         "MatMulNBits (0.006 in blocks of 32, 0.03 in blocks of 256). With an int8 KV cache PyTorch rounds "
         "keys and values as well; where sums in another order change a code, the sample loses 5e-4. "
@@ -155,7 +192,15 @@ LIMITS = (
         "max_kl",
         "largest KL divergence of one token, nats",
         "own weights",
-        {FP32_INT8_KV: 0.03, "fp16": 0.01, "bf16": 0.05, "int8": 0.5, "int4": 0.5, CALIBRATED: 0.5},
+        {
+            FP32_INT8_KV: 0.03,
+            "fp16": 0.01,
+            "bf16": 0.05,
+            "int8": 0.5,
+            "int4": 0.5,
+            BALANCED: 0.5,
+            CALIBRATED: 0.5,
+        },
         "A mean hides one bad position, such as the one after a chunk's boundary. The sample has 4e-4 in "
         "fp16, 5e-3 with an int8 KV cache, 9e-3 in bf16, 0.05 in blocks of 32 and 0.25 in blocks of 256.",
     ),
@@ -163,7 +208,15 @@ LIMITS = (
         "mean_kl",
         "mean KL divergence per token, nats",
         "checkpoint",
-        {FP32_INT8_KV: 0.02, "fp16": 5e-4, "bf16": 5e-3, "int8": 0.05, "int4": 1.5, CALIBRATED: 0.75},
+        {
+            FP32_INT8_KV: 0.02,
+            "fp16": 5e-4,
+            "bf16": 5e-3,
+            "int8": 0.05,
+            "int4": 1.5,
+            BALANCED: 0.75,
+            CALIBRATED: 0.75,
+        },
         "What the export costs in all. An int8 KV cache costs the sample 0.0015 on prose and 0.003 "
         "elsewhere, random models up to 0.004. int8 costs the sample 0.006 on prose and 0.012 on Chinese, in "
         "blocks of 256 0.015 and 0.03; round-to-nearest int4 costs it 0.26 and 0.5, in blocks of 256 0.5 and "
@@ -185,7 +238,15 @@ LIMITS = (
         "perplexity_ratio",
         "perplexity of the text over PyTorch's",
         "checkpoint",
-        {FP32_INT8_KV: 1.05, "fp16": 1.01, "bf16": 1.02, "int8": 1.05, "int4": 2.5, CALIBRATED: 1.75},
+        {
+            FP32_INT8_KV: 1.05,
+            "fp16": 1.01,
+            "bf16": 1.02,
+            "int8": 1.05,
+            "int4": 2.5,
+            BALANCED: 1.75,
+            CALIBRATED: 1.75,
+        },
         "A KL divergence does not tell better from worse. At worst, the sample has 1.00, 1.00, 1.03 and 1.8 "
         "(code, blocks of 256), and 1.01 with an int8 KV cache. "
         "Judged from 100 positions on, and not on random tokens.",
@@ -202,6 +263,7 @@ LIMITS = (
             "bf16": 0.5,
             "int8": 1.0,
             "int4": 1.0,
+            BALANCED: 1.0,
             CALIBRATED: 1.0,
         },
         "Two logits that may be off by 1e-3 each can change places when they are 2e-3 apart. The others: "
@@ -220,11 +282,15 @@ def limit_value(key: str, precision: str) -> float:
     return limit.values[precision]
 
 
-def limits_name(precision: str, *, calibrated: bool = False, kv_dtype: str = "float32") -> str:
-    """The table's column for a folder."""
+def limits_name(precision: str, *, method: str | None = None, kv_dtype: str = "float32") -> str:
+    """The table's column for a folder; ``method`` is that of its calibration, "gptq" or "awq", if it has one.
+
+    Raises:
+        KeyError: an unknown method.
+    """
     if (precision, kv_dtype) == ("fp32", "int8"):
         return FP32_INT8_KV
-    return CALIBRATED if calibrated else precision
+    return precision if method is None else {"gptq": CALIBRATED, "awq": BALANCED}[method]
 
 
 def limits_table() -> str:

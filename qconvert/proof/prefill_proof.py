@@ -6,7 +6,7 @@ follows through the first graph's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     RunCase = Callable[[Case, States], list[PathResult]]
 
 
-def prompt_weights(graph: Path, model: PreTrainedModel) -> ExportedWeights:
-    """The second graph's weights.
+def prompt_weights(
+    graph: Path, model: PreTrainedModel, recorded: Mapping[str, torch.Tensor] | None = None
+) -> ExportedWeights:
+    """The second graph's weights; ``recorded`` as in ``ExportedWeights``.
 
     Raises:
         QconvertError: a tensor of the checkpoint is not in the graph, or has another shape there.
     """
-    return ExportedWeights(graph, model, lower_prompt)
+    return ExportedWeights(graph, model, lower_prompt, recorded)
 
 
 def add_weights(

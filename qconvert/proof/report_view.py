@@ -85,7 +85,9 @@ def _weights_line(report: Report) -> str:
     else:
         state = f"none off by over {weights.worst_steps:.3f} steps"
         if weights.moved_tensors:
-            state += f", {weights.moved_tensors} rounded by GPTQ, by {weights.moved_steps:.1f} steps at most"
+            state += (
+                f", {weights.moved_tensors} rounded on a text, by {weights.moved_steps:.1f} steps at most"
+            )
     return f"weights: {weights.values / 1e6:,.1f}M in {weights.tensors} tensors, {state}"
 
 

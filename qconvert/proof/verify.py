@@ -132,9 +132,10 @@ def _wrong_graphs(seen: Evidence) -> list[Failure]:
 def _wrong_weights(seen: Evidence) -> list[Failure]:
     model, limits = seen.reference.model, seen.limits
     moved = None
-    if seen.calibrated:  # a calibration has rounded some weights, and recorded them
-        limit = limit_value("moved_steps", limits_name(seen.manifest.precision, calibrated=True))
-        moved = MovedWeights(read_record(seen.manifest.folder), limit)
+    if seen.method is not None:  # a calibration has rounded some weights, and recorded them
+        limit = limit_value("moved_steps", limits_name(seen.manifest.precision, method=seen.method))
+        common = limit_value("common_steps", seen.limits) if seen.method == "awq" else None
+        moved = MovedWeights(read_record(seen.manifest.folder), limit, common)
     total = sum(parameter.numel() for parameter in model.parameters())
     with seen.progress.task("checking the weights", total) as advance:
         return _with_faults(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # grows with the position; on top of that the tables' own rounding.
 _ROPE_TOLERANCE = {"float32": 1e-6, "float16": 5e-4}
 _ROPE_TOLERANCE_PER_POSITION = 2.0**-21
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class WeightCheck:
     ``worst_steps`` is the largest error of a quantised weight in rounding steps of its block (0.5 is
     what rounding to nearest leaves at most), found in ``worst_tensor``; 0 where nothing is quantised.
     ``moved_tensors`` were rounded by a calibration; ``moved_steps`` is the largest mean of their blocks'
-    largest errors.
+    largest errors, ``common_steps`` the largest error that the weights of a row or a column have in common.
     """
 
     tensors: int
@@ -50,14 +51,19 @@ class WeightCheck:
     faults: tuple[WeightFault, ...]
     moved_tensors: int = 0
     moved_steps: float = 0.0
+    common_steps: float = 0.0
 
 
 @dataclass(frozen=True)
 class MovedWeights:
-    """Weights that a calibration rounded on purpose: their digests, and how many steps they may be off."""
+    """Weights that a calibration rounded on purpose: their digests, and how many steps they may be off.
+
+    ``limit_common`` is for a row or a column as a whole, where factors were folded; else None.
+    """
 
     digests: Mapping[str, str]
     limit_steps: float
+    limit_common: float | None = None
 
 
 class _MovedTensor:
@@ -65,24 +71,60 @@ class _MovedTensor:
 
     def __init__(self) -> None:
         self._digest = Digest()
-        self._total, self._blocks = 0.0, 0
+        self._total, self._blocks, self._rows = 0.0, 0, 0
+        self._of_rows = 0.0
+        self._crossed: torch.Tensor | float = 0.0
+        self._squares: torch.Tensor | float = 0.0
 
-    def add(self, stored: torch.Tensor, steps: torch.Tensor) -> None:
+    def add(self, true: torch.Tensor, stored: torch.Tensor, fmt: Rounding) -> None:
+        """Some rows ``[rows, columns]``."""
         self._digest.add(stored)
-        self._total += float(steps.sum())
-        self._blocks += steps.numel()
+        worst = error_in_steps(true, stored, fmt)
+        self._total += float(worst.sum())
+        self._blocks += worst.numel()
+        steps = _step_of_each(true, fmt)
+        values = true / steps
+        crossed, squares = values * (stored - true) / steps, values.square()
+        self._of_rows = max(self._of_rows, float(_common(crossed, squares, 1).max()))
+        self._crossed, self._squares = self._crossed + crossed.sum(0), self._squares + squares.sum(0)
+        self._rows += len(true)
 
     @property
     def steps(self) -> float:
         """Mean over the blocks of the largest error in each."""
         return self._total / self._blocks
 
-    def fault(self, digest: str, limit: float) -> str | None:
-        if not self.steps <= limit:
-            return f"blocks are off by {self.steps:.3g} steps on average, {limit:g} at most are due to GPTQ"
+    @property
+    def common(self) -> float:
+        """The largest error that all weights of a row or of a column have in common, in steps.
+
+        That is how much longer or shorter it is than the checkpoint's, times the root of its mean square.
+        """
+        import torch
+
+        assert isinstance(self._crossed, torch.Tensor)
+        assert isinstance(self._squares, torch.Tensor)
+        columns = self._crossed.abs() / (self._squares * self._rows).clamp(min=_TINY).sqrt()
+        return max(self._of_rows, float(columns.max()))
+
+    def fault(self, digest: str, limits: MovedWeights) -> str | None:
+        if not self.steps <= limits.limit_steps:
+            return (
+                f"blocks are off by {self.steps:.3g} steps on average, {limits.limit_steps:g} at most are due"
+            )
+        if limits.limit_common is not None and not self.common <= limits.limit_common:
+            return (
+                f"a row or a column is off by {self.common:.3g} steps as a whole, "
+                f"{limits.limit_common:g} at most are due (a wrong factor?)"
+            )
         if self._digest.text != digest:
             return "not the weights that the calibration has rounded"
         return None
+
+
+def _common(crossed: torch.Tensor, squares: torch.Tensor, axis: int) -> torch.Tensor:
+    """What errors have in common along an axis, in steps: see ``_MovedTensor.common``."""
+    return crossed.sum(axis).abs() / (squares.sum(axis) * crossed.shape[axis]).clamp(min=_TINY).sqrt()
 
 
 def check_weights(
@@ -102,7 +144,7 @@ def check_weights(
     """
     checkpoint = CheckpointWeights(model)
     worst, worst_tensor, values, faults = 0.0, None, 0, []
-    names, moved_steps = list(exported), [0.0]
+    names, moved_steps, common_steps = list(exported), [0.0], [0.0]
     for name in names:
         tensor, fault = checkpoint[name], None
         movement = _MovedTensor() if moved is not None and name in moved.digests else None
@@ -111,21 +153,22 @@ def check_weights(
             true = exported.folding.apply(name, tensor[start : start + rows], start)
             stored = exported.stored_rows(name, slice(start, start + rows))
             if (fmt := exported.rounding_of(name)) is None:
-                if name not in exported.folding:  # a folded norm is checked by the matrices that follow it
+                if name not in exported.recovered:  # such a norm is checked by the matrices that follow it
                     fault = fault or _cast_fault(true, stored, exported.dtype_of(name), start)
                 continue
-            steps = error_in_steps(true.float(), stored, fmt) / (1 + exported.scale_rounding(name))
             if movement is not None:
-                movement.add(stored, steps)
+                movement.add(true.float(), stored, fmt)
                 continue
+            steps = error_in_steps(true.float(), stored, fmt) / (1 + exported.scale_rounding(name))
             largest = float(steps.max())  # NaN if there is one
             if not largest <= worst and not math.isnan(worst):
                 worst, worst_tensor = largest, name
             if not largest <= limit_steps:
                 fault = fault or _rounding_fault(steps, fmt, start, limit_steps)
         if movement is not None and moved is not None:
-            fault = movement.fault(moved.digests[name], moved.limit_steps)
+            fault = movement.fault(moved.digests[name], moved)
             moved_steps.append(movement.steps)
+            common_steps.append(movement.common)
         if fault:
             faults.append(WeightFault(name, fault))
         values += tensor.numel()
@@ -134,8 +177,25 @@ def check_weights(
             advance(tensor.numel())
     faults += _rope_faults(exported, model)
     return WeightCheck(
-        len(names), values, worst, worst_tensor, tuple(faults), len(moved_steps) - 1, max(moved_steps)
+        len(names),
+        values,
+        worst,
+        worst_tensor,
+        tuple(faults),
+        len(moved_steps) - 1,
+        max(moved_steps),
+        max(common_steps),
     )
+
+
+def _step_of_each(true: torch.Tensor, fmt: Rounding) -> torch.Tensor:
+    """The step of each weight's block, of the shape of ``true``."""
+    import torch
+
+    rows, columns = true.shape
+    blocks = torch.nn.functional.pad(true, (0, -columns % fmt.block_size)).view(rows, -1, fmt.block_size)
+    steps = fmt.step(*torch.aminmax(blocks, dim=-1)).clamp(min=torch.finfo(torch.float32).tiny)
+    return steps.repeat_interleave(fmt.block_size, 1)[:, :columns]
 
 
 def error_in_steps(true: torch.Tensor, stored: torch.Tensor, fmt: Rounding) -> torch.Tensor:

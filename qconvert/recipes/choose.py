@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from qconvert.errors import QconvertError
 from qconvert.formats import shortlist
@@ -13,8 +14,10 @@ from qconvert.formats.recipe import PROMPT_GROUPS, BlockFormat, Calibration, Cha
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.precisions import Capabilities, base_recipe
 
-# Round to nearest; GPTQ in few bits; GPTQ with more bits where they matter most.
-RECIPES = ("rtn", "gptq", "gptq-mixed")
+# Round to nearest; balance inputs, round in groups; GPTQ in few bits; GPTQ with more bits where they matter.
+RECIPES = ("rtn", "awq", "gptq", "gptq-mixed")
+# Tokens of the calibration text that a recipe reads at most; twice as many gain awq nothing.
+_TOKENS = {"awq": 8192, "gptq": 16384}
 _MIXED_BLOCK = 32  # weights in a block of "gptq-mixed"
 _SEVERAL = "leave --recipe and --calibrate out, or use --target onnxruntime --precision int4"
 
@@ -42,16 +45,27 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe, the name of its kind in default folder names, and whether GPTQ has to read a text for it."""
+    """A recipe, the name of its kind in default folder names, and what has to read a text for it, if any."""
 
     recipe: Recipe
     name: str
-    calibrated: bool
+    method: Literal["awq", "gptq"] | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether weights are rounded on a text."""
+        return self.method is not None
+
+    @property
+    def tokens(self) -> int:
+        """How many of its tokens are read at most."""
+        assert self.method is not None
+        return _TOKENS[self.method]
 
     def on_text(self, facts: Calibration) -> Recipe:
         """The recipe, with the text on which it was calibrated."""
-        assert self.calibrated
-        return replace(self.recipe, calibration=facts)
+        assert self.method is not None
+        return replace(self.recipe, calibration=replace(facts, method=self.method))
 
 
 def choose(wishes: Wishes, target: Capabilities, spec: DecoderSpec) -> Choice:
@@ -70,7 +84,9 @@ def choose(wishes: Wishes, target: Capabilities, spec: DecoderSpec) -> Choice:
         recipe = _with_prefill_graph(recipe, target, spec)
     if wishes.int8_kv_cache:
         recipe = _with_int8_kv_cache(recipe, target)
-    return Choice(recipe, precision if name == "rtn" else f"{precision}-{name}", name != "rtn")
+    if name == "rtn":
+        return Choice(recipe, precision)
+    return Choice(recipe, f"{precision}-{name}", "awq" if name == "awq" else "gptq")
 
 
 def _recipe_name(wishes: Wishes) -> str:
@@ -85,7 +101,7 @@ def _recipe_name(wishes: Wishes) -> str:
 def _calibrated(
     recipe: Recipe, name: str, block_size: int | None, target: Capabilities, spec: DecoderSpec
 ) -> Recipe:
-    """The formats of a recipe whose weights GPTQ will round."""
+    """The formats of a recipe whose weights a calibration will round."""
     linear, head = recipe.linear, recipe.head
     if not target.calibrated or recipe.precision != "int4":
         raise QconvertError(
@@ -93,7 +109,7 @@ def _calibrated(
         )
     assert isinstance(linear, BlockFormat)
     assert head is not None
-    if name == "gptq":
+    if name in ("awq", "gptq"):
         # The formats of plain int4, but for the scales' type: the same graph, and the same speed.
         return replace(
             recipe,

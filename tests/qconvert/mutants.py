@@ -43,6 +43,12 @@ class Exporter:
         chosen = ExportOptions(precision=precision, output=output, verify=False, **options)
         return export(str(self.checkpoint), chosen, QUIET).folder
 
+    def export_with_recipe(self, recipe: str, name: str, replacement: object, **options: Any) -> Path:
+        """``export_with`` of 4 bits by a recipe, with more options."""
+        with self._monkeypatch.context() as patch:
+            patch.setattr(flow, name, replacement)
+            return self.export("int4", recipe=recipe, **options)
+
     def export_with(self, precision: str, name: str, replacement: object) -> Path:
         """Export while ``qconvert.export.<name>`` is something else, and only then."""
         with self._monkeypatch.context() as patch:

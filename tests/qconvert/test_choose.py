@@ -33,7 +33,9 @@ SPEC = DecoderSpec(3, 4, 2, 16, 64, 128, 320, 1e-6, True, 256, (None, None, None
         ("onnxruntime", Wishes("fp16", calibrate="default"), "--recipe gptq is for --precision int4"),
         ("tensorrt", Wishes("int4", recipe="gptq-mixed"), "--recipe gptq-mixed is for --precision int4 and"),
         ("onnxruntime", Wishes("int4", recipe="rtn", calibrate="default"), "needs no calibration text"),
-        ("onnxruntime", Wishes("int4", recipe="awq"), "unknown recipe 'awq'"),
+        ("onnxruntime", Wishes("int4", recipe="hqq"), "unknown recipe 'hqq'"),
+        ("onnxruntime", Wishes("int8", recipe="awq"), "--recipe awq is for --precision int4"),
+        ("tensorrt", Wishes("int4", recipe="awq"), "--recipe awq is for --precision int4 and"),
         ("onnxruntime", Wishes("fp32", prefill=True), "--prefill int8 is not for --target onnxruntime"),
         ("onnxruntime", Wishes("int8", prefill=True), "--prefill int8 is not for --target onnxruntime"),
         ("tensorrt", Wishes("int4", prefill=True), "--prefill int8 is not for --target tensorrt"),
@@ -70,7 +72,7 @@ def test_what_is_accepted_follows_from_the_capabilities() -> None:
     spec = replace(SPEC, hidden_size=256, num_attention_heads=16, intermediate_size=512)
     assert accepted(spec) == [combination for combination in offered() if fits(combination)]
     by_target = Counter(combination.target for combination in accepted(spec))
-    assert by_target == {"onnxruntime": 97, "tensorrt": 8}
+    assert by_target == {"onnxruntime": 121, "tensorrt": 8}
 
 
 def test_a_calibration_text_asks_for_gptq() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qconvert.calibration.gptq.solve import Means, inverse_factor, search_steps, solve
-from qconvert.formats.blocks import pack, unpack
+from qconvert.calibration.gptq.solve import Means, inverse_factor, solve, solve_groups
+from qconvert.calibration.steps import search_steps
+from qconvert.formats.blocks import assemble, pack, unpack
 from qconvert.formats.recipe import BlockFormat
 
 FORMATS = [
@@ -64,10 +65,12 @@ def test_a_weight_on_the_grid_comes_back_as_it_is(fmt: BlockFormat) -> None:
 def test_the_search_is_never_worse_than_rounding_to_nearest(symmetric: bool) -> None:
     fmt, values = BlockFormat(4, 32, symmetric), weight(200, 32).t()
     importance = torch.rand(32, generator=torch.Generator().manual_seed(3))
-    scales, zeros = search_steps(values, importance, fmt)
+    scales, zeros, errors = search_steps(values, importance, fmt)
     found = (values / scales).round().add(zeros).clamp(0, 15).sub(zeros) * scales
     nearest = unpack(pack(values.t().contiguous(), fmt), fmt, 32).t()
     ours, theirs = (((stored - values).square() * importance[:, None]).sum(0) for stored in (found, nearest))
+    assert bool((ours <= errors * (1 + 1e-3)).all())  # what is told is what is there, or a little more
+    assert float(errors.sum()) < 1.02 * float(ours.sum())
     assert bool((ours <= theirs * (1 + 1e-5)).all())
     assert float(ours.sum()) < 0.95 * float(theirs.sum())
 
@@ -108,3 +111,13 @@ def test_inputs_that_are_not_finite_are_told() -> None:
     assert not Means(bad, torch.eye(8)).finite
     assert not Means(torch.eye(8), bad).finite
     assert Means(torch.eye(8), torch.eye(8)).finite
+
+
+def test_groups_are_solved_as_if_each_stood_alone() -> None:
+    fmt, original = BlockFormat(4, 32, symmetric=False), weight(20, 192)
+    uppers = torch.stack([inverse_factor(squares(correlated_inputs(96, seed=seed))) for seed in (5, 6)])
+    whole = unpack(assemble(*solve_groups(original, uppers, fmt), fmt), fmt, 192)
+    for group, upper in enumerate(uppers):
+        part = slice(96 * group, 96 * (group + 1))
+        alone = unpack(solve(original[:, part].contiguous(), upper, fmt), fmt, 96)
+        torch.testing.assert_close(whole[:, part], alone)

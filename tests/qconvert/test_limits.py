@@ -35,6 +35,8 @@ def asked_of(recipe: Recipe) -> Iterator[str]:
         yield from ("twin_difference", "mean_rounding", "max_rounding")
     if recipe.calibration is not None:
         yield "moved_steps"
+        if recipe.calibration.method == "awq":
+            yield "common_steps"
     if recipe.shortlist is not None:
         yield "second_step"
     if recipe.kv_dtype == "int8":
@@ -42,7 +44,8 @@ def asked_of(recipe: Recipe) -> Iterator[str]:
 
 
 def column_of(recipe: Recipe) -> str:
-    return limits_name(recipe.precision, calibrated=recipe.calibration is not None, kv_dtype=recipe.kv_dtype)
+    method = None if recipe.calibration is None else recipe.calibration.method
+    return limits_name(recipe.precision, method=method, kv_dtype=recipe.kv_dtype)
 
 
 def test_every_export_has_every_limit_that_its_proof_asks_for() -> None:

@@ -14,6 +14,7 @@ from qconvert.targets import TARGETS
 from qrun.errors import QrunError
 from qrun.folder.json_file import JsonReader
 from qrun.folder.recipe_facts import RecipeFacts, read_recipe
+from tests.qconvert.combinations import TEXT
 from tests.tiny import make_tiny_checkpoint
 
 
@@ -44,11 +45,12 @@ def test_what_the_manifest_says_follows_from_the_recipe(target: Any, spec: Any) 
     # the guard against silent overflow off in qrun.
     found = set()
     for wish in wishes(target):
-        recipe = choose(wish, target.capabilities, spec).recipe
+        choice = choose(wish, target.capabilities, spec)
+        recipe = choice.on_text(TEXT) if choice.calibrated else choice.recipe
         facts = facts_of(recipe.to_json())
         assert facts.integer_products == isinstance(recipe.linear, ChannelFormat)
         assert facts.integer_prompts == (recipe.prefill is not None)
-        assert facts.calibrated == (recipe.calibration is not None)
+        assert facts.method == choice.method
         assert facts.accuracy_level == recipe.accuracy_level
         found.add((facts.integer_products, facts.integer_prompts))
     if target.name == "onnxruntime":
@@ -61,9 +63,15 @@ def test_a_format_that_this_qrun_does_not_know_is_taken_for_integers() -> None:
     assert not facts_of({"linear": None}).integer_products
 
 
+def test_the_first_calibrated_folders_are_those_of_gptq() -> None:
+    assert facts_of({"calibration": {"text": "default"}}).method == "gptq"
+    assert facts_of({"calibration": None}).method is None
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
+        ({"calibration": 3}, '"recipe.calibration" is 3'),
         ([], '"recipe" is []'),
         ({"linear": 7}, '"recipe.linear" is 7'),
         ({"prefill": "x"}, "\"recipe.prefill\" is 'x'"),

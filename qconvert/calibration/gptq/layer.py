@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qconvert.calibration.statistics import window_mask
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.models.families import family_of
 
@@ -41,7 +42,7 @@ class Layer:
         # With o_proj an identity, attention returns o_proj's input.
         module.self_attn.o_proj = torch.nn.Identity()
         self._module, self._rope = module, rope
-        self._mask = _window_mask(rope[0].shape[1], module.self_attn.sliding_window)
+        self._mask = window_mask(rope[0].shape[1], module.self_attn.sliding_window)
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = self._module.input_layernorm(hidden)
@@ -82,12 +83,3 @@ STAGES: tuple[tuple[tuple[str, ...], Reads, Reads | None], ...] = (
     (("mlp.gate_proj", "mlp.up_proj"), Layer.mlp_input, None),
     (("mlp.down_proj",), Layer.gated, Layer.mlp),
 )
-
-
-def _window_mask(length: int, window: int | None) -> torch.Tensor | None:
-    """Which tokens a query sees, bool ``[1, 1, length, length]``; None: all before it."""
-    if window is None or window >= length:
-        return None
-    position = torch.arange(length)
-    behind = position[:, None] - position[None]
-    return ((behind >= 0) & (behind < window))[None, None]

@@ -45,14 +45,19 @@ def round_weights(
             try:
                 solved = walk.layer(index, known)
             except NonFiniteWeightError as error:
-                raise QconvertError(
-                    f"{error} holds NaN or Inf, or makes them of the calibration text",
-                    where=str(error),
-                    hint="download the checkpoint again, or use --recipe rtn",
-                ) from error
+                raise not_finite(error) from error
             if known is None:
                 store.add_layer(index, solved)
             advance(1)
+
+
+def not_finite(error: NonFiniteWeightError) -> QconvertError:
+    """What a user is told of a weight that cannot be rounded."""
+    return QconvertError(
+        f"{error} holds NaN or Inf, or makes them of the calibration text",
+        where=str(error),
+        hint="download the checkpoint again, or use --recipe rtn",
+    )
 
 
 def write_record(folder: Path, model: PreTrainedModel, recipe: Recipe, store: RoundedWeights) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
+from qconvert.calibration.steps import search_steps
 from qconvert.formats.blocks import assemble
 from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import BlockFormat
@@ -19,12 +20,10 @@ if TYPE_CHECKING:
 
 # Share of the Hessian's mean diagonal that is added to it: what few tokens say of many inputs is noise.
 DAMPING = 0.01
-_CHUNK = 128
+# Columns whose errors are spread at once: long runs suit a large Hessian, short ones the processor's cache.
+_CHUNK, _SHORT_CHUNK, _LARGEST_GROUP = 128, 32, 256
 # Rows that one thread solves at a time.
 _ROWS = 768
-# Which parts of a block's range its steps may cover: clipping one far weight can pay.
-_SYMMETRIC_SHARES = (1.0, 0.93, 0.85)
-_ASYMMETRIC_SHARES = (1.0, 0.9, 0.8)
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -104,93 +103,53 @@ def solve(weight: torch.Tensor, upper: torch.Tensor, fmt: BlockFormat) -> Packed
         weight: float32 ``[N, K]``, which stays as it is.
         upper: ``inverse_factor`` of the inputs' Hessian.
         fmt: how the result is stored.
-
     """
-    import torch
-
-    rows, columns = weight.shape
-    blocks = -(-columns // fmt.block_size)
-    left = weight.t().contiguous()  # [K, N]: one column of the matrix is one run of memory
-    codes = torch.zeros((columns, rows), dtype=torch.uint8)
-    scales, zeros = (torch.empty((blocks, rows)) for _ in range(2))
-    top, chunk = (1 << fmt.bits) - 1, max(_CHUNK, fmt.block_size)
-    for first in range(0, columns, chunk):
-        last = min(first + chunk, columns)
-        values, factor = left[first:last], upper[first:last, first:last]
-        importance = factor.diagonal().square().reciprocal()
-        errors = torch.empty_like(values)
-        for place in range(last - first):
-            column, block = first + place, (first + place) // fmt.block_size
-            if column % fmt.block_size == 0:
-                inside = slice(place, min(place + fmt.block_size, last - first))
-                scales[block], zeros[block] = search_steps(values[inside], importance[inside], fmt)
-            code = (values[place] / scales[block]).round_().add_(zeros[block]).clamp_(0, top)
-            codes[column] = code.to(torch.uint8)
-            stored = (code - zeros[block]) * scales[block]
-            errors[place] = (values[place] - stored) / factor[place, place]
-            values[place + 1 :].addr_(factor[place, place + 1 :], errors[place], alpha=-1)
-        left[last:] -= upper[first:last, last:].t() @ errors
-    return assemble(codes.t(), scales.t(), None if fmt.symmetric else zeros.t(), fmt)
+    codes, scales, zeros = solve_groups(weight, upper[None], fmt)
+    return assemble(codes, scales, None if fmt.symmetric else zeros, fmt)
 
 
-def search_steps(
-    values: torch.Tensor, importance: torch.Tensor, fmt: BlockFormat
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and zero point of each block with the least weighted square error among a few.
+def solve_groups(
+    weight: torch.Tensor, upper: torch.Tensor, fmt: BlockFormat
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same where columns make up for the errors of their own group only.
 
     Args:
-        values: float32 ``[block, N]``: a block is a column here.
-        importance: of each place of a block, ``[block]``.
-        fmt: bits, symmetry and the type to which scales are rounded.
+        weight: float32 ``[N, K]``, which stays as it is.
+        upper: ``inverse_factor`` of each group's part of the Hessian, ``[groups, K / groups, K / groups]``.
+        fmt: how the result is stored; its blocks do not reach over a group.
 
     Returns:
-        float32 scales ``[N]`` (negative ones too, where the farthest weight is positive and the format
-        symmetric: there is one more step below zero than above) and zero points ``[N]``.
+        uint8 codes ``[N, K]``, float32 scales and zero points ``[N, blocks]``, as ``assemble`` takes them.
     """
     import torch
 
-    low, high = torch.aminmax(values, dim=0)
-    scale_dtype = getattr(torch, fmt.scale_dtype)
-    top, middle, weights = (1 << fmt.bits) - 1, 1 << (fmt.bits - 1), importance[:, None]
-    candidates = []
-    if fmt.symmetric:
-        farthest = torch.where(high > -low, high, low)
-        middles = torch.full_like(low, middle)
-        candidates += [(farthest * (-share / middle), middles) for share in _SYMMETRIC_SHARES]
-        candidates += [(farthest * (share / (middle - 0.5)), middles) for share in _SYMMETRIC_SHARES]
-        candidates += [(farthest.abs() / (middle - 1), middles)]
-    else:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        for share in _ASYMMETRIC_SHARES:
-            scale = (high - low) * (share / top)
-            centre = top / 2 - (low + high) / 2 / scale
-            candidates += [(scale, rounded(centre)) for rounded in (torch.floor, torch.ceil)]
-        scale = (high - low) / top
-        candidates += [(scale, torch.round(-low / scale))]
-    best: torch.Tensor | None = None
-    for wished, centre in candidates:
-        zero = centre.nan_to_num(0.0).clamp(0, top)
-        first = torch.where(wished == 0, 1.0, wished)
-        for exact in (first, _best_scale(values, first, zero, weights, top)):
-            scale = exact.to(scale_dtype).float()
-            levels = (values / scale).round_().add_(zero).clamp_(0, top).sub_(zero)
-            error = ((levels * scale - values).square_() * weights).sum(0)
-            if best is None:
-                best, scales, zeros = error, scale, zero
-                continue
-            better = error < best
-            best = torch.where(better, error, best)
-            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    return scales, zeros
-
-
-def _best_scale(
-    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, weights: torch.Tensor, top: int
-) -> torch.Tensor:
-    """The scale of least squares for the levels that ``scale`` chooses."""
-    import torch
-
-    levels = (values / scale).round_().add_(zero).clamp_(0, top).sub_(zero)
-    weighted = levels * weights
-    best = (weighted * values).sum(0) / (weighted * levels).sum(0)
-    return torch.where(torch.isfinite(best) & (best != 0), best, scale)
+    rows = len(weight)
+    groups, size = upper.shape[:2]
+    blocks = -(-size // fmt.block_size)
+    # [G, columns of a group, N]: one column of the matrix is one run of memory.
+    left = weight.reshape(rows, groups, size).permute(1, 2, 0).contiguous()
+    codes = torch.zeros((groups, size, rows), dtype=torch.uint8)
+    scales, zeros = (torch.empty((groups, blocks, rows)) for _ in range(2))
+    importance = upper.diagonal(dim1=1, dim2=2).square().reciprocal()
+    top, chunk = (1 << fmt.bits) - 1, _CHUNK if size > _LARGEST_GROUP else _SHORT_CHUNK
+    for first in range(0, size, chunk):
+        last = min(first + chunk, size)
+        errors = torch.empty((groups, last - first, rows))
+        for column in range(first, last):
+            block, values = column // fmt.block_size, left[:, column]
+            if column % fmt.block_size == 0:  # its columns are up to date: chunks and blocks are multiples
+                inside = slice(column, min(column + fmt.block_size, size))
+                scales[:, block], zeros[:, block], _ = search_steps(
+                    left[:, inside], importance[:, inside], fmt
+                )
+            code = (values / scales[:, block]).round_().add_(zeros[:, block]).clamp_(0, top)
+            codes[:, column] = code.to(torch.uint8)
+            error = errors[:, column - first]
+            torch.sub(values, code.sub_(zeros[:, block]).mul_(scales[:, block]), out=error)
+            error.div_(upper[:, column, column, None])
+            due = upper[:, column, column + 1 : last, None]
+            left[:, column + 1 : last].addcmul_(due, error[:, None], value=-1)
+        if last < size:
+            left[:, last:].baddbmm_(upper[:, first:last, last:].transpose(1, 2), errors, alpha=-1)
+    codes, scales, zeros = (part.permute(2, 0, 1).reshape(rows, -1) for part in (codes, scales, zeros))
+    return codes, scales, zeros

@@ -14,6 +14,7 @@ import torch
 
 from qconvert.calibration.gptq.layer import STAGES, Layer, Reads
 from qconvert.calibration.gptq.solve import Means
+from qconvert.calibration.statistics import EMBEDDING
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
@@ -24,7 +25,6 @@ from qconvert.parallel import all_threads
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EMBEDDING = "model.embed_tokens.weight"
 # Sequences whose inputs are in memory together.
 _BATCH = 4
 

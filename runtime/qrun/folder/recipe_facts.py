@@ -18,13 +18,14 @@ class RecipeFacts:
             processor with exact products.
         integer_prompts: likewise of the second graph, for prompts.
         accuracy_level: of ``MatMulNBits``: 4 lets it round activations to 8 bits, block by block.
-        calibrated: weights were moved on purpose, so the nearest code is not the right one.
+        method: how a calibration has moved weights on purpose, so that the nearest code is not the right one:
+            "gptq", "awq", or what a later version may say; None where all were rounded to nearest.
     """
 
     integer_products: bool = False
     integer_prompts: bool = False
     accuracy_level: int = 4
-    calibrated: bool = False
+    method: str | None = None
 
 
 def read_recipe(reader: JsonReader) -> RecipeFacts:
@@ -41,8 +42,16 @@ def read_recipe(reader: JsonReader) -> RecipeFacts:
         integer_products=_multiplies_integers(reader, "linear"),
         integer_prompts=_multiplies_integers(reader, "prefill"),
         accuracy_level=level,
-        calibrated=recipe.get("calibration") is not None,
+        method=_method(reader),
     )
+
+
+def _method(reader: JsonReader) -> str | None:
+    if reader.raw["recipe"].get("calibration") is None:
+        return None
+    calibration = reader.get("recipe.calibration", dict)
+    # The first folders do not say it, for there was one method.
+    return reader.get("recipe.calibration.method", str) if "method" in calibration else "gptq"
 
 
 def _multiplies_integers(reader: JsonReader, key: str) -> bool:

@@ -1,0 +1,160 @@
+"""One pass of a text through the decoder, a layer at a time: what the inputs of its products are like.
+
+The residual stream stays in float32. Products take their inputs and weights in bfloat16 where the processor
+multiplies it: that is six times as fast, and what they round is far less than what one text differs from
+another. Memory: the text's hidden states, what lies between a layer's matrices for some sequences, and one
+layer's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qconvert.checkpoint.weights import CheckpointWeights
+from qconvert.models.families import family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EMBEDDING = "model.embed_tokens.weight"
+# Tokens that are computed together: between gate_proj and down_proj of a 7B model they take 0.5 GB.
+_BATCH_TOKENS = 2048
+# Tokens whose inputs are kept as they are, spread over the text.
+_KEPT = 256
+
+Look = Callable[[torch.Tensor], None]
+
+
+class InputStatistics:
+    """What the inputs x ``[K]`` of one product are like over the text.
+
+    Args:
+        columns: K.
+        group: columns whose products with one another are wanted; a last group may be shorter.
+        tokens: of the whole text.
+    """
+
+    def __init__(self, columns: int, group: int, tokens: int) -> None:
+        whole, rest = divmod(columns, group)
+        self._products = [torch.zeros(whole, group, group), torch.zeros(int(rest > 0), rest, rest)]
+        self._whole, self._tokens = whole * group, tokens
+        self._kept: list[torch.Tensor] = []
+        self._every = max(1, tokens // _KEPT)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Look at some tokens, float32 ``[tokens, K]``."""
+        for total, part in zip(self._products, (inputs[:, : self._whole], inputs[:, self._whole :])):
+            if len(total):
+                groups = part.reshape(len(part), len(total), -1).transpose(0, 1)
+                total.baddbmm_(groups.transpose(1, 2), groups)
+        self._kept.append(inputs[:: self._every].clone())
+
+    @property
+    def products(self) -> list[torch.Tensor]:
+        """Mean of x x^T inside each group ``[groups, group, group]``, and in the rest ``[1, rest, rest]``."""
+        return [total / self._tokens for total in self._products if len(total)]
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """Mean of x^2, ``[K]``."""
+        return (
+            torch.cat([total.diagonal(dim1=1, dim2=2).flatten() for total in self._products]) / self._tokens
+        )
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """Some of the inputs, ``[n, K]``."""
+        return torch.cat(self._kept)
+
+
+class Pass:
+    """The state of a text between two layers.
+
+    Args:
+        model: the checkpoint, of any type; nothing of it is changed.
+        sequences: token ids, all of one length.
+    """
+
+    def __init__(self, model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
+        self._config = model.config
+        self._weights = CheckpointWeights(model)
+        tokens = torch.tensor(sequences)
+        self.tokens = tokens.numel()
+        occurring, places = torch.unique(tokens, return_inverse=True)
+        self._hidden = self._weights[EMBEDDING][occurring].float()[places]
+        self._weights.release(EMBEDDING)
+        with torch.no_grad():
+            rotary = family_of(model.config).transformers_class("RotaryEmbedding")(model.config)
+            self._rope = rotary(self._hidden, torch.arange(tokens.shape[1])[None])
+
+    def layer(self, index: int, looks: Mapping[str, Look]) -> None:
+        """Compute one layer; layers are to be asked for in order, each once.
+
+        Args:
+            index: of the layer.
+            looks: by the name of a product in the layer ("mlp.down_proj"), what is told its inputs, float32
+                ``[tokens, K]``, some sequences at a time.
+        """
+        module = self._module(index)
+        for name, look in looks.items():
+            module.get_submodule(name).register_forward_pre_hook(_telling(look))
+        mask = window_mask(self._hidden.shape[1], module.self_attn.sliding_window)
+        step = max(1, _BATCH_TOKENS // self._hidden.shape[1])
+        with torch.no_grad():
+            for start in range(0, len(self._hidden), step):
+                part = slice(start, start + step)
+                self._hidden[part] = module(
+                    self._hidden[part], position_embeddings=self._rope, attention_mask=mask
+                )
+
+    def _module(self, index: int) -> Any:
+        """transformers' layer with its products in ``product_dtype``."""
+        with torch.device("meta"):
+            decoder_layer = family_of(self._config).transformers_class("DecoderLayer")
+            module: Any = decoder_layer(self._config, index).eval().requires_grad_(False)
+        prefix, dtype = f"model.layers.{index}.", product_dtype()
+        for name, part in list(module.named_modules()):
+            if isinstance(part, torch.nn.Linear):
+                owner, _, child = name.rpartition(".")
+                bias = None if part.bias is None else self._weights[f"{prefix}{name}.bias"].float()
+                product = _Product(self._weights[f"{prefix}{name}.weight"].to(dtype), bias)
+                setattr(module.get_submodule(owner), child, product)
+            else:
+                for child, _ in list(part.named_parameters(recurse=False)):
+                    value = self._weights[f"{prefix}{name}.{child}"].float()
+                    setattr(part, child, torch.nn.Parameter(value, requires_grad=False))
+        return module
+
+
+class _Product(torch.nn.Module):
+    """A linear layer that takes float32 and gives float32, and multiplies in its weight's type."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self._weight, self._bias = weight, bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        product = torch.nn.functional.linear(inputs.to(self._weight.dtype), self._weight).float()
+        return product if self._bias is None else product.add_(self._bias)
+
+
+def product_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it, else float32."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def window_mask(length: int, window: int | None) -> torch.Tensor | None:
+    """Which tokens a query sees, bool ``[1, 1, length, length]``; None: all before it."""
+    if window is None or window >= length:
+        return None
+    position = torch.arange(length)
+    behind = position[:, None] - position[None]
+    return ((behind >= 0) & (behind < window))[None, None]
+
+
+def _telling(look: Look) -> Callable[[Any, tuple[torch.Tensor]], None]:
+    return lambda _, arguments: look(arguments[0].flatten(0, 1))

@@ -1,0 +1,223 @@
+"""Balanced exports: what the folder holds, and which mistakes the proof finds in it.
+
+Factors are recorded, since blocks that were searched do not tell them: if these fail, a wrong one passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import qconvert.calibration.awq
+import qconvert.export
+from qconvert.cli import main
+from qconvert.errors import QconvertError
+from qconvert.formats.folding import Folding
+from qconvert.formats.record import FACTORS_NAME, RECORD_NAME, read_factors, write_factors
+from qrun.folder.manifest import read_manifest
+from tests.qconvert.mutants import Exporter, overwrite, reseal, stored_at
+from tests.tiny import make_tiny_checkpoint
+
+LAYER = "model.layers.1"
+BOTH = {"prefill": True, "int8_kv_cache": True}
+
+
+@pytest.fixture
+def exporter(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exporter:
+    return Exporter(tied, tmp_path, monkeypatch)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_command_publishes_a_verified_folder_and_nothing_else(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("export", tied, "--precision", "int4", "--recipe", "awq")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "tied-onnx-int4-awq"
+    assert {path.name for path in tmp_path.iterdir()} == {"tied", folder.name}
+    manifest = read_manifest(folder)
+    manifest.check_files(hashes=True)
+    assert manifest.verification == "passed"
+    stated: Any = manifest.raw["recipe"]
+    assert stated["calibration"]["method"] == "awq"
+    assert stated["calibration"]["tokens"] == 8192
+    assert {FACTORS_NAME, RECORD_NAME} <= {file.name for file in folder.iterdir()}
+    assert len(read_factors(folder)) == 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more"),
+    [
+        ({"vocab_size": 4096}, ()),
+        ({"vocab_size": 4096}, ("--prefill", "int8", "--kv-cache", "int8")),
+        ({"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6}, ("--prefill", "int8")),
+    ],
+)
+def test_it_is_verified_with_all_that_an_export_can_have(
+    tmp_path: Path, sizes: dict[str, int], more: tuple[str, ...]
+) -> None:
+    """Both graphs share the KV cache, and with it the factors of the values; their norms are their own."""
+    folder = make_tiny_checkpoint(tmp_path / "model", **sizes)
+    result = run("export", folder, "--precision", "int4", "--recipe", "awq", *more, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert read_manifest(tmp_path / "out").verification == "passed"
+
+
+def test_it_has_the_graph_and_the_bytes_of_gptq(exporter: Exporter) -> None:
+    sizes = {
+        recipe: (exporter.export("int4", recipe=recipe, force=True) / "model.onnx.data").stat().st_size
+        for recipe in ("awq", "gptq")
+    }
+    assert len(set(sizes.values())) == 1
+
+
+# The proof.
+
+
+def changed(name: str, factor: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(factors: dict[str, torch.Tensor]) -> None:
+        factors[f"{LAYER}.{name}.weight"][3] *= factor
+
+    return change
+
+
+@pytest.fixture
+def recorded(exporter: Exporter) -> Callable[[Callable[[dict[str, torch.Tensor]], Any]], Path]:
+    """A folder whose record of factors is another; the manifest says that it is right."""
+    folder = exporter.export("int4", recipe="awq")
+    true = read_factors(folder)
+
+    def write(change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+        factors = {name: factor.clone() for name, factor in true.items()}
+        change(factors)
+        write_factors(folder, factors)
+        reseal(folder)
+        return folder
+
+    return write
+
+
+def test_another_factor_in_the_record_is_noticed(exporter: Exporter, recorded: Any) -> None:
+    """A mean over blocks did not see that a single row and column were twice as long."""
+    assert exporter.verify(recorded(lambda factors: None)).passed
+    for name in ("input_layernorm", "post_attention_layernorm", "mlp.up_proj", "self_attn.v_proj"):
+        for factor in (2.0, 0.5):
+            report = exporter.verify(recorded(changed(name, factor)))
+            assert not report.passed, (name, factor)
+            assert any(name in fault.tensor for fault in report.weights.faults), (name, factor)
+
+
+def test_factors_that_are_none_are_refused(exporter: Exporter, recorded: Any) -> None:
+    changes: list[Callable[[dict[str, torch.Tensor]], Any]] = [
+        lambda factors: factors.popitem(),
+        changed("mlp.up_proj", float("nan")),
+        changed("mlp.up_proj", -1.0),
+        changed("mlp.up_proj", 2.0**20),
+    ]
+    for change in changes:
+        with pytest.raises(QconvertError, match="are not recorded, or are none"):
+            exporter.verify(recorded(change))
+    folder = recorded(lambda factors: None)
+    (folder / FACTORS_NAME).write_bytes(b"nothing")
+    reseal(folder)
+    with pytest.raises(QconvertError, match="record of folded factors is damaged"):
+        exporter.verify(folder)
+
+
+def folded_wrongly(change: Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], None]) -> Any:
+    """``export.write_graph`` with another folding than the weights were rounded with."""
+    true = qconvert.export.write_graph
+
+    def write(*given: Any, balance: Folding, **named: Any) -> None:
+        divided, multiplied = dict(balance.divided), dict(balance.multiplied)
+        change(divided, multiplied)
+        true(*given, balance=Folding(divided, multiplied), **named)
+
+    return write
+
+
+def exchange(first: str, second: str) -> Callable[..., None]:
+    def change(divided: dict[str, torch.Tensor], _: dict[str, torch.Tensor]) -> None:
+        divided[first], divided[second] = divided[second], divided[first]
+
+    return change
+
+
+NORM = f"{LAYER}.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        exchange(NORM, f"{LAYER}.post_attention_layernorm.weight"),
+        exchange(NORM, "model.layers.2.input_layernorm.weight"),
+        lambda divided, _: divided.pop(NORM),
+        lambda divided, _: divided.pop(f"{LAYER}.self_attn.v_proj.bias"),
+    ],
+    ids=["norms of a layer", "norms of two layers", "no norm", "no bias"],
+)
+def test_factors_folded_into_the_wrong_place_are_noticed(
+    exporter: Exporter, change: Callable[..., None]
+) -> None:
+    report = exporter.verify(exporter.export_with_recipe("awq", "write_graph", folded_wrongly(change)))
+    assert not report.passed
+    assert report.weights.faults
+
+
+def test_a_search_that_clips_far_weights_is_beyond_the_limit(
+    exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = qconvert.calibration.gptq.solve.search_steps
+
+    def clipping(values: torch.Tensor, *rest: Any) -> Any:
+        scales, zeros, errors = true(values, *rest)
+        return scales / 4, zeros, errors
+
+    monkeypatch.setattr(qconvert.calibration.gptq.solve, "search_steps", clipping)
+    report = exporter.verify(exporter.export("int4", recipe="awq"))
+    assert not report.passed
+    assert len(report.weights.faults) > 15
+
+
+def test_one_changed_weight_is_noticed(exporter: Exporter) -> None:
+    folder = exporter.export("int4", recipe="awq")
+    name = f"{LAYER}.mlp.up_proj.weight"
+    data, offset, _ = stored_at(folder, f"{name}.q4")
+    overwrite(folder, f"{name}.q4", 5, bytes([data.read_bytes()[offset + 5] ^ 1]))
+    report = exporter.verify(folder)
+    assert [fault.tensor for fault in report.weights.faults] == [name]
+
+
+def test_values_of_the_graph_for_prompts_that_are_not_divided_are_noticed(exporter: Exporter) -> None:
+    """Then prompts fill the cache with other values than decoding reads."""
+    true = qconvert.export.write_graph
+
+    def write(*given: Any, folding: Folding, **named: Any) -> None:
+        divided = {name: factor for name, factor in folding.divided.items() if "v_proj" not in name}
+        true(*given, folding=Folding(divided, folding.multiplied), **named)
+
+    report = exporter.verify(exporter.export_with_recipe("awq", "write_graph", write, **BOTH))
+    assert not report.passed
+    assert any("prefill.onnx" in fault.tensor for fault in report.weights.faults)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_tiny_checkpoint(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    result = run("export", folder, "--precision", "int4", "--recipe", "awq", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or Inf" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
