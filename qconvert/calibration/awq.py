@@ -135,9 +135,11 @@ class Balance:
             looks[name.removeprefix(prefix).removesuffix(".weight")] = seen[found].add
         with all_threads():
             self._pass.layer(index, looks)
-        for found in inputs:
-            if not bool(torch.isfinite(seen[found].squares).all()):
-                raise NonFiniteWeightError(found.readers[0])
+        bad = [found for found in inputs if not bool(torch.isfinite(seen[found].squares).all())]
+        if bad:  # by a weight of this layer, or else by what stands before its first product
+            names = [name for found in inputs for name in found.readers]
+            guilty = (name for name in names if not bool(torch.isfinite(self._weights[name]).all()))
+            raise NonFiniteWeightError(next(guilty, bad[-1].readers[0]))
         return seen
 
     def _factors(self, found: FoldedInput, seen: InputStatistics, folding: Folding) -> torch.Tensor:
