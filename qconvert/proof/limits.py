@@ -91,8 +91,8 @@ LIMITS = (
         "the same of a balanced matrix: how far a row or a column is off as a whole",
         "checkpoint",
         {BALANCED: 0.75},
-        "A mean over blocks hides a factor that was folded into one matrix and not into the other: it makes "
-        "a row or a column longer as a whole, by 1 step and more for twice the factor. Rounding leaves 0.42 at "
+        "A mean hides a factor that was folded into one matrix and not into the other: it makes a "
+        "row or a column longer as a whole, by 1 step and more for twice the factor. Rounding leaves 0.42 at "
         "most on the sample and 0.36 on random models, in columns so small that they are rounded away.",
     ),
     Limit(
