@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import qrun
 from qconvert.checkpoint.load import open_checkpoint
 from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.inspection.inspection import describe
+from qrun.cli.main import main as qrun_main
 from tests.qconvert.breaking import POINTER, edit_json, refusal
 from tests.qconvert.building import refused, run
 from tests.tiny import CHAT_TEMPLATE, make_tiny_checkpoint
@@ -230,3 +232,20 @@ def test_named_templates_are_copied_and_taken_by_name(tmp_path: Path) -> None:
     assert default.render([{"role": "user", "content": "x"}]).startswith("<|im_start|>user\nx")
     with pytest.raises(qrun.QrunError, match="no chat template is called 'tools', only 'default', 'rag'"):
         qrun.open(tmp_path / "m", chat_template="tools")
+
+
+def test_a_template_is_chosen_on_the_command_line(tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "c")
+    (checkpoint / "additional_chat_templates").mkdir()
+    (checkpoint / "additional_chat_templates" / "short.jinja").write_text("{{ messages[0].content }}")
+    assert run("export", checkpoint, "--output", tmp_path / "m", "--no-verify").exit_code == 0
+    ask = ["generate", "--engine", str(tmp_path / "m"), "--prompt", "abc", "--max-tokens", "1", "--json"]
+    tokens = {}
+    for name in ("default", "short"):
+        answer = CliRunner().invoke(qrun_main, [*ask, "--chat-template", name])
+        assert answer.exit_code == 0, answer.output
+        tokens[name] = json.loads(answer.stdout)["prompt_tokens"]
+    assert tokens["short"] == 3 < tokens["default"]
+    refused_ = CliRunner().invoke(qrun_main, [*ask, "--chat-template", "long"])
+    refused(refused_, "no chat template is called 'long', only 'default', 'short'")
+    assert CliRunner().invoke(qrun_main, [*ask, "--raw", "--chat-template", "short"]).exit_code == 2
