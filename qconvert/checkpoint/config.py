@@ -14,7 +14,7 @@ from qconvert.checkpoint.fit import holds_plain_floats
 from qconvert.checkpoint.text_files import read_json_object
 from qconvert.checkpoint.tokens import named_tokens
 from qconvert.errors import QconvertError
-from qconvert.models.families import SUPPORTED, find_family
+from qconvert.models.families import SUPPORTED, find_family, rope_tables
 from qconvert.models.family import Family, head_size
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ def _check_attention(config: PreTrainedConfig, path: Path) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             _refuse(path, f"rope_parameters.{key}", value, "a positive number is needed")
 
+    _check_angles(config, path)
     kinds = config.layer_types
     if len(kinds) != config.num_hidden_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         _refuse(
@@ -199,6 +200,18 @@ def _check_attention(config: PreTrainedConfig, path: Path) -> None:
     window = config.sliding_window
     if "sliding_attention" in kinds and (not isinstance(window, int) or window < 1):
         _refuse(path, "sliding_window", window, "layer_types has sliding layers, which need a window length")
+
+
+def _check_angles(config: PreTrainedConfig, path: Path) -> None:
+    """Further values of rope_parameters are known to transformers' own functions alone."""
+    try:
+        with quiet_transformers():
+            cos, sin = rope_tables(config, 2)
+    except Exception as error:  # whatever arithmetic raises of a value that is no number
+        reason = " ".join(str(error).split())
+        raise QconvertError(f"transformers refuses this configuration: {reason}", where=path) from error
+    if not all(math.isfinite(value) for table in (cos, sin) for value in table.flat):
+        _refuse(path, "rope_parameters", config.rope_parameters, "its angles are not finite")
 
 
 def _refuse(path: Path, key: str, value: object, why: str) -> None:

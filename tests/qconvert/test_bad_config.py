@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.qconvert.breaking import POINTER, edit_json, refusal
+from tests.tiny import make_tiny_checkpoint
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -96,3 +97,31 @@ def test_another_architecture_is_told_what_is_supported(tied: Path) -> None:
     edit_json(tied / "config.json", lambda config: config.update(model_type="llama"))
     for family in ("Qwen2.5-Coder", "Qwen2.5-Math", "DeepSeek-R1-Distill-Qwen", "QwQ"):
         assert family in str(refusal(tied))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("beta_fast", "x"),
+        ("beta_slow", ["a"]),
+        ("attention_factor", "x"),
+        ("attention_factor", float("inf")),
+        ("factor", "x"),
+        ("beta_fast", float("nan")),
+        ("partial_rotary_factor", "x"),
+    ],
+)
+def test_rope_values_that_have_no_angles_are_refused_before_the_work(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    # transformers meets them where the cosines are computed, which was after the weights were loaded.
+    folder = make_tiny_checkpoint(tmp_path / "c", yarn=True)
+    edit_json(folder / "config.json", lambda config: config["rope_parameters"].update({key: value}))
+    error = refusal(folder)
+    assert "refuses this configuration" in error.what or "is not supported" in error.what
+    assert str(folder / "config.json") in str(error.where)
+
+
+def test_a_number_of_layers_that_would_take_hours_to_lay_out(tied: Path) -> None:
+    edit_json(tied / "config.json", lambda config: config.update(num_hidden_layers=10**9))
+    assert "num_hidden_layers = 1000000000 is not supported: more than 1,000 layers" in refusal(tied).what

@@ -19,9 +19,12 @@ from click.testing import CliRunner
 
 import qconvert.export
 import qconvert.lowering.forecast
+from qconvert.checkpoint.load import open_checkpoint
 from qconvert.cli import main
 from qconvert.export import ExportOptions, export
+from qconvert.folder.companions import genai_config
 from qconvert.formats.recipe import Recipe
+from qconvert.models.families import rope_tables, spec_of
 from qconvert.models.spec import DecoderSpec
 from qconvert.progress import Progress
 from qrun.cli.main import main as qrun_main
@@ -29,7 +32,7 @@ from qrun.errors import QrunError
 from qrun.model import Model
 from tests.qconvert.mutants import reseal
 from tests.qconvert.mutating import mutated_copy, tried
-from tests.tiny import CHAT_TEMPLATE
+from tests.tiny import CHAT_TEMPLATE, make_tiny_checkpoint
 
 COUNT = int(os.environ.get("QCONVERT_MUTATIONS", "40"))
 QUIET = Progress(quiet=True)
@@ -87,14 +90,18 @@ def forecasts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_is_written", "forecasts_are_kept")
-@pytest.mark.parametrize("kind", ["tied", "sharded"])
+@pytest.mark.parametrize("kind", ["tied", "sharded", "yarn"])
 @pytest.mark.timeout(3000)
 def test_damaged_checkpoints_are_refused_or_taken(
     tiny_templates: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     template = tmp_path / "template"
     template.mkdir()
-    for path in tiny_templates[kind].iterdir():
+    if kind == "yarn":
+        source = make_tiny_checkpoint(tmp_path / "source", yarn=True, sliding=True)
+    else:
+        source = tiny_templates[kind]
+    for path in source.iterdir():
         (template / path.name).symlink_to(path)
     (template / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
     (template / "chat_template.jinja").write_text(CHAT_TEMPLATE)
@@ -108,12 +115,21 @@ def test_damaged_checkpoints_are_refused_or_taken(
         options: Any = OPTIONS[seed % len(OPTIONS)]
         shown = () if seed % 3 == 0 else ("--json",)
         found = failure(lambda: export(str(folder), options, QUIET))
+        found = found or failure(lambda: what_is_written_besides(folder))
         found = found or command_failure(main, "inspect", folder, *shown)
         return found and f"{name}: {found}"
 
     done, wrong = tried(COUNT, attempt)
     assert wrong == {}, "\n".join(f"--- {seed}\n{what}" for seed, what in list(wrong.items())[:5])
     assert done == COUNT
+
+
+def what_is_written_besides(folder: Path) -> None:
+    """What an export computes of the small files and writes after minutes of work."""
+    checkpoint = open_checkpoint(folder)
+    json.dumps(genai_config(checkpoint, spec_of(checkpoint.config)), allow_nan=False)
+    rope_tables(checkpoint.config, 2)
+    json.dumps(dict(checkpoint.config.rope_parameters), allow_nan=False)
 
 
 @pytest.mark.parametrize("sealed", [True, False])
