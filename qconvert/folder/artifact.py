@@ -25,7 +25,7 @@ from qconvert.folder.ours import MANIFEST, Marker, foreign_files, our_files, rem
 from qconvert.folder.renames import exchange, rename_new
 from qrun.folder.entry import sha256_of
 from qrun.folder.manifest import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME
-from qrun.system import expanded
+from qrun.folder.paths import user_path
 
 
 class ModelFolder:
@@ -182,7 +182,7 @@ def resolved(output: Path) -> Path:
     Raises:
         QconvertError: it is no name of a folder, or there is no such home folder.
     """
-    path = Path(os.path.realpath(expanded(output)))
+    path = Path(os.path.realpath(user_path(output)))
     if not path.name:
         raise QconvertError(
             f"{output} is no name for a model folder", hint="choose a folder that does not exist yet"
