@@ -2,7 +2,7 @@
 #
 #   make demo      the sample model exported, verified, and asked one question
 #   make test      all tests (tests/interop apart)
-#   make test-matrix  every combination of export options, on a vocabulary of real size (a quarter of an hour)
+#   make test-matrix  every combination of export options, on a vocabulary of real size (10 minutes)
 #   make test-docs every command of README.md and docs/ on the sample model (half an hour)
 #   make test-mutations thousands of damaged checkpoints and exports (make test tries some)
 #   make test-gpu  what only an NVIDIA GPU can show; elsewhere each test says why it is skipped
