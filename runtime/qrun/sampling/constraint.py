@@ -25,7 +25,7 @@ from qrun.sampling.schemas import readable, refuse_unenforced
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-__all__ = ["Constraint", "Grammars", "Schema", "Vocabulary"]
+__all__ = ["Constraint", "Grammars", "Schema", "Vocabulary", "inline"]
 
 Scores = NDArray[np.float32]
 Schema = Mapping[str, Any] | bool
@@ -222,6 +222,17 @@ class Grammars:
                     given.tokenizer_json, n_vocab=given.size, eos_token=list(given.end_ids) or None
                 )
             return self._tokenizer
+
+
+def inline(schema: Schema) -> str:
+    """A JSON schema as part of a grammar.
+
+    Raises:
+        QrunError: part of it cannot be enforced. More shows when the grammar is compiled.
+    """
+    refuse_unenforced(schema)
+    options = {name: value for name, value in _SCHEMA_OPTIONS.items() if value is not False}
+    return "%json " + json.dumps({"x-guidance": options, **(schema if isinstance(schema, Mapping) else {})})
 
 
 def _text_of(kind: str, value: Any) -> str:

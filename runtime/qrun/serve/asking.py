@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qrun.engine import Engine
 from qrun.errors import QrunError
+from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 from qrun.serve.errors import ApiError, from_qrun
 from qrun.serve.fields import ChatRequest, Common, CompletionRequest, texts_only
+from qrun.serve.forms import constraint_of
+from qrun.serve.tools import Tools, prompt_with_tools, read_tools
 
 _MOST_ANSWERS = 16  # n, and prompts in one request
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in the original
@@ -24,11 +27,18 @@ class Asked:
         prompts: token ids; with n = 2 each stands twice.
         params: one for each.
         echoed: text that goes before each answer.
+        constraints: what each answer must fit; for those without one, None.
+        tools: those that may be called.
     """
 
     prompts: list[list[int]]
     params: list[SamplingParams]
     echoed: list[str]
+    constraints: list[Constraint | None] = field(default_factory=list)
+    tools: Tools | None = None
+
+    def __post_init__(self) -> None:
+        self.constraints.extend([None] * (len(self.prompts) - len(self.constraints)))
 
 
 def ask_chat(engine: Engine, request: ChatRequest) -> Asked:
@@ -37,21 +47,19 @@ def ask_chat(engine: Engine, request: ChatRequest) -> Asked:
     Raises:
         ApiError: 400, with the field.
     """
-    kind = (request.response_format or {"type": "text"}).get("type")
-    if kind != "text":
-        raise ApiError(400, f"response_format {kind!r} is not supported here", param="response_format")
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise ApiError(400, "give max_tokens or max_completion_tokens", param="max_tokens")
-    prompt = engine.model.chat_prompt(texts_only(request.messages))
+    tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
+    prompt = prompt_with_tools(engine.model, texts_only(request.messages), tools)
     own = {
         "max_tokens": request.max_completion_tokens or request.max_tokens,
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
     }
     if 0 in (request.max_completion_tokens, request.max_tokens):
         raise ApiError(400, "max_tokens must be a whole number from 1 up, not 0", param="max_tokens")
-    return for_each(engine, request, [prompt], [""], own)
+    return for_each(engine, request, [prompt], [""], own, tools=tools)
 
 
 def ask_completion(engine: Engine, request: CompletionRequest) -> Asked:
@@ -114,7 +122,13 @@ def check_length(engine: Engine, prompt_ids: Sequence[int]) -> None:
 
 
 def for_each(
-    engine: Engine, request: Common, prompts: list[list[int]], echoed: list[str], own: dict[str, Any]
+    engine: Engine,
+    request: Common,
+    prompts: list[list[int]],
+    echoed: list[str],
+    own: dict[str, Any],
+    *,
+    tools: Tools | None = None,
 ) -> Asked:
     """n answers for each prompt; ``own`` are sampling parameters that the API has other names for.
 
@@ -128,10 +142,19 @@ def for_each(
     for ids in prompts:
         check_length(engine, ids)
     params = [_params(engine, request, own, number) for number in range(count)]
+    constraint = constraint_of(engine, request)
+    if tools is not None:
+        if constraint is not None:
+            text = "tools and a form of the answer exclude each other: give tool_choice none, or no form"
+            raise ApiError(400, text, param="tools")
+        constraint = tools.constraint(engine.model)
+    answers = count * len(prompts)
     return Asked(
         [ids for ids in prompts for _ in range(count)],
         params * len(prompts),
         [text for text in echoed for _ in range(count)],
+        [None if constraint is None else constraint.fresh() for _ in range(answers)],
+        tools,
     )
 
 

@@ -44,6 +44,9 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
     ignore_eos: bool = False
+    response_format: dict[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -59,7 +62,9 @@ class ChatRequest(Common, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(Common, kw_only=True):

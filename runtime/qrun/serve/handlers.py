@@ -88,9 +88,12 @@ async def answers(engine: Engine, asked: Asked, client: str) -> AsyncIterator[Ha
 
     calls, left = [], len(asked.prompts)
     try:
-        for index, (ids, params) in enumerate(zip(asked.prompts, asked.params)):
+        wanted = zip(asked.prompts, asked.params, asked.constraints)
+        for index, (ids, params, constraint) in enumerate(wanted):
             try:
-                calls.append(engine.submit(ids, params, listener(index), client=client))
+                calls.append(
+                    engine.submit(ids, params, listener(index), client=client, constraint=constraint)
+                )
             except QrunError as error:
                 raise from_qrun(error) from None
         while left:

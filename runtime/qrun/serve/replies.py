@@ -13,6 +13,7 @@ from qrun.engine import Engine
 from qrun.serve.asking import Asked
 from qrun.serve.fields import ChatRequest, Common
 from qrun.serve.reply import Chunk, Reply
+from qrun.text.tool_calls import ToolCall, ToolCallParser
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 
@@ -34,19 +35,22 @@ class CompletionReply(Reply):
         options = fields.stream_options
         self._tells_usage = options is not None and options.include_usage
         self._offsets: dict[int, int] = {}
+        self._parsers: dict[int, ToolCallParser] = {}
+        self._called: dict[int, int] = {}  # calls of an answer so far
 
     def whole(self) -> dict[str, Any]:
         """The object that is not streamed."""
         choices = []
         for index, answer in sorted(self.answers.items()):
             tokens = self.tokens.get(index, [])
+            message = self._message(index, answer)
             choice = {
                 "index": index,
-                "finish_reason": _REASONS[answer.finish_reason],
+                "finish_reason": self._reason(index, answer),
                 "logprobs": self._logprobs(index, tokens),
             }
             if self.chat:
-                choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+                choice["message"] = message
             else:
                 choice["text"] = self.asked.echoed[index] + answer.text
             choices.append(choice)
@@ -60,11 +64,53 @@ class CompletionReply(Reply):
         return [self._chunk(index, text) for index, text in enumerate(self.asked.echoed) if text]
 
     def piece(self, index: int, piece: Piece) -> list[Chunk]:
-        content: Any = {"content": piece.text} if self.chat else piece.text
-        return [self._chunk(index, content, logprobs=self._logprobs(index, piece.tokens))]
+        logprobs = self._logprobs(index, piece.tokens)
+        if self.asked.tools is None:
+            content: Any = {"content": piece.text} if self.chat else piece.text
+            return [self._chunk(index, content, logprobs=logprobs)]
+        deltas = [self._delta(index, found) for found in self._parser(index).push(piece.text)]
+        if logprobs is not None:  # the tokens' own chunk: their text may be held back, or part of a call
+            deltas.insert(0, {"content": ""})
+        return [
+            self._chunk(index, delta, logprobs=None if place else logprobs)
+            for place, delta in enumerate(deltas)
+        ]
 
     def ended(self, index: int, answer: Answer) -> list[Chunk]:
-        return [self._chunk(index, {} if self.chat else "", reason=_REASONS[answer.finish_reason])]
+        rest = [] if self.asked.tools is None else self._parser(index).flush()
+        chunks = [self._chunk(index, self._delta(index, found)) for found in rest]
+        return [*chunks, self._chunk(index, {} if self.chat else "", reason=self._reason(index, answer))]
+
+    def _parser(self, index: int) -> ToolCallParser:
+        assert self.asked.tools is not None
+        if index not in self._parsers:
+            self._parsers[index] = self.asked.tools.parser()
+        return self._parsers[index]
+
+    def _delta(self, index: int, found: str | ToolCall) -> dict[str, Any]:
+        """A piece of text, or a whole call, as part of a message."""
+        if isinstance(found, str):
+            return {"content": found}
+        place = self._called.get(index, 0)
+        self._called[index] = place + 1
+        return {"tool_calls": [{"index": place, **_described(found)}]}
+
+    def _message(self, index: int, answer: Answer) -> dict[str, Any]:
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        if self.asked.tools is None:
+            return message
+        parser = self.asked.tools.parser()
+        found = [*parser.push(answer.text), *parser.flush()]
+        calls = [_described(each) for each in found if isinstance(each, ToolCall)]
+        if not calls:
+            return message
+        self._called[index] = len(calls)
+        text = "".join(each for each in found if isinstance(each, str))
+        return {**message, "content": text or None, "tool_calls": calls}
+
+    def _reason(self, index: int, answer: Answer) -> str:
+        reason = _REASONS[answer.finish_reason]
+        return "tool_calls" if reason == "stop" and self._called.get(index) else reason
 
     def closing(self) -> list[Chunk]:
         if not self._tells_usage:
@@ -135,3 +181,8 @@ class CompletionReply(Reply):
     def _token(self, token_id: int) -> dict[str, Any]:
         text = self.engine.model.tokenizer.decode([token_id], skip_special_tokens=False)
         return {"token": text, "bytes": list(text.encode())}
+
+
+def _described(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -1,0 +1,191 @@
+"""Tools of a chat: what is given, which may be called, and what the answer must then look like."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qrun.errors import QrunError
+from qrun.model import Model
+from qrun.sampling.constraint import Constraint, inline
+from qrun.serve.errors import ApiError
+from qrun.text.tool_calls import CLOSING, OPENING, ToolCallParser
+
+_MOST_CALLS = 16  # in one answer, where a grammar writes it
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The tools of a request.
+
+    Attributes:
+        given: as the chat template takes them.
+        choice: "auto", "required", or the name of one.
+        parallel: whether an answer may hold several calls.
+    """
+
+    given: tuple[Mapping[str, Any], ...]
+    choice: str
+    parallel: bool
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tools."""
+        return [tool["function"]["name"] for tool in self.given]
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.choice != "auto"
+
+    def parser(self) -> ToolCallParser:
+        """For one answer."""
+        return ToolCallParser(self.names, parallel=self.parallel)
+
+    def constraint(self, model: Model) -> Constraint | None:
+        """What an answer must look like; None where it is free.
+
+        Raises:
+            ApiError: 400, with the tool whose parameters cannot be enforced.
+        """
+        strict = any(tool["function"].get("strict") for tool in self.given)
+        if not self.forced and not strict:
+            return None
+        whole_tags = model.tokenizer.token_id(OPENING) is not None
+        if not self.forced and not whole_tags:
+            text = f"strict needs tool_choice required or a name: {OPENING} is no token of this model"
+            raise ApiError(400, text, param="tools")
+        picked = [
+            (index, tool["function"])
+            for index, tool in enumerate(self.given)
+            if self.choice in ("auto", "required", tool["function"]["name"])
+        ]
+        rules = [] if self.forced else ["start: TEXT? calls?", r"TEXT: /(.|\n)+/"]
+        more = f'("\\n" call){{0,{_MOST_CALLS - 1}}}' if self.parallel else ""
+        opening, closing = (OPENING, CLOSING) if whole_tags else (f'"{OPENING}"', f'"{CLOSING}"')
+        rules += [
+            f"{'start' if self.forced else 'calls'}: call {more}",
+            f'call: {opening} "\\n" body "\\n" {closing}',
+            "body: " + " | ".join(f"tool_{index}" for index, _ in picked),
+        ]
+        for index, function in picked:
+            begin = json.dumps(f'{{"name": "{function["name"]}", "arguments": ')
+            try:
+                parameters = inline(_parameters(function))
+                rules += [f'tool_{index}: {begin} arguments_{index} "}}"', f"arguments_{index}: {parameters}"]
+                # One by one first, so that a refusal names its tool.
+                model.constraint(grammar=f"start: {parameters}")
+            except QrunError as error:
+                place = f"tools[{index}].function.parameters"
+                text = error.what.replace("grammar cannot", "schema cannot")
+                raise ApiError(400, f"{place}: {text}", param=place) from None
+        return model.constraint(grammar="\n".join(rules))
+
+
+def read_tools(tools: Any, choice: Any, parallel: bool | None) -> Tools | None:
+    """The tools of a request in OpenAI's form; None where none may be called.
+
+    Raises:
+        ApiError: 400, with the field.
+    """
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise ApiError(400, "tool_choice needs tools", param="tool_choice")
+        if parallel is not None:
+            raise ApiError(400, "parallel_tool_calls needs tools", param="parallel_tool_calls")
+        return None
+    given = tuple(_checked(tool, f"tools[{index}]") for index, tool in enumerate(tools))
+    names = [tool["function"]["name"] for tool in given]
+    if len(set(names)) < len(names):
+        raise ApiError(400, "tools: two of them have the same name", param="tools")
+    chosen = _choice(choice, names)
+    return None if chosen == "none" else Tools(given, chosen, parallel is not False)
+
+
+def _checked(tool: Any, place: str) -> Mapping[str, Any]:
+    if tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+        raise ApiError(400, f"{place} must be a function, as {{type: function, function: ...}}", param=place)
+    function, where = tool["function"], f"{place}.function"
+    known = {"name": str, "description": str, "parameters": dict, "strict": bool}
+    for name, value in function.items():
+        if name not in known:
+            raise ApiError(400, f"{where}.{name} is not supported here", param=f"{where}.{name}")
+        if value is not None and not isinstance(value, known[name]):
+            raise ApiError(400, f"{where}.{name} has the wrong type", param=f"{where}.{name}")
+    if not _NAME.fullmatch(function.get("name") or ""):
+        text = f"{where}.name must be 1 to 64 letters, digits, dots, dashes or underscores"
+        raise ApiError(400, text, param=f"{where}.name")
+    kept = {name: value for name, value in function.items() if value is not None}
+    return {"type": "function", "function": kept}
+
+
+def _choice(choice: Any, names: Sequence[str]) -> str:
+    if choice is None or choice in ("auto", "none", "required"):
+        return choice or "auto"
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(choice, dict) or choice.get("type") != "function" or not isinstance(name, str):
+        raise ApiError(400, "tool_choice must be auto, none, required or a function", param="tool_choice")
+    if name not in names:
+        raise ApiError(400, f"tool_choice: there is no tool {name!r}", param="tool_choice")
+    return name
+
+
+def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = function.get("parameters")
+    if given is None:
+        return _EMPTY
+    if given.get("type", "object") != "object":
+        raise QrunError("the type of a function's parameters is object")
+    return {**given, "type": "object"}
+
+
+def prompt_with_tools(model: Model, messages: list[dict[str, Any]], tools: Tools | None) -> list[int]:
+    """The prompt of a chat in which tools may be called, or were.
+
+    Raises:
+        ApiError: 400: the model's chat template has no place for tools.
+        QrunError: see ``Model.chat_prompt``.
+    """
+    given = None if tools is None else tools.given
+    as_objects = [_with_calls(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    try:
+        prompt = model.chat_prompt(as_objects, tools=given)
+    except QrunError:
+        if not any(message.get("tool_calls") for message in messages):
+            raise
+        prompt = model.chat_prompt(messages, tools=given)  # a template that wants arguments as text
+    if tools is not None and not tools.forced and prompt == model.chat_prompt(as_objects):
+        text = "this model's chat template has no place for tools: it would never hear of them"
+        raise ApiError(400, text, param="tools")
+    return prompt
+
+
+def _with_calls(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """A message whose calls have their arguments as objects, as most templates expect them."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return message
+    if message["role"] != "assistant" or not isinstance(calls, list):
+        where = f"{place}.tool_calls"
+        raise ApiError(400, f"{where} must be a list, in a message of an assistant", param=where)
+    found = []
+    for index, call in enumerate(calls):
+        where = f"{place}.tool_calls[{index}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ApiError(400, f"{where}.function must have a name", param=f"{where}.function")
+        try:
+            arguments = json.loads(function.get("arguments") or "{}")
+        except (TypeError, ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            text = f"{where}.function.arguments must be a JSON object as text"
+            raise ApiError(400, text, param=f"{where}.function.arguments")
+        found.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": found}

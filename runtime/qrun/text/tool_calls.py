@@ -1,0 +1,140 @@
+"""Calls of tools in an answer's text, in the format that Qwen's chat templates ask for.
+
+<tool_call>
+{"name": "get_weather", "arguments": {"city": "Paris"}}
+</tool_call>
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+
+OPENING, CLOSING = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call, whole.
+
+    Attributes:
+        name: of the tool.
+        arguments: a JSON object, as text.
+    """
+
+    name: str
+    arguments: str
+
+
+class ToolCallParser:
+    """Separates calls from text while it arrives; the result does not depend on how the text was cut.
+
+    Text before, between and after calls is kept, without the blanks around a call. Only what stands within
+    the tags is a call: JSON elsewhere is text, and so is what stands within them and is no call of a known
+    tool.
+
+    Args:
+        names: of the tools that there are.
+        parallel: False takes the first call, and drops what comes behind it.
+    """
+
+    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+        self._names = frozenset(names)
+        self._parallel = parallel
+        self._held = ""  # outside: what may become a tag, or the blanks before one; inside: all since the tag
+        self._inside = False
+        self._blanks = ""  # before the tag: text again where no call comes
+        self._behind_call = False  # and no text has come since
+        self._called = False
+
+    def push(self, text: str) -> list[str | ToolCall]:
+        """What has become certain with more text: pieces of text, none of them empty, and calls."""
+        self._held += text
+        found: list[str | ToolCall] = []
+        while self._step(found):
+            pass
+        return self._kept(found)
+
+    def flush(self) -> list[str | ToolCall]:
+        """No text comes any more. A call whose closing tag is missing is one all the same."""
+        rest, self._held = self._held, ""
+        found: list[str | ToolCall] = [self._call(rest) or self._no_call(rest)] if self._inside else [rest]
+        self._inside = False
+        return self._kept(found)
+
+    def _step(self, found: list[str | ToolCall]) -> bool:
+        """Take one tag, if there is one; whether there may be another."""
+        if self._inside:
+            return self._step_inside(found)
+        if self._behind_call:
+            self._held = self._held.lstrip()
+        before, tag, behind = self._held.partition(OPENING)
+        sure = len(before.rstrip()) if tag else len(before) - _held_back(before)
+        if before[:sure]:
+            found.append(before[:sure])
+            self._behind_call = False
+        if tag:
+            self._inside, self._blanks, self._held = True, before[sure:], behind
+        else:
+            self._held = before[sure:]
+        return bool(tag)
+
+    def _step_inside(self, found: list[str | ToolCall]) -> bool:
+        before, tag, behind = self._held.partition(CLOSING)
+        while tag:
+            call = self._call(before)
+            if call is not None or not _within_string(before):
+                found.append(call or self._no_call(before + CLOSING))
+                self._inside, self._held, self._behind_call = False, behind, call is not None
+                return True
+            # The tag stands in a text among the arguments.
+            more, tag, behind = behind.partition(CLOSING)
+            before += CLOSING + more
+        return False
+
+    def _no_call(self, text: str) -> str:
+        return self._blanks + OPENING + text
+
+    def _kept(self, found: list[str | ToolCall]) -> list[str | ToolCall]:
+        kept: list[str | ToolCall] = []
+        for each in found:
+            if not each or (self._called and not self._parallel):
+                continue
+            self._called = self._called or isinstance(each, ToolCall)
+            kept.append(each)
+        return kept
+
+    def _call(self, text: str) -> ToolCall | None:
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(content, dict) or content.get("name") not in self._names:
+            return None
+        arguments = content.get("arguments", {})
+        if isinstance(arguments, str):  # some models write them as a text that holds JSON
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                return None
+        if not isinstance(arguments, dict):
+            return None
+        return ToolCall(content["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+def _held_back(text: str) -> int:
+    """Length of the end of a text that is blanks, the beginning of a tag, or both."""
+    partial = next((size for size in range(len(OPENING) - 1, 0, -1) if text.endswith(OPENING[:size])), 0)
+    return len(text) - len(text[: len(text) - partial].rstrip())
+
+
+def _within_string(text: str) -> bool:
+    """Whether JSON breaks off amid a string."""
+    try:
+        json.loads(text)
+    except ValueError as error:
+        return isinstance(error, json.JSONDecodeError) and error.msg.startswith("Unterminated string")
+    except RecursionError:
+        return False
+    return False
