@@ -116,6 +116,7 @@ REFUSED = [
     ({"schema": {"foo": {"minProperties": 2}, "$ref": "#/foo"}}, '"minProperties"'),
     ({"schema": {"x-guidance": {"lenient": True}}}, '"x-guidance"'),
     ({"schema": {"const": "a\0b"}}, "control characters"),
+    ({"schema": json.loads('{"items":' * 500 + "{}" + "}" * 500)}, "recursion"),
     ({"schema": False}, "schema"),
     ({"schema": [1]}, "must be a JSON object"),
     ({"schema": {"const": "a" * 300_000}}, "at most"),
@@ -159,6 +160,23 @@ def test_blanks_have_an_end(model):
     constraint = model.constraint(schema={"type": "array"})
     assert takes(constraint, model.tokenizer.encode("[" + " " * 20 + "]"), VOCAB_SIZE)
     assert not takes(constraint, model.tokenizer.encode("[" + " " * 21 + "]"), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "2021-12-31"], ["2021-02-29", "1900-02-29", "2021-04-31", "x"]),
+        ("time", ["23:59:59Z", "00:00:00.5+01:00"], ["23:58:60Z", "24:00:00Z", "12:00"]),
+        ("date-time", ["2024-02-29T00:00:00Z"], ["2021-02-29T00:00:00Z", "2021-02-28"]),
+    ],
+)
+def test_a_date_is_one_that_there_is(model, kind, right, wrong):
+    """llguidance's own formats take the 29th of February in every year."""
+    for schema in ({"format": kind}, {"type": "string", "format": kind, "allOf": [{"minLength": 1}]}):
+        constraint = model.constraint(schema=schema)
+        for text in right + wrong:
+            assert takes(constraint, model.tokenizer.encode(json.dumps(text)), VOCAB_SIZE) == (text in right)
+    assert model.constraint(schema={"properties": {"format": {"const": "date"}}}) is not None
 
 
 def test_ignore_eos_contradicts_a_form(model):

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.errors import QrunError
-from qrun.sampling.schemas import readable, refuse_unenforced
+from qrun.sampling.schemas import readable, refuse_unenforced, with_exact_formats
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -193,11 +193,12 @@ class Grammars:
 
         if kind == "schema":
             try:
+                exact = {} if value is True else {"not": {}} if value is False else with_exact_formats(value)
                 source = LLMatcher.grammar_from_json_schema(
-                    "{}" if value is True else '{"not": {}}' if value is False else text,
+                    json.dumps(exact),
                     overrides=_SCHEMA_OPTIONS,  # type: ignore[arg-type]
                 )
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _refusal(kind, str(error)) from None
             refuse_unenforced(value)
         elif kind == "regex":
@@ -224,7 +225,7 @@ class Grammars:
             return self._tokenizer
 
 
-def inline(schema: Schema) -> str:
+def inline(schema: Mapping[str, Any]) -> str:
     """A JSON schema as part of a grammar.
 
     Raises:
@@ -232,7 +233,7 @@ def inline(schema: Schema) -> str:
     """
     refuse_unenforced(schema)
     options = {name: value for name, value in _SCHEMA_OPTIONS.items() if value is not False}
-    return "%json " + json.dumps({"x-guidance": options, **(schema if isinstance(schema, Mapping) else {})})
+    return "%json " + json.dumps({"x-guidance": options, **with_exact_formats(schema)})
 
 
 def _text_of(kind: str, value: Any) -> str:

@@ -15,6 +15,37 @@ _UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*?)\]")
 # Without \\u escapes, with which a key could hide from the schema, nothing can spell these.
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")
 _LONGEST = 300
+# llguidance's own take the 29th of February in every year, and a 61st second at any time.
+_LEAP_YEAR = "([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
+_DATE = (
+    "([0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
+    f"|02-(0[1-9]|1[0-9]|2[0-8]))|{_LEAP_YEAR}-02-29)"
+)
+_HOUR = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOUR}:[0-5][0-9](\.[0-9]+)?(Z|[+-]{_HOUR})"
+_FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+
+
+def with_exact_formats(schema: Any) -> Any:
+    """A copy whose dates and times are patterns that hold nothing but dates and times."""
+    if isinstance(schema, list):
+        return [with_exact_formats(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _DATA:
+            found[name] = value
+        elif name in _NAMED and isinstance(value, Mapping):
+            found[name] = {key: with_exact_formats(part) for key, part in value.items()}
+        else:
+            found[name] = with_exact_formats(value)
+    pattern = _FORMATS.get(found["format"]) if isinstance(found.get("format"), str) else None
+    others = found.get("allOf", [])
+    if pattern is not None and isinstance(others, list):
+        del found["format"]
+        found["allOf"] = [*others, {"pattern": pattern}]
+    return found
 
 
 def refuse_unenforced(schema: Mapping[str, Any] | bool) -> None:
