@@ -12,6 +12,7 @@ from qrun.folder.manifest import Manifest
 from qrun.sampling.constraint import Constraint, Schema
 from qrun.sampling.params import SamplingParams
 from qrun.text.chat_template import ChatTemplate
+from qrun.text.literal import Literal
 from qrun.text.tokenizer import Tokenizer
 
 
@@ -66,13 +67,17 @@ class Chat:
     Args:
         model: with a chat template.
         system: the system message; None leaves it to the template.
+        literal: special tokens that are written out in a message stay text: nobody ends a turn by typing
+            ``<|im_end|>``.
         sampling: for every turn, fields of ``SamplingParams``.
 
     Raises:
         QrunError: the model has no chat template, or a bad sampling parameter.
     """
 
-    def __init__(self, model: Speaker, system: str | None = None, **sampling: Any) -> None:
+    def __init__(
+        self, model: Speaker, system: str | None = None, *, literal: bool = False, **sampling: Any
+    ) -> None:
         if model.template is None:
             raise QrunError(
                 f"{model.manifest.name} has no chat template: it continues text, it does not chat",
@@ -87,6 +92,7 @@ class Chat:
         self.context = model.new_context()
         self._template = model.template
         self._system = system
+        self._literal = Literal(model.tokenizer) if literal else None
         self._sampling = sampling
         # Renderings whose token ids are known, the longest last: the last prompt, and prompt and answer.
         self._known: list[tuple[str, list[int]]] = []
@@ -169,11 +175,14 @@ class Chat:
         if not user["content"].strip():
             raise QrunError("the message is empty", hint="say something")
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        rendered = self._template.render([*system, *self.messages, user])
+        messages = [*system, *self.messages, user]
+        if self._literal is not None:
+            messages = self._literal.mask_all(messages)
+        rendered = self._template.render(messages)
         known_text, known_ids = next(
             (known for known in reversed(self._known) if rendered.startswith(known[0])), ("", [])
         )
-        ids = known_ids + self.model.tokenizer.encode(rendered[len(known_text) :])
+        ids = known_ids + (self._literal or self.model.tokenizer).encode(rendered[len(known_text) :])
         limit = self.model.manifest.model.context_length
         if len(ids) > limit:
             raise QrunError(
@@ -192,7 +201,8 @@ class Chat:
         self._known = [(rendered, prompt_ids)]
         # A stop string, or half a character at the end, is in the tokens and not in the text.
         if self.model.tokenizer.decode(answering.token_ids) == answering.text:
-            self._known.append((rendered + answering.text, prompt_ids + answering.token_ids))
+            text = answering.text if self._literal is None else self._literal.mask(answering.text)
+            self._known.append((rendered + text, prompt_ids + answering.token_ids))
 
     def _end_running_turn(self) -> None:
         """A turn whose loop was left for good ends here at the latest."""

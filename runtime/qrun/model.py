@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any
 from qrun.answer import Answering, Event
 from qrun.backends.opening import Opening, open_session
 from qrun.backends.session import Session
+from qrun.backends.token_ids import as_token_ids
 from qrun.chat import Chat
 from qrun.decoding.generate import Context, check_prompt
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest, find_model_folder
 from qrun.sampling.constraint import Constraint, Grammars, Schema, Vocabulary
 from qrun.sampling.params import SamplingParams, resolve
+from qrun.text.literal import Literal
 from qrun.text.streaming import ChatTemplate, Tokenizer
 from qrun.text.tokenizer import read_json_object, read_tokenizer_config
 
@@ -126,17 +128,19 @@ class Model:
         schema: Schema | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        literal: bool = False,
         **sampling: Any,
     ) -> Generator[Event, None, None]:
         """Continue a prompt as it is, without the chat template (for that, see ``chat``).
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, or token ids: a list, an array, a tensor.
             context: where the tokens go. With the context of an earlier prompt, the tokens that
                 both begin with are not computed again. One answer at a time may use it.
             schema: a JSON schema that the answer fits, unless max_tokens or a stop string cuts it off.
             regex: a regular expression that the whole answer matches.
             grammar: a grammar in Lark's notation.
+            literal: special tokens that are written out in the prompt stay text.
             sampling: fields of ``SamplingParams``: max_tokens, temperature, top_p, stop, seed, ...
 
         Returns:
@@ -148,7 +152,7 @@ class Model:
                 expression or grammar that cannot be enforced.
         """
         params, _ = self.resolve(sampling)
-        ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        ids = self._plain_prompt(prompt, literal) if isinstance(prompt, str) else as_token_ids(prompt)
         check_prompt(ids, self.manifest.model.context_length)
         constraint = self.constraint(schema=schema, regex=regex, grammar=grammar)
         return self.answering(ids, params, context=context, constraint=constraint).events()
@@ -164,10 +168,25 @@ class Model:
         """The answer to a prompt as an object that can be cancelled; see ``generate``."""
         return Answering(context or self.new_context(), self.tokenizer, prompt_ids, params, constraint)
 
+    def _plain_prompt(self, text: str, literal: bool) -> list[int]:
+        if not literal:
+            return self.tokenizer.encode(text, add_special_tokens=True)
+        as_text = Literal(self.tokenizer)
+        return as_text.encode(as_text.mask(text), add_special_tokens=True)
+
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        literal: bool = False,
     ) -> list[int]:
         """Messages with "role" and "content" as the token ids of a prompt, by the model's chat template.
+
+        Args:
+            messages: all turns so far.
+            tools: see ``ChatTemplate.render``.
+            literal: special tokens that are written out in the messages stay text.
 
         Raises:
             QrunError: the model has no chat template, or it refuses these messages.
@@ -178,15 +197,18 @@ class Model:
                 where=self.manifest.folder,
                 hint="give it a plain prompt, or export a checkpoint with a chat template",
             )
-        return self.tokenizer.encode(self.template.render(messages, tools=tools))
+        if not literal:
+            return self.tokenizer.encode(self.template.render(messages, tools=tools))
+        as_text = Literal(self.tokenizer)
+        return as_text.encode(self.template.render(as_text.mask_all(messages), tools=tools))
 
-    def chat(self, system: str | None = None, **sampling: Any) -> Chat:
+    def chat(self, system: str | None = None, *, literal: bool = False, **sampling: Any) -> Chat:
         """A conversation of several turns, see ``chat.Chat``.
 
         Raises:
             QrunError: the model has no chat template, or a bad sampling parameter.
         """
-        return Chat(self, system, **sampling)
+        return Chat(self, system, literal=literal, **sampling)
 
 
 def _template_of(folder: Path, name: str | None) -> ChatTemplate | None:

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import SupportsIndex
+
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.errors import QrunError
+
+
+def as_token_ids(prompt: Iterable[object]) -> list[int]:
+    """A prompt's token ids as whole numbers, from a list, an array, a tensor or whatever else has them.
+
+    Raises:
+        QrunError: there is something else in it; a number with a fraction, or a truth value, is none.
+    """
+    try:
+        given = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+        ids = [_whole(each) for each in given]
+    except TypeError as error:
+        shown = repr(prompt) if len(repr(prompt)) < 60 else f"a {type(prompt).__name__}"
+        raise QrunError(
+            f"a prompt is text or a list of token ids, which are whole numbers, not {shown}",
+            hint="encode the text with the model's tokenizer, or give the text itself",
+        ) from error
+    return ids
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{value!r} is no token id")
+    return value.__index__()
 
 
 def check_token_ids(token_ids: NDArray[np.int64], vocab_size: int) -> None:

@@ -92,13 +92,13 @@ def _history() -> History:
 
 
 def decode_input(data: bytes) -> str:
-    """Text that came through a pipe or from a file.
+    """Text that came through a pipe or from a file, without the byte order mark that some editors put first.
 
     Raises:
         QrunError: it is not UTF-8.
     """
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise QrunError(
             f"the input is not UTF-8: {error}", hint="convert it, for instance with iconv"

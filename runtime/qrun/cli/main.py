@@ -55,8 +55,9 @@ def main() -> None:
 @model_options
 @sampling_options
 @template_option
+@click.option("--literal", is_flag=True, help="Special tokens in what is typed stay text.")
 @click.option("--system", help="The system message. [default: what the chat template says]")
-def chat(system: str | None, **options: Any) -> None:
+def chat(system: str | None, literal: bool, **options: Any) -> None:
     """Talk with the model, several turns.
 
     Lines come from a pipe or a terminal; /help lists the commands.
@@ -64,7 +65,7 @@ def chat(system: str | None, **options: Any) -> None:
     sampling = take_sampling(options)
     # Meanwhile the first question is typed.
     model = open_model(**options | {"prefill_graph": options["prefill_graph"] and "later"})
-    conversation = Chat(model, system, **sampling)
+    conversation = Chat(model, system, literal=literal, **sampling)
     if options["verbose"]:
         tell_sampling(*model.resolve(sampling))
     ChatConsole(conversation).run()
@@ -82,6 +83,7 @@ def chat(system: str | None, **options: Any) -> None:
 )
 @click.option("--system", help="The system message of a chat.")
 @template_option
+@click.option("--literal", is_flag=True, help="Special tokens in the prompt stay text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option("--schema", type=click.Path(path_type=Path), help="A JSON schema that the answer fits.")
 @click.option("--regex", help="A regular expression that the whole answer matches.")
@@ -92,6 +94,7 @@ def generate(
     prompt_file: Path | None,
     templated: bool | None,
     system: str | None,
+    literal: bool,
     as_json: bool,
     schema: Path | None,
     regex: str | None,
@@ -117,9 +120,9 @@ def generate(
     if templated is None:
         templated = model.template is not None or system is not None
     if templated:
-        events = Chat(model, system, **sampling).send(text, **form)
+        events = Chat(model, system, literal=literal, **sampling).send(text, **form)
     else:
-        events = model.generate(text, **form, **sampling)
+        events = model.generate(text, literal=literal, **form, **sampling)
     if options["verbose"]:
         params, sources = model.resolve(sampling)
         tell_sampling(params, sources | ({"max_tokens": DEFAULT} if ours else {}))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ class Tokenizer:
     Attributes:
         special_tokens: named special tokens and their text, such as ``{"eos_token": "<|im_end|>"}``.
         special_ids: ids that ``decode`` leaves out by default.
+        special_texts: what these tokens look like.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> None:
@@ -29,9 +31,11 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self.special_tokens = MappingProxyType(dict(special_tokens))
-        self.special_ids = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        special = {key: token for key, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = frozenset(special)
+        self.special_texts = frozenset(token.content for token in special.values())
+        self._specials = special
+        self._literal_backend: tokenizers.Tokenizer | None = None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -92,6 +96,46 @@ class Tokenizer:
                 f"the text is not Unicode: half a character (U+{ord(text[place]):04X}) at index {place}",
                 hint="it was probably not UTF-8; check the file's or the terminal's encoding",
             ) from None
+
+    def encode_literally(
+        self, text: str, unmask: Callable[[str], str], add_special_tokens: bool = False
+    ) -> list[int]:
+        """Token ids of ``text``, whose own special tokens count and those that ``unmask`` brings do not.
+
+        Args:
+            text: with masks in it, see ``Literal``.
+            unmask: what a piece of it means, as letters.
+            add_special_tokens: see ``encode``.
+        """
+        if self._literal_backend is None:  # seldom needed, and a second for a large vocabulary
+            self._literal_backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+            self._literal_backend.encode_special_tokens = True
+        backend = self._literal_backend
+        ids: list[int] = []
+        end = 0
+        for found in self._own_specials().finditer(text):
+            ids += backend.encode(unmask(text[end : found.start()]), add_special_tokens=False).ids
+            ids.append(int(str(found.lastgroup)[1:]))
+            end = found.end()
+        ids += backend.encode(unmask(text[end:]), add_special_tokens=False).ids
+        if not add_special_tokens:
+            return ids
+        alone, whole = self.encode("a"), self.encode("a", add_special_tokens=True)
+        before = next(place for place in range(len(whole)) if whole[place : place + len(alone)] == alone)
+        return whole[:before] + ids + whole[before + len(alone) :]
+
+    def _own_specials(self) -> re.Pattern[str]:
+        """Special tokens in a text, each a group "t{id}", with the space around them that some swallow."""
+        longest_first = sorted(self._specials.items(), key=lambda entry: len(entry[1].content), reverse=True)
+        parts = [
+            f"(?P<t{key}>"
+            + (r"\s*" if token.lstrip else "")
+            + re.escape(token.content)
+            + (r"\s*" if token.rstrip else "")
+            + ")"
+            for key, token in longest_first
+        ]
+        return re.compile("|".join(parts) or r"(?!)")
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ``token_ids``; half a character becomes U+FFFD, an unknown id nothing."""

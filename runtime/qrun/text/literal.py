@@ -1,0 +1,64 @@
+"""What a user types, kept as text: a special token written out in it becomes letters and not a command.
+
+Special tokens are masked in the messages before the template is rendered, so that only the template's own are
+left. The rendering is cut at these, and what lies between is encoded with the masks taken off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qrun.text.tokenizer import Tokenizer
+
+# Of Unicode's private use area: no template has them, and if a text has, it is masked as well.
+_MARK = "\uf8f0"
+
+
+class Literal:
+    """Messages and prompts in which special tokens are text.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # The longer first, where one begins with another.
+        self._masked = [_MARK, *sorted(tokenizer.special_texts, key=len, reverse=True)]
+        self._typed = re.compile("|".join(map(re.escape, self._masked)))
+
+    def mask(self, text: str) -> str:
+        """The text with a mark and a number in place of each special token."""
+        return self._typed.sub(lambda found: f"{_MARK}{self._masked.index(found[0])}{_MARK}", text)
+
+    def mask_all(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with their texts masked, those of nested parts too; roles stay."""
+        return [
+            {key: value if key == "role" else self._mask_inside(value) for key, value in message.items()}
+            for message in messages
+        ]
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a rendering of masked messages.
+
+        Args:
+            text: with masks; what stands in it unmasked are the template's own special tokens.
+            add_special_tokens: see ``Tokenizer.encode``.
+        """
+        if _MARK not in text:
+            return self._tokenizer.encode(text, add_special_tokens)
+        return self._tokenizer.encode_literally(text, self._unmask, add_special_tokens)
+
+    def _unmask(self, text: str) -> str:
+        return re.sub(f"{_MARK}([0-9]+){_MARK}", lambda found: self._masked[int(found[1])], text)
+
+    def _mask_inside(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.mask(value)
+        if isinstance(value, Mapping):
+            return {key: self._mask_inside(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._mask_inside(item) for item in value]
+        return value

@@ -1,0 +1,88 @@
+"""If these fail, an array is no prompt, what is no token id passes, or a BOM is three tokens."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import qrun as api
+from qrun.errors import QrunError
+from tests.commands import qrun
+
+IDS = [72, 105, 33]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_export):
+    return api.open(tiny_export)
+
+
+def answer(model, prompt) -> tuple[int, ...]:
+    *_, last = model.generate(prompt, max_tokens=4, do_sample=False)
+    return last.token_ids
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, np.int32, np.uint16, iter])
+def test_token_ids_may_come_in_any_sequence_of_whole_numbers(kind, model):
+    given = (
+        np.array(IDS, dtype=kind) if isinstance(kind, type) and issubclass(kind, np.generic) else kind(IDS)
+    )
+    assert answer(model, given) == answer(model, IDS)
+
+
+def test_a_tensor_of_torch_is_taken(model):
+    torch = pytest.importorskip("torch")
+    assert answer(model, torch.tensor(IDS)) == answer(model, IDS)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [1.5],
+        [True],
+        ["72"],
+        [None],
+        [[72, 105]],
+        np.array([1.0, 2.0]),
+        np.array([[72, 105]]),
+        np.array([True]),
+        np.array(72),
+        [72, 1.0],
+    ],
+)
+def test_what_is_no_list_of_token_ids_is_refused(prompt, model):
+    with pytest.raises(QrunError, match="a prompt is text or a list of token ids"):
+        model.generate(prompt, max_tokens=1)
+
+
+@pytest.mark.parametrize("prompt", [[], (), np.array([], dtype=np.int64), ""])
+def test_an_empty_prompt_is_refused_before_the_loop(prompt, model):
+    with pytest.raises(QrunError, match="the prompt is empty"):
+        model.generate(prompt, max_tokens=1)
+
+
+@pytest.mark.parametrize("prompt", [[320], [-1], np.array([10**12])])
+def test_ids_beyond_the_vocabulary_are_refused(prompt, model):
+    with pytest.raises(QrunError, match="outside the vocabulary of 320"):
+        list(model.generate(prompt, max_tokens=1))
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tiny_export, tmp_path):
+    ask = ("generate", "--engine", tiny_export, "--max-tokens", 1, "--json")
+    file = tmp_path / "prompt.txt"
+    counts = []
+    for text in (b"Hello", BOM + b"Hello"):
+        file.write_bytes(text)
+        for more, stdin in ((("--prompt-file", file), None), (("--prompt", "-"), text)):
+            counts.append(json.loads(qrun(*ask, *more, stdin=stdin).stdout)["prompt_tokens"])
+    assert len(set(counts)) == 1
+
+
+def test_a_byte_order_mark_hides_no_command_of_a_chat(tiny_export):
+    done = qrun("chat", "--engine", tiny_export, stdin=BOM + b"/exit\nHello\n")
+    assert (done.exit_code, done.stdout) == (0, "")
