@@ -242,3 +242,33 @@ def test_a_path_is_a_message_and_not_a_command(answering):
 def test_a_model_that_is_not_verified_says_so(answering, status, said):
     answering(manifest=fake_manifest(verification=status))
     assert ("not verified" in qrun("chat", "--engine", "x", stdin="").stderr) == said
+
+
+# forms
+
+
+def test_an_answer_fits_a_schema_or_an_expression(tokenizer, monkeypatch, tmp_path):
+    model = fake_model(tokenizer, repeating(tokenizer, "x"))
+    monkeypatch.setattr(options.Model, "open", lambda *_, **__: model)
+    (tmp_path / "schema.json").write_text('{"enum": ["xx", 5]}')
+    for more in ((), ("--raw",)):
+        asked = ("generate", "--engine", "x", "--prompt", "?", *more)
+        assert json.loads(qrun(*asked, "--schema", str(tmp_path / "schema.json")).stdout) in ("xx", 5)
+        assert qrun(*asked, "--regex", "x{3}").stdout == "xxx\n"
+        assert "Give either --schema or --regex" in qrun(*asked, "--regex", "x", "--schema", "y").stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "the schema is not JSON"),
+        ('{"not": {}}', 'schema cannot be enforced: "not"'),
+        ("[]", "must be a JSON object"),
+    ],
+)
+def test_a_schema_that_cannot_be_enforced_is_refused(answering, tmp_path, content, said):
+    answering("x")
+    (tmp_path / "schema.json").write_text(content)
+    asked = ("generate", "--engine", "x", "--prompt", "?", "--schema")
+    assert said in refused(qrun(*asked, str(tmp_path / "schema.json")))
+    assert "the schema cannot be read" in refused(qrun(*asked, "none.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -92,3 +93,31 @@ def test_clients_take_turns():
     assert [queue.get() for _ in range(5)] == ["a1", "b1", "c1", "a3", "c2"]
     with pytest.raises(IndexError):
         queue.get()
+
+
+def test_forms_compile_in_a_pool_and_fit_side_by_side(tokenizer, monkeypatch):
+    """Neither in the thread that steps the model nor in the one that serves all callers."""
+    model = fake_model(tokenizer, repeating(tokenizer, "x"))
+    made, threads = model.constraint, []
+
+    def constraint(**asked):
+        threads.append(threading.current_thread().name)
+        return made(**asked)
+
+    monkeypatch.setattr(model, "constraint", constraint)
+
+    async def ask(engine, number):
+        *_, one = [event async for event in engine.generate("hi", regex=f"[xy]{{{number}}}")]
+        *_, two = [
+            event async for event in engine.chat([{"role": "user", "content": "?"}], schema={"const": number})
+        ]
+        return one.text, two.text
+
+    async def main():
+        with Engine(model, slots=3) as engine:
+            return await asyncio.gather(*(ask(engine, number) for number in range(1, 8)))
+
+    found = asyncio.run(main())
+    assert [(len(one), two) for one, two in found] == [(number, str(number)) for number in range(1, 8)]
+    assert len(threads) == 14
+    assert all(name.startswith("asyncio") for name in threads)

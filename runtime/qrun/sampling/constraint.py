@@ -32,7 +32,7 @@ Schema = Mapping[str, Any] | bool
 
 _KEPT = 16  # compiled forms, so that the same schema is not compiled for each request
 # What one form may cost: beyond these, masks take tenths of a second, and matchers tens of megabytes.
-_LARGEST_SCHEMA = 256 << 10  # bytes of text
+_LARGEST_SCHEMA = 128 << 10  # bytes of text
 _LARGEST_GRAMMAR = 32 << 10
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
