@@ -43,6 +43,15 @@ def test_a_response_that_is_cut_off_is_incomplete(client):
     assert len(found.output_text) == 4
 
 
+def test_a_response_fits_its_schema(client):
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    found = client.responses.create(model="long", input="hi", text={"format": form}, max_output_tokens=200)
+    assert json.loads(found.output_text)["a"] in ("x", "y")
+    assert found.text.format.type == "json_schema"
+
+
 def test_a_response_is_streamed_in_the_originals_order(client):
     events = list(client.responses.create(model="echo", input="hello", stream=True))
     kinds = [event.type for event in events]
@@ -73,6 +82,10 @@ def test_a_response_is_streamed_in_the_originals_order(client):
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"truncation": "auto"}, "truncation"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"text": {"format": "json"}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"temperature": "hot"}, "temperature"),
     ],
     ids=lambda value: str(value)[:50],

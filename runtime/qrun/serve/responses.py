@@ -57,14 +57,40 @@ def ask_responses(engine: Engine, request: ResponsesRequest) -> Asked:
         raise ApiError(400, "background is not supported here", param="background")
     if request.truncation not in (None, "disabled"):
         raise ApiError(400, "truncation is not supported here", param="truncation")
-    if ((request.text or {}).get("format") or {"type": "text"}).get("type") != "text":
-        raise ApiError(400, "text.format is not supported here", param="text.format")
     if request.max_output_tokens is not None and request.max_output_tokens < 1:
         raise ApiError(400, "max_output_tokens must be a whole number from 1 up", param="max_output_tokens")
     system = [{"role": "system", "content": request.instructions}] if request.instructions else []
     prompt = engine.model.chat_prompt([*system, *_messages(request.input)])
-    common = Common(model=request.model, temperature=request.temperature, top_p=request.top_p)
-    return for_each(engine, common, [prompt], [""], {"max_tokens": request.max_output_tokens})
+    common = Common(
+        model=request.model,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        response_format=_response_format(request.text or {}),
+    )
+    try:
+        return for_each(engine, common, [prompt], [""], {"max_tokens": request.max_output_tokens})
+    except ApiError as error:
+        if error.param is not None and error.param.startswith("response_format"):
+            error.param = "text.format"
+        raise
+
+
+def _response_format(text: dict[str, Any]) -> dict[str, Any] | None:
+    """``text.format`` in the form of chat completions, where the schema lies one level deeper."""
+    extra = next((name for name in text if name != "format"), None)
+    if extra is not None:
+        raise ApiError(400, f"text.{extra} is not supported here", param=f"text.{extra}")
+    form = text.get("format")
+    if form is None:
+        return None
+    if not isinstance(form, dict):
+        raise ApiError(400, "text.format must be an object", param="text.format")
+    if form.get("type") != "json_schema":
+        return form
+    return {
+        "type": "json_schema",
+        "json_schema": {name: value for name, value in form.items() if name != "type"},
+    }
 
 
 def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,7 +186,7 @@ class ResponseReply(Reply):
             "previous_response_id": None,
             "store": False,
             "temperature": self.asked.params[0].temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (fields.text or {}).get("format") or {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "top_p": self.asked.params[0].top_p,
