@@ -7,10 +7,13 @@ import json
 import httpx
 import openai
 import pytest
+import tokenizers
 
+from qrun.text.tokenizer import Tokenizer
 from tests.assets import qwen_tokenizer_folder
 from tests.fakes import fake_manifest, fake_model, scripted
 from tests.serve.serving import serving
+from tests.tiny import write_tiny_tokenizer
 
 WEATHER = {
     "type": "function",
@@ -19,7 +22,10 @@ WEATHER = {
         "description": "How it is outside",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "maximum": 9}},
+            "properties": {
+                "city": {"enum": ["Oslo", "Rome"]},
+                "days": {"type": "integer", "minimum": 0, "maximum": 9},
+            },
             "required": ["city", "days"],
             "additionalProperties": False,
         },
@@ -218,3 +224,37 @@ def test_what_is_wrong_is_named(address, changes, field):
     response = httpx.post(f"{address}/v1/chat/completions", json=asked)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == field
+
+
+@pytest.fixture(scope="module")
+def tagging(tmp_path_factory):
+    """A tokenizer to which the tags are tokens, as to Qwen's."""
+    folder = tmp_path_factory.mktemp("tags")
+    write_tiny_tokenizer(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens(["<tool_call>", "</tool_call>"])
+    return Tokenizer(backend, {})
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_where_the_tags_are_tokens_a_strict_tool_is_enforced_whenever_it_is_called(tagging, choice):
+    """The model begins a call after some words, and then would say "xxx" for ever."""
+    opening, prefix = tagging.token_id("<tool_call>"), tagging.encode("I look.")
+    header = tagging.encode("<|im_start|>assistant\n")
+    (x,) = tagging.encode("x")
+
+    def rule(seen: list[int]) -> int:
+        start = max(i for i in range(len(seen)) if seen[i : i + len(header)] == header)
+        return [*prefix, opening, *[x] * 2000][len(seen) - start - len(header)]
+
+    manifest = fake_manifest(context_length=4096)
+    model = fake_model(tagging, rule, manifest=manifest, template=QWEN_TEMPLATE)
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    with serving({"m": model}) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0)
+        asked = {"model": "m", "messages": USER, "tools": [strict], "tool_choice": choice}
+        found = client.chat.completions.create(**asked, parallel_tool_calls=False, max_tokens=300)
+    (choice_made,) = found.choices
+    (one,) = choice_made.message.tool_calls
+    assert set(json.loads(one.function.arguments)) == {"city", "days"}
+    assert choice_made.message.content == ("I look." if choice == "auto" else None)
