@@ -7,6 +7,7 @@
 #   make test-mutations thousands of damaged checkpoints and exports (make test tries some)
 #   make test-gpu  what only an NVIDIA GPU can show; elsewhere each test says why it is skipped
 #   make test-oldest  the runtime with the lowest versions of what it needs; test-newest: all with the newest
+#   make test-schemas the whole JSON-Schema-Test-Suite: each schema enforced or refused (two minutes)
 #   make test-interleavings thousands of interleavings of answers (minutes); make soak: ten minutes of bad clients
 #   make lint      ruff, mypy, import-linter
 #   make interop   optimum and onnxruntime-genai read the exported sample and answer as qrun does
@@ -46,7 +47,7 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 QUESTION := Name the capital of France.
 
 .PHONY: demo test test-oldest test-newest test-matrix test-mutations test-docs test-gpu lint interop
-.PHONY: benchmark compare clean test-interleavings soak
+.PHONY: benchmark compare clean test-interleavings test-schemas soak
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -64,6 +65,13 @@ test-mutations: $(VENV)/.ready
 test-oldest: $(OLDEST_VENV)/.ready $(VENV)/.ready
 	QCONVERT_TEST_PYTHON=$(CURDIR)/$(VENV)/bin/python \
 	    $(OLDEST_VENV)/bin/pytest -m "not export and not slow_docs" $(OLDEST_TESTS)
+
+# The whole JSON-Schema-Test-Suite, every draft; it lies in jsonschema's source distribution.
+test-schemas: $(VENV)/.ready
+	test -d .cache/schemas || { mkdir -p .cache/schemas.part && cd .cache/schemas.part && \
+	    $(CURDIR)/$(VENV)/bin/pip download --quiet --no-deps --no-binary :all: jsonschema==4.26.0 && \
+	    tar --strip-components=1 -xf jsonschema-4.26.0.tar.gz && mv $(CURDIR)/.cache/schemas.part $(CURDIR)/.cache/schemas; }
+	QCONVERT_SCHEMA_SUITE=$(CURDIR)/.cache/schemas/json/tests $(VENV)/bin/pytest -s tests/qrun/test_schema_suite.py
 
 test-newest: $(NEWEST_VENV)/.ready
 	$(NEWEST_VENV)/bin/pytest
@@ -113,8 +121,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(OLDEST_VENV)/.ready: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST_VENV)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[cpu]' \
-	    hypothesis onnx pexpect psutil pytest pytest-timeout
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[cpu,grammar]' \
+	    hypothesis jsonschema onnx pexpect psutil pytest pytest-timeout
 	@touch $@
 
 # The newest of everything but torch, of which pip might take a build of some gigabytes.

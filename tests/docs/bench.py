@@ -51,7 +51,7 @@ class Bench:
         self._make_what_it_needs(text)
         output = io.StringIO()
         with self._served(text) as text, self._here(), contextlib.redirect_stdout(output):
-            exec(compile(text, "a block of the page", "exec"), {"__name__": "__main__"})
+            exec(compile(text, "a block of the page", "exec", dont_inherit=True), {"__name__": "__main__"})
         return output.getvalue()
 
     @contextlib.contextmanager

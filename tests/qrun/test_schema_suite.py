@@ -1,7 +1,8 @@
 """If these fail, an answer that was to fit a schema may not.
 
 A selection of the JSON-Schema-Test-Suite (MIT, its authors'; from the source distribution of jsonschema
-4.26). ``QCONVERT_SCHEMA_SUITE`` names the suite's folder ``tests``: then all of it is run, every draft.
+4.26). ``QCONVERT_SCHEMA_SUITE`` names the suite's folder ``tests``: then all of it is run, every draft
+(``make test-schemas``).
 """
 
 from __future__ import annotations
