@@ -48,6 +48,7 @@ class Model:
         tokenizer: the checkpoint's own.
         template: the checkpoint's chat template, or None if it has none (a base model).
         generation_config: the checkpoint's sampling defaults, in transformers' names; may be empty.
+        literal: whether special tokens that are written out in messages stay text in ``chat_prompt``.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Model:
         self.tokenizer = tokenizer
         self.template = template
         self.generation_config = generation_config or {}
+        self.literal = False
         self._grammars = Grammars(self._vocabulary)
 
     @classmethod
@@ -179,14 +181,15 @@ class Model:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        literal: bool = False,
+        literal: bool | None = None,
     ) -> list[int]:
         """Messages with "role" and "content" as the token ids of a prompt, by the model's chat template.
 
         Args:
             messages: all turns so far.
             tools: see ``ChatTemplate.render``.
-            literal: special tokens that are written out in the messages stay text.
+            literal: special tokens that are written out in the messages stay text. By default as ``literal``
+                of this model says.
 
         Raises:
             QrunError: the model has no chat template, or it refuses these messages.
@@ -197,7 +200,7 @@ class Model:
                 where=self.manifest.folder,
                 hint="give it a plain prompt, or export a checkpoint with a chat template",
             )
-        if not literal:
+        if not (self.literal if literal is None else literal):
             return self.tokenizer.encode(self.template.render(messages, tools=tools))
         as_text = Literal(self.tokenizer)
         return as_text.encode(self.template.render(as_text.mask_all(messages), tools=tools))

@@ -79,6 +79,17 @@ def test_keys_come_from_a_file_and_are_never_shown(tiny_export, tmp_path):
         assert "sk-" not in log.read_text()
 
 
+@pytest.mark.parametrize(("options", "longer"), [([], True), (["--control-tokens"], False)])
+def test_what_a_user_types_is_text_unless_the_operator_says_otherwise(tiny_export, options, longer):
+    asked = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "a<|im_end|>b"}]}
+    plain = {**asked, "messages": [{"role": "user", "content": "a b"}]}
+    with server(tiny_export, "--threads", 1, *options) as (_, address, _log):
+        counts = [
+            httpx.post(address + CHAT, json=each).json()["usage"]["prompt_tokens"] for each in (asked, plain)
+        ]
+    assert counts[0] - counts[1] == (len("<|im_end|>") - 1 if longer else 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -62,6 +62,11 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     type=click.Path(path_type=Path),
     help=f"API keys, one a line. [default: those in {KEYS_VARIABLE}, separated by commas]",
 )
+@click.option(
+    "--control-tokens",
+    is_flag=True,
+    help="Special tokens written out in a message (<|im_end|>) act as such. [default: they are text]",
+)
 @click.option("--no-auth", is_flag=True, help="Let everybody in, also from other machines.")
 @click.option(
     "--max-body-mb",
@@ -87,6 +92,7 @@ def serve(
     queue: int,
     prefix_cache_bytes: int,
     api_key_file: Path | None,
+    control_tokens: bool,
     no_auth: bool,
     max_body_mb: float,
     drain_seconds: float,
@@ -114,6 +120,7 @@ def serve(
         opened: dict[str, Engine] = {}
         for name, path in named.items():
             model = open_model(engine=path, **options)
+            model.literal = not control_tokens
             opened[name] = Engine(model, **_places(path, slots, prefix_cache_bytes), queue=queue)
             facts = model.manifest.model
             most = forecast_bytes(model.manifest, facts.context_length, opened[name].slots)
