@@ -91,7 +91,10 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{choice.name}")
     needed = sum(data_bytes(target.lower, spec, recipe).values()) + (64 << 20)  # graph, tokenizer and reports
 
-    with new_model_folder(output, force=options.force, needed_bytes=needed) as folder:
+    with (
+        new_model_folder(output, force=options.force, needed_bytes=needed) as folder,
+        ExitStack() as leftovers,
+    ):
         with hashed_meanwhile(checkpoint.weight_files) as hashes:
             with progress.task("loading the checkpoint"):
                 model = load_model(checkpoint)
@@ -99,6 +102,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
             if text is not None:
                 rounded = RoundedWeights(folder.output, hashes.result(), recipe)
                 if choice.method == "awq":
+                    leftovers.callback(rounded.remove)  # quickly made again, so a failure leaves nothing
                     factors = balance_and_round(model, recipe, text.sequences, rounded, progress)
                     write_factors(folder.path, {found.divided: each for found, each in factors.items()})
                     balance = Folding.of_inputs(factors)
