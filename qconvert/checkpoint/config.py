@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # transformers computes these once, from the config alone, so a table of cosines can stand in a graph.
 # Others (dynamic, longrope) change the frequencies with the length of the sequence.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# How some program ran the model, which says nothing about the model: a kernel that is not installed here is
-# no reason to refuse it.
+# How a program ran the model, and no property of it: a kernel that is not installed here is no reason to
+# refuse the checkpoint.
 _NOT_THE_MODELS = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("_attn_implementation_autoset", "experts_implementation", "_experts_implementation"),
@@ -62,7 +62,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The checkpoint's configuration, with everything in it covered by an export.
+    """The checkpoint's configuration, checked: an export covers everything in it.
 
     ``auto_map`` (remote code) is ignored: transformers' own class is used and nothing is executed.
 

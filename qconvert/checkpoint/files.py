@@ -77,7 +77,7 @@ def _read_sharded(folder: Path) -> WeightFiles:
     states = [index_state, *(state for state, _ in shards)]
     whole = {state.name for state, _ in shards if state.status == "whole"}
 
-    # A shard that is refused is worse than what the index lacks, so that shall be what the user reads.
+    # A refused shard is the cause of whatever the index seems to lack: report only that.
     refused = any(state.status == "refused" for state in states)
     if not refused and (conflict := _contradiction(folder, weight_map, tensors, whole)):
         states[0] = _index_problem(index_state, "garbage", *conflict)

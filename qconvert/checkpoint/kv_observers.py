@@ -1,4 +1,4 @@
-"""What can stand between a reference's keys and values and its attention: one looks, one rounds to 8 bits."""
+"""KV caches for the reference: one records the largest keys and values, one rounds them to 8 bits."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Scales(Protocol):
 
 
 class Observed:
-    """A reference's KV cache that notes the largest keys and values and changes nothing.
+    """A reference's KV cache that records the largest keys and values and changes nothing.
 
-    ``largest`` has the largest size of every channel, float32 ``[kv_heads, head_size]``, by layer and
+    ``largest`` has the largest magnitude of every channel, float32 ``[kv_heads, head_size]``, by layer and
     "key" or "value".
     """
 
@@ -46,7 +46,7 @@ class Observed:
 
 
 class Rounded:
-    """A reference's KV cache that holds what an int8 cache with given scales would."""
+    """A reference's KV cache that rounds as an int8 cache with the given scales does."""
 
     def __init__(self, scales: Scales) -> None:
         self._scales = scales
@@ -60,7 +60,7 @@ class Rounded:
 
 
 def _lengths_of_pairs(keys: torch.Tensor) -> torch.Tensor:
-    """For every channel the length of the pair that it is rotated in: i and i + half a head."""
+    """For each channel, the length of the pair in which it is rotated (channels i and i + head_size / 2)."""
     first, second = keys.chunk(2, dim=-1)
     lengths = (first.square() + second.square()).sqrt()
     return lengths.repeat(*[1] * (keys.dim() - 1), 2)

@@ -35,11 +35,11 @@ class WeightSource(Protocol):
 
     @property
     def shortlist(self) -> Shortlist | None:
-        """Which logits are computed from all bits of the head, where the others are from half of them."""
+        """Which tokens have logits from all bits of the head, others from half of them; None: all."""
         ...
 
     def coarse_rows(self, name: str, rows: slice) -> torch.Tensor:
-        """Rows of the head by that half, float32; only where there is a ``shortlist``."""
+        """Rows of the head from half of its bits, float32; only where there is a ``shortlist``."""
         ...
 
     def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
@@ -79,10 +79,10 @@ class CheckpointSource:
 
 
 class KVObserver(Protocol):
-    """Stands between a layer's keys and values (rotated, float32) and its attention."""
+    """Sees a layer's keys and values (rotated, float32) before its attention does, and may change them."""
 
     def cache(self, lengths: Sequence[int]) -> Cache:
-        """A cache for one batch, rows of these many tokens; it says what attention gets to see."""
+        """A cache for one batch whose rows have these numbers of tokens; attention sees what it returns."""
         ...
 
 
@@ -100,7 +100,7 @@ class Reference:
     Args:
         model: in eval mode; its weights are untouched between calls.
         source: other weights to compute with, in place of the checkpoint's.
-        prompt: yet others for the prompt, where a second graph reads it.
+        prompt: weights for the prompt, where a second graph reads it with its own.
         kv: looks at keys and values, or changes them as the export's KV cache does.
 
     Attributes:
@@ -132,7 +132,7 @@ class Reference:
         """The decoder's output before the head, float32 ``[tokens, hidden_size]`` for each sequence.
 
         All sequences run as one batch, so that each weight is fetched once. They are padded on the
-        right, where causal attention does not look back from.
+        right, where no real token attends to the padding.
         """
         import torch
 
@@ -162,7 +162,7 @@ class Reference:
             return self._multiply_head(hidden, self._source.rows)
 
     def two_steps(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits by half of the head's bits, and by all of them; None where there is no ``shortlist``."""
+        """Logits from half of the head's bits, and from all of them; None where there is no ``shortlist``."""
         import torch
 
         if self.shortlist is None:
@@ -211,7 +211,7 @@ class Reference:
                 handles.append(module.register_forward_pre_hook(fetch))
                 if self._prompt is not None and name.endswith("_proj"):
                     handles.append(module.register_forward_hook(self._read_prompt(name, self._prompt)))
-                # Always: a module that raises has to give its weights back as well.
+                # always_call: a module that raises has to give its weights back as well.
                 handles.append(module.register_forward_hook(give_back, always_call=True))
         return handles
 
@@ -222,7 +222,7 @@ class Reference:
 
         def read(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             if f"{name}.weight" not in prompt.source:
-                return  # the last layer's, behind whose keys and values that graph ends
+                return  # that graph ends with the last layer's keys and values
             weight = prompt.source.rows(f"{name}.weight", slice(None))
             bias = None if module.bias is None else prompt.source.rows(f"{name}.bias", slice(None))
             first = slice(prompt.tokens)

@@ -14,7 +14,7 @@ from qrun.text.tokenizer import read_special_tokens
 
 @dataclass(frozen=True)
 class EndTokens:
-    """Token ids, each with the files that name it, in the order of finding; and what was left out."""
+    """Token ids with the files that name each of them, in the order in which they were found; and notes."""
 
     sources: dict[int, tuple[str, ...]]
     notes: tuple[str, ...]
@@ -27,10 +27,10 @@ class EndTokens:
 def end_tokens(
     folder: Path, config: Any, generation_config: Mapping[str, Any] | None, vocab_size: int
 ) -> EndTokens:
-    """The union of what the three say. A fine-tuned base model often changes the tokenizer's end token alone.
+    """The union of the three. Fine-tuning a base model often changes only the tokenizer's end token.
 
     Raises:
-        QconvertError: something that is no token id stands where one should.
+        QconvertError: a value that is no token id.
     """
     named = {
         "generation_config.json": (generation_config or {}).get("eos_token_id"),

@@ -31,7 +31,7 @@ class CheckpointWeights:
         return name in self._tensors
 
     def release(self, name: str) -> None:
-        """Say that ``name`` has been used: its file pages leave the resident set (and can come back)."""
+        """Say that ``name`` has been used: its file pages leave memory, and are read again when needed."""
         tensor = self._tensors[name]
         start = tensor.data_ptr()
         stop = start + tensor.numel() * tensor.element_size()
@@ -50,7 +50,7 @@ class CheckpointWeights:
 def _changed(first: int, last: int) -> bool:
     """Whether a page of a private mapping was written to, so that dropping it would lose the change.
 
-    Such a page is memory of this process, no page of the file any more. True also where nobody can tell.
+    Such a page is private memory of the process and no longer the file's. True also where it is not known.
 
     Source: bits 61 (page of a file) and 63 (present) of an entry, admin-guide/mm/pagemap.rst of Linux.
     """

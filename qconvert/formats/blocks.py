@@ -28,7 +28,7 @@ from qconvert.formats.recipe import HIGHEST_HALVES, LOWEST_HALVES, BlockFormat
 if TYPE_CHECKING:
     import torch
 
-# What follows a matrix's name in the names of its initializers.
+# Suffixes of the names of a matrix's initializers.
 SCALES = ".scales"
 _ZERO_POINTS = ".zero_points"
 
@@ -66,11 +66,11 @@ class StoredBlocks:
     """Blocks of a finished graph, mapped; see ``layout.Stored``.
 
     Args:
-        data: uint8 ``[N, B, bytes of a block]``, or whatever gives such rows.
+        data: uint8 ``[N, B, bytes of a block]``, or an object that is indexed like one.
         scales: ``[N, B]``.
         zero_points: as in ``layout.PackedWeight``.
         rounding: their format.
-        columns: of the matrix without what fills up its last blocks.
+        columns: of the matrix, without the padding of its last blocks.
     """
 
     dtype = "uint8"
@@ -113,7 +113,7 @@ def find_blocks(arrays: Arrays, name: str, columns: int) -> StoredBlocks | None:
         data = arrays.matrix(name + _data_suffix(bits), scales.shape)
         zeros = arrays.get(name + _ZERO_POINTS)
         fmt = BlockFormat(bits, data.shape[2] * 8 // bits, zeros is None, scale_dtype=scales.dtype.name)
-        # The last block may be filled up with zeros.
+        # The last block of a row may be padded.
         fits = data.shape[1] == -(-columns // fmt.block_size)
         return StoredBlocks(data, scales, zeros, fmt, columns if fits else data.shape[1] * fmt.block_size)
     return None
@@ -127,13 +127,13 @@ def pack(weight: torch.Tensor, fmt: BlockFormat, workers: Executor | None = None
     """Quantise ``weight`` [N, K] (any float type) by rounding to nearest, block by block.
 
     Symmetric: scale = max|w| / (2^(bits-1) - 1), zero at 2^(bits-1). In halves: the smallest scale of either
-    sign with which codes reach from -128 to 119.
+    sign for which all codes lie between -128 and 119.
     Asymmetric: the block's range, widened to contain 0, is divided into 2^bits - 1 steps.
 
     Args:
         weight: the matrix.
         fmt: how to pack it.
-        workers: threads that each take some rows (see ``parallel.piece_workers``); none: this one.
+        workers: threads that each take some rows (see ``parallel.piece_workers``); None is this thread alone.
 
     Raises:
         NonFiniteWeightError: NaN or Inf in the weight, or values beyond what a scale can hold.
@@ -156,7 +156,7 @@ def pack(weight: torch.Tensor, fmt: BlockFormat, workers: Executor | None = None
         data[part] = _pack_bits(codes, fmt.bits)
 
     for _ in (map if workers is None else workers.map)(pack_rows, row_ranges(weight)):
-        pass  # waits for each piece, and raises what it raised
+        pass  # map is lazy: this waits for each piece and raises its error
     zero_points = None if zeros is None else _pack_zero_points(zeros, fmt.bits)
     return PackedWeight(data, scales.to(getattr(torch, fmt.scale_dtype)), zero_points)
 
@@ -189,7 +189,7 @@ def _round_blocks(
         offset = offset.unsqueeze(-1)
     if not is_finite(scales):
         raise NonFiniteWeightError
-    # A block of zeros has scale 0: any scale stores it exactly, so take 1 and avoid 0 / 0.
+    # A block of zeros would divide 0 by 0. Any scale stores it exactly: take 1.
     scales.masked_fill_(scales == 0, 1.0)
     codes = values * scales.reciprocal().unsqueeze(-1)
     return codes.round_().add_(offset).clamp_(0, top).to(torch.uint8)
@@ -208,7 +208,7 @@ def _stored(steps: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
 def assemble(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, fmt: BlockFormat
 ) -> PackedWeight:
-    """Pack what somebody else has rounded.
+    """Pack codes that were rounded elsewhere (by GPTQ).
 
     Args:
         codes: uint8 ``[N, K]``, below 2^bits.

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 _DATA, _SCALES = ".int8", ".int8_scales"
 _INPUTS_DATA, _INPUTS_SCALES = ".int8_inputs", ".int8_inputs_scales"
-LARGEST = 127  # -128 is left out: both signs reach equally far
+LARGEST = 127  # -128 is not used, so that both signs have the same range
 
 
 def pack_int8_channels(
     weight: torch.Tensor, workers: Executor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a checkpoint's matrix ``[N, K]`` to nearest, and turn it round to ``[K, N]``.
+    """Quantise a checkpoint's matrix ``[N, K]`` to nearest, and transpose it to ``[K, N]``.
 
     Returns:
         int8 ``[K, N]``, and float32 scales ``[N]``: max|w| / 127 of each output channel.
@@ -54,13 +54,13 @@ def pack_int8_channels(
         steps = values.abs().amax(-1) / LARGEST
         if not bool(torch.isfinite(steps).all()):
             raise NonFiniteWeightError
-        steps.masked_fill_(steps == 0, 1.0)  # a channel of zeros: any scale stores it exactly
+        steps.masked_fill_(steps == 0, 1.0)  # a channel of zeros: any scale but 0 stores it exactly
         codes = (values / steps.unsqueeze(-1)).round_().clamp_(-LARGEST, LARGEST)
         data[:, part] = codes.to(torch.int8).t()
         scales[part] = steps
 
     for _ in (map if workers is None else workers.map)(pack_rows, row_ranges(weight)):
-        pass  # waits for each piece, and raises what it raised
+        pass  # map is lazy: this waits for each piece and raises its error
     return data, scales
 
 
@@ -71,7 +71,7 @@ def channel_groups(channels: int, groups: int) -> list[slice]:
 
 
 def groups_in_a_part(channels: int, fmt: ChannelFormat) -> int:
-    """Into how many groups each of the MLP's parts is cut: one, where they would not be of one size."""
+    """Into how many groups each of the MLP's parts is cut; 1 where the groups would differ in size."""
     groups = max(1, fmt.mlp_groups // fmt.mlp_parts)
     return groups if channels % (fmt.mlp_parts * groups * 16) == 0 else 1
 
@@ -150,7 +150,7 @@ class InputChannels:
 
 
 class _StoredCuts:
-    """What both have in common of a matrix of a finished graph, mapped; see ``layout.Stored``.
+    """A matrix of a finished graph in several cuts, mapped; see ``layout.Stored``.
 
     Args:
         matrices: int8 ``[K, N]``, cut along one axis.
@@ -169,7 +169,7 @@ class _StoredCuts:
     ) -> None:
         self._matrices, self._scales = matrices, scales
         self.shape = shape
-        # Of several cuts of the inputs the last may have fewer.
+        # The last cut of the inputs may be smaller: the first one has the size of a block.
         self.rounding = BlockFormat(8, matrices[0].shape[0], symmetric=True)
 
 

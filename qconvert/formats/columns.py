@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BLOCK_SIZES = (16, 32, 64, 128)
 _DATA, _SCALES = ".int4", ".int4_scales"
-_LARGEST = 7  # -8 is left out, so that a block's two ends are stored with the same step
+_LARGEST = 7  # -8 is not used, so that both signs have the same range
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ def find_columns(arrays: Arrays, name: str, columns: int) -> StoredColumns | Non
 def pack_int4_columns(
     weight: torch.Tensor, block_size: int, scale_dtype: torch.dtype, workers: Executor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a checkpoint's matrix ``[N, K]`` to nearest, and turn it round to ``[K, N]``.
+    """Quantise a checkpoint's matrix ``[N, K]`` to nearest, and transpose it to ``[K, N]``.
 
-    The scale is max|w| / 7 of each block, rounded to ``scale_dtype`` before the values are divided by
-    it: what is stored is what they are nearest to.
+    The scale of a block is max|w| / 7. It is rounded to ``scale_dtype`` before the values are divided by it,
+    so that they are rounded to the nearest multiple of the stored scale.
 
     Returns:
         uint8 ``[K, N / 2]``, two values to a byte with the earlier column in the low half, and
@@ -131,7 +131,7 @@ def pack_int4_columns(
         steps = (values.abs().amax(-1) / _LARGEST).to(scale_dtype)
         if not bool(torch.isfinite(steps).all()):
             raise NonFiniteWeightError
-        # A block of zeros, or of values too small for the scale's type: any scale stores zeros.
+        # The block holds zeros, or values too small for the scale's type: any scale stores zeros.
         steps.masked_fill_(steps == 0, 1.0)
         codes = (values / steps.float().unsqueeze(-1)).round_().clamp_(-_LARGEST, _LARGEST)
         nibbles = codes.to(torch.int8).flatten(1).t().contiguous().view(torch.uint8) & 15
@@ -139,7 +139,7 @@ def pack_int4_columns(
         scales[:, part] = steps.t()
 
     for _ in (map if workers is None else workers.map)(pack_rows, _even(row_ranges(weight), rows)):
-        pass  # waits for each piece, and raises what it raised
+        pass  # map is lazy: this waits for each piece and raises its error
     return data, scales
 
 
@@ -154,6 +154,6 @@ def unpack_int4_columns(data: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
 
 
 def _even(ranges: Iterable[slice], rows: int) -> list[slice]:
-    """The same cuts, moved to even rows: two rows share a byte."""
+    """The same ranges with even bounds, since two rows share a byte."""
     cuts = sorted({part.stop // 2 * 2 for part in ranges} - {0} | {rows})
     return [slice(start, stop) for start, stop in zip([0, *cuts], cuts)]

@@ -23,7 +23,12 @@ LARGEST_FACTOR = 2.0**12
 
 @dataclass(frozen=True)
 class FoldedInput:
-    """One input whose columns can be scaled: what is divided, and the matrices that read it.
+    """The input of one or more products, whose columns can be scaled.
+
+    Attributes:
+        divided: the tensor that is divided by the factors: a norm, or the matrix that computes the input.
+        readers: the matrices that are multiplied by them.
+
 
     Attributes:
         divided: by as many factors as it has rows.
@@ -96,7 +101,7 @@ class Folding:
 
     @classmethod
     def of_inputs(cls, factors: Mapping[FoldedInput, torch.Tensor]) -> Folding:
-        """The folding that scales each of some inputs."""
+        """The folding that scales the given inputs."""
         divided = {found.divided: factor for found, factor in factors.items()}
         divided |= {found.bias: factor for found, factor in factors.items() if found.bias is not None}
         return cls(

@@ -1,4 +1,4 @@
-"""A finished graph, opened for reading wherever links keep its data."""
+"""Opens a finished graph whose data files may be links."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ A code c (zero at 128, at most 247) is kept as u = (c + 8) >> 4 and l = (c + 8) 
     c - 128 = 16 (u - 8) + (l - 8)
 
 and both halves are 4-bit numbers with zero at 8, as ``MatMulNBits`` and ``GatherBlockQuantized`` take
-them; u is the nearest that 4 bits have. Both share the block's scale.
+them. 16 (u - 8) is the multiple of 16 nearest to c - 128. Both halves share the block's scale.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _ROUNDING = 8
 
 
 def split_codes(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upper and lower halves uint8 ``[.., n / 2]`` of codes uint8 ``[.., n]``; earlier ones in low bits."""
+    """Upper and lower halves, uint8 ``[.., n / 2]``, of codes ``[.., n]``; the earlier code in low bits."""
     raised = codes + _ROUNDING
     upper, lower = raised >> 4, raised & 15
     return tuple(half[..., 0::2] | (half[..., 1::2] << 4) for half in (upper, lower))  # type: ignore[return-value]
 
 
 def join_codes(upper: torch.Tensor, lower: torch.Tensor | None) -> torch.Tensor:
-    """The codes uint8 ``[.., n]`` again; without lower halves those of the coarse matrix."""
+    """The codes uint8 ``[.., n]``; without lower halves, the codes of the coarse matrix."""
     codes = (_nibbles(upper) << 4) - _ROUNDING
     return codes + (_ROUNDING if lower is None else _nibbles(lower))
 
@@ -47,7 +47,7 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 class Halves(Blocks):
-    """The layout of one matrix whose upper halves are multiplied by themselves; see ``layout.Layout``."""
+    """The layout of a matrix whose upper halves can be multiplied on their own; see ``layout.Layout``."""
 
     def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
         """The upper halves as blocks, the lower ones as rows, and the scales of both."""

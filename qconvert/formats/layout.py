@@ -20,7 +20,7 @@ from qconvert.errors import QconvertError
 if TYPE_CHECKING:
     import torch
 
-# Weights are packed in pieces of about this many: float32 temporaries then stay in the processor's cache.
+# Elements that are packed at a time: few enough for float32 temporaries to stay in the processor's cache.
 PIECE = 1 << 19
 
 
@@ -47,8 +47,8 @@ class Part:
     """One initializer of a stored matrix, without its content.
 
     Attributes:
-        role: what it is to an operator: "data", "scales", and what else the layout has. A matrix that is cut
-            has several of each.
+        role: which input of an operator it is: "data", "scales", or another one of the layout's. A matrix
+            that is cut has several parts of each role.
         suffix: follows the matrix's name.
         dtype: of its elements: a name of PyTorch's types, or "int4" for two signed numbers to a byte.
         shape: in elements.
@@ -79,7 +79,7 @@ class Layout(Protocol):
         ...
 
     def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
-        """The initializers of matrices side by side along N, which have so many rows together.
+        """The initializers of matrices that stand side by side along N and have ``rows`` rows in all.
 
         They are written in this order, and a forecast takes their sizes from here.
         """
@@ -97,12 +97,12 @@ class Rounding(Protocol):
     def block_size(self) -> int: ...
 
     def step(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """The due step of blocks whose values lie between ``low`` and ``high``."""
+        """The step that blocks with values between ``low`` and ``high`` should have."""
         ...
 
 
 class Stored(Protocol):
-    """A tensor of a finished graph, mapped: several of the checkpoint's where they stand side by side.
+    """A tensor of a finished graph, mapped: one of the checkpoint's, or several side by side.
 
     Attributes:
         shape: as the checkpoint has it, ``[N, K]`` or ``[N]``.
@@ -124,7 +124,7 @@ class Stored(Protocol):
     def scale_rounding(self) -> float: ...
 
     def rows(self, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
-        """Some rows in float32, as the stored ones stand for them. A slice has a start and a stop."""
+        """Some rows, dequantised to float32. A slice must have a start and a stop."""
         ...
 
 
@@ -209,6 +209,6 @@ def as_tensor(array: NDArray[Any]) -> torch.Tensor:
     import torch
 
     array = np.array(array)
-    if array.dtype.name == "bfloat16":  # not NumPy's own: PyTorch knows it by its bits only
+    if array.dtype.name == "bfloat16":  # NumPy has no bfloat16 of its own: hand PyTorch the bits
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -1,4 +1,4 @@
-"""What becomes of each weight: number formats, and the ``Recipe`` that says which weight takes which.
+"""The number formats of weights, and the ``Recipe`` that says which weight takes which.
 
 Block formats are those of ONNX Runtime's ``MatMulNBits``: a weight ``[N, K]`` is cut along K into
 blocks that share one scale (and a zero point).
@@ -18,10 +18,10 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 # ones are more operators. A 0.5B model (4,864) reads prompts 1.04 to 1.08 times as fast in 2 parts as in 4, a
 # 1.5B model (8,960) no faster in 2 than in 4.
 LONGEST_PART = 3072
-# Groups of the MLP's channels in a second graph for prompts, at least: beside 4-bit weights more of them gain
+# Least number of groups of the MLP's channels in a graph for prompts: beside 4-bit weights, more gain
 # nothing (mean KL of the sample behind a prompt: 0.331 with 8, 0.333 with 2), and cost 5% of the speed.
 PROMPT_GROUPS = 2
-# Codes of a matrix in halves, relative to their zero: beyond +119 the upper half would have no number left.
+# Codes of a matrix in halves, relative to zero. Beyond +119 the upper half would not fit into 4 bits.
 LOWEST_HALVES, HIGHEST_HALVES = -128, 119
 
 
@@ -77,7 +77,7 @@ class ChannelFormat:
     outlier spoils the resolution of its own group only. Mean KL of the sample over prose, code and German:
     0.0113 with 4 groups of activations, 0.0105 if they are the weights' as well, 0.0093 with 8.
 
-    ``smoothing`` (0 to 1) is how much of the inputs' unevenness is folded into weights, None is nothing; see
+    ``smoothing`` (0 to 1) is how much of the inputs' unevenness is folded into weights; None: nothing. See
     ``calibration/smoothing.py``. Mean KL on prose: 0.026 without, 0.0069 with 0.65 (0.0077 with 0.5 for
     ``down_proj``; weights alone cost 0.0032), with 4 groups.
     """

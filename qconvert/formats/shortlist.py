@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Mean KL that it costs the sample on prose: 0.027 with 64 tokens, 0.015 with 256, 0.010 with 512.
 SIZE = 256
-# A shorter vocabulary would be all shortlist.
+# With fewer tokens than this many times the shortlist, the first step would save too little.
 _LEAST_RATIO = 16
 _RANGES = (2, 1)
 
@@ -23,8 +23,8 @@ _RANGES = (2, 1)
 class Shortlist:
     """The ``per_range`` likeliest tokens of each of ``ranges`` equal parts of the vocabulary.
 
-    Two parts are searched side by side, in half the time (0.22 ms of 150,000 tokens); more gain nothing.
-    The ``per_range`` likeliest of all are among those found.
+    Two parts are searched in half the time of one (0.22 ms for 150,000 tokens); more parts gain nothing.
+    The ``per_range`` likeliest tokens of the whole vocabulary are always among those found.
     """
 
     ranges: int

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 # Each looks for a matrix of the given name in its own layout, and returns None where there is none.
-# The last argument is the number of columns that the checkpoint has: blocks may be filled up with zeros.
+# The last argument is the number of columns in the checkpoint: blocks may be padded.
 LAYOUTS: tuple[Callable[[Arrays, str, int], Stored | None], ...] = (
     find_columns,  # 4 bits, for TensorRT
     find_channels,  # 8 bits for integer products

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from qconvert.formats.layout import part_name
 
 DATA_NAME = "model.onnx.data"  # beside the graph that decodes
-# ONNX Runtime maps external data. A large tensor begins with a page, so that no two share one; small ones
-# only with a cache line: a page each would be most of a megabyte for a model of 135M.
+# ONNX Runtime maps external data. A large tensor begins on a page of its own; a small one only on a cache
+# line, since a page for each would take most of a megabyte in a model of 135M.
 ALIGNMENT = 4096
 SMALL_ALIGNMENT = 64
 _LARGE = 1 << 20

@@ -68,7 +68,7 @@ class Initializers:
         self._checkpoint = weights
         self._weights = FoldedWeights(weights, balance)
         self._folding, self._balance = folding, balance
-        self._rounded = rounded or {}  # in blocks already, by a calibration
+        self._rounded = rounded or {}  # weights that a calibration has already packed in blocks
         self._workers = workers
         self._data = data
         self._by_name: dict[str, ir.Value] = {}
@@ -86,7 +86,7 @@ class Initializers:
             yield self.for_another_graph(data)
 
     def for_another_graph(self, data: DataFile | None = None) -> Initializers:
-        """The same tensors as values of a second graph: a value belongs to one, the data to both."""
+        """The same tensors as values of a second graph: a value belongs to one graph, the data to both."""
         kind = type(self)
         twin = kind(
             self._checkpoint,
@@ -105,7 +105,7 @@ class Initializers:
         return twin
 
     def folded(self) -> Initializers:
-        """The same for a graph of integer products, whose inputs and weights share out their scales."""
+        """The same for a graph of integer products, with the folded weights (see ``formats.folding``)."""
         twin = self.for_another_graph()
         twin._weights = FoldedWeights(self._checkpoint, self._folding)
         for name in [name for name in twin._by_name if name in self._folding]:
@@ -154,7 +154,7 @@ class Initializers:
         joined = joined_name(names)
         rows = sum(self._checkpoint[name].shape[0] for name in names)
         columns = self._checkpoint[names[0]].shape[1]
-        if (joined, layout) not in self._packed:  # else a tied embedding, or a graph beside this one has it
+        if (joined, layout) not in self._packed:  # else a tied embedding or the other graph has stored it
             parts = layout.parts(rows, columns)
             for part, pieces in zip(parts, self._contents(names, layout), strict=True):
                 value = self._data.add(f"{joined}{part.suffix}", pieces, part.shape, DTYPES[part.dtype])
@@ -164,7 +164,7 @@ class Initializers:
         return PackedValues(tuple((role, self._by_name[name]) for role, name in found), rows, columns)
 
     def row_parts(self, packed: PackedValues, parts: int) -> list[PackedValues]:
-        """A packed matrix as several, each some of its rows: the same bytes under further names."""
+        """A packed matrix as several matrices of some rows each: views of the same bytes."""
         step = -(-packed.rows // parts)
         return [
             PackedValues(
@@ -178,7 +178,10 @@ class Initializers:
         ]
 
     def flat_view(self, packed: PackedValues) -> ir.Value:
-        """The bytes of a packed matrix, or of its upper halves, as rows: a tied embedding is stored once."""
+        """The bytes of a packed matrix, or of its upper halves, as rows for the look-up of an embedding.
+
+        It is a view, so that a tied embedding is stored once.
+        """
         tensor = packed["data"].const_value
         assert isinstance(tensor, ir.ExternalTensor)
         assert tensor.offset is not None

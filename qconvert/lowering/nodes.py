@@ -26,9 +26,9 @@ class Nodes:
         domain: str = "",
         name: str = "",
     ) -> ir.Value:
-        """A node with one output of type ``dtype``; None where nobody asks for it.
+        """A node with one output of type ``dtype``; None leaves the type open.
 
-        ``name`` is the tensor or module that it belongs to: by default that of its first input.
+        ``name`` is the tensor or module that the node belongs to; by default, that of its first input.
         """
         return self.ops(op_type, inputs, [dtype], attributes, domain=domain, name=name)[0]
 

@@ -34,7 +34,7 @@ class Lowering(Protocol[V]):
         ...
 
     def norm_heads(self, qkv: V, query_weight: str, key_weight: str) -> V:
-        """Packed q, k and v with the RMS norm of every head of q and k, in the weights' own scale."""
+        """Packed q, k and v, each head of q and k replaced by its RMS norm times a weight ``[head_size]``."""
         ...
 
     def attention(self, qkv: V, layer: int) -> V:
@@ -61,7 +61,7 @@ def lower_decoder(spec: DecoderSpec, lowering: Lowering[V]) -> None:
     for layer in range(spec.num_hidden_layers):
         residual, delta = _attention_block(spec, lowering, residual, delta, layer)
         if layer == last:
-            # Nothing after the last attention looks at other positions: drop those nobody asked for.
+            # After the last attention no position sees another: drop those whose logits nobody asked for.
             residual, delta = lowering.requested_positions(residual), lowering.requested_positions(delta)
         residual, delta = _mlp_block(lowering, residual, delta, layer)
     _, hidden = lowering.add_and_norm(residual, delta, "model.norm.weight")
@@ -69,10 +69,10 @@ def lower_decoder(spec: DecoderSpec, lowering: Lowering[V]) -> None:
 
 
 def lower_prompt(spec: DecoderSpec, lowering: Lowering[V]) -> None:
-    """Describe what a prompt needs whose last token goes through another graph: all keys and values.
+    """Describe the graph that fills the KV cache for a prompt; the prompt's last token goes through another.
 
-    That is the decoder up to the last layer's attention; its result, the last MLP and the head are
-    looked at for the last token only.
+    It ends with the last layer's keys and values. The result of that layer's attention, its MLP and the head
+    are needed for the last token only.
     """
     residual, delta = lowering.embed("model.embed_tokens.weight"), None
     last = spec.num_hidden_layers - 1

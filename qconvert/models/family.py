@@ -22,15 +22,15 @@ class Unsupported(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture, whose layers are Llama's in all but what stands here.
+    """One architecture: a decoder with Llama's layers, apart from what is stated here.
 
     Attributes:
-        name: with which transformers' classes begin: "Qwen2".
+        name: the beginning of transformers' class names: "Qwen2".
         model_type: as in config.json, which is also transformers' name for the module: "qwen2".
-        models: some that belong to it, for people.
+        models: well-known models of this family, for messages.
         qkv_bias: see ``DecoderSpec``.
         qk_norm: likewise.
-        unsupported: what a configuration (of ``transformers_class("Config")``) asks for beyond that.
+        unsupported: the values of a configuration (``transformers_class("Config")``) that are not covered.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which tensors a decoder asks for: in which groups, found by lowering it to nothing, and in which shapes."""
+"""Which tensors a decoder uses: their groups, found by lowering it to nothing, and their shapes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def expected_tensors(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
 
 
 class _Recorder:
-    """A lowering to nothing, which notes the tensors that the decoder asks for."""
+    """A lowering that builds no graph and records the tensors that the decoder names."""
 
     def __init__(self) -> None:
         self.groups: list[tuple[str, ...]] = []

@@ -48,7 +48,7 @@ class HeadProof:
         coarse, exact = (step[-len(ours) :].gather(1, chosen).double() for step in self._steps)
         due = exact - coarse
         off = ours.gather(1, chosen).double() - exact
-        # What moves all tokens alike is no error of the second step.
+        # Softmax ignores a constant shift: compare without the mean.
         due, off = (values - values.mean(1, keepdim=True) for values in (due, off))
         self._crossed -= float((due * off).sum())
         self._squares += float((due * due).sum())

@@ -87,7 +87,7 @@ def _build(backend: Backend, graph: Path, settings: BuilderSettings, output: Bin
     if writer.error is not None:
         raise writer.error
     if not done:
-        # Ahead of time TensorRT complains of the missing driver besides, whatever the true cause.
+        # Where there is no GPU, TensorRT also complains of the missing driver, whatever the true cause.
         told = [message for message in logger.errors if "cudaError 35" not in message]
         raise _refusal(backend, graph, told or logger.errors)
     if settings.timing_cache is not None:
@@ -168,7 +168,7 @@ def _refusal(backend: Backend, graph: Path, messages: list[str]) -> QconvertErro
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors for our own message; TensorRT's warnings are about its own conversions."""
+        """Collects errors for our message; TensorRT's warnings are about its own conversions."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -183,7 +183,7 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, advance: Callable[..., None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes steps on, and tells TensorRT to stop."""
+        """Reports TensorRT's progress, and tells it to stop after Ctrl-C."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -192,7 +192,7 @@ def _monitor(trt: Any, advance: Callable[..., None]) -> Any:
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None: ...
 
         def step_complete(self, phase: str, step: int) -> bool:
-            with suppress(Exception):  # an error in a bar must not pass through C++
+            with suppress(Exception):  # an exception of the progress bar must not reach TensorRT's C++
                 advance(1)
             return not self.cancelled
 
@@ -203,7 +203,7 @@ def _monitor(trt: Any, advance: Callable[..., None]) -> Any:
 
 def _writer(trt: Any, output: BinaryIO) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
-        """Writes and hashes the plan piece by piece: it is never whole in our memory."""
+        """Writes and hashes the plan piece by piece, so that it is never in memory as a whole."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)

@@ -236,7 +236,7 @@ def _check_memory(manifest: Manifest) -> None:
 
 @contextmanager
 def _unfinished(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A file beside ``target``, gone on the way out unless it was renamed."""
+    """A temporary file beside ``target``, removed at the end unless it was renamed."""
     path = target.with_name(f".{target.name}.tmp")
     try:
         with path.open("wb") as file:
@@ -253,7 +253,7 @@ def _unfinished(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def _publish(manifest: Manifest, plan: Path, target: Path, facts: dict[str, Any]) -> None:
-    """Give plan, sidecar and manifest their names, in this order: a torn set shows by its hashes."""
+    """Give plan, sidecar and manifest their names, in this order; hashes show an interrupted set."""
     sidecar = manifest.folder / SIDECAR_NAME
     entries = [asdict(entry) for entry in manifest.files if entry.path not in (PLAN_NAME, SIDECAR_NAME)]
     written = _write_beside(sidecar, facts)

@@ -1,4 +1,4 @@
-"""What TensorRT's parser takes and then builds wrongly, or refuses in words that do not name the cause.
+"""Graphs that TensorRT accepts and builds wrongly, or refuses with a message that does not name the cause.
 
 Each was seen with TensorRT-RTX 1.7.1. Our export avoids them all; a graph that somebody changed may not.
 """

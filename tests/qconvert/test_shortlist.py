@@ -59,7 +59,7 @@ def test_packing_in_halves_is_rounding_to_nearest(scale_dtype: str) -> None:
     stored = unpack(packed, fmt, 64)
     room = 1 + (2**-8 if scale_dtype == "bfloat16" else 0)
     assert error_in_steps(weight, stored, fmt).max() <= 0.501 * room
-    # The larger end of each block takes the longer side: finer than 8 bits that reach 127 both ways.
+    # The end of larger magnitude gets the 128 codes below zero: finer steps than 127 a side.
     assert (packed.scales.float().abs()[1:3, 0] <= weight[1:3, :32].abs().amax(-1) / 128 * room).all()
 
 

@@ -38,7 +38,7 @@ class OnnxRuntimeLowering:
         recipe: what becomes of its weights, and of keys and values.
         initializers: where they are kept.
         rope: tables of cosines and sines ``[positions, head_size / 2]``.
-        prompts: the graph fills another one's KV cache and has no logits.
+        prompts: the graph fills the KV cache of the graph that decodes, and has no logits.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class OnnxRuntimeLowering:
             name=name,
         )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qconvert")
-        if self._logits is None:  # the graph beside it has more than this one needs
+        if self._logits is None:  # a graph for prompts does not use all that was described
             RemoveUnusedNodesPass()(model)
         return model
 
@@ -225,7 +225,7 @@ class OnnxRuntimeLowering:
 
     def _norm_of_heads(self, states: ir.Value, heads: int, weight: str) -> ir.Value:
         """``[batch, seq, heads x head_size]``, each head normed by itself."""
-        # Every length is given: -1 would not do where no position is asked for.
+        # No length may be inferred (-1): where no position is asked for, the tensor is empty.
         split = self._constant(f"{heads}_heads", [0, 0, heads, self._spec.head_size])
         whole = self._constant(f"{heads}_heads_whole", [0, 0, heads * self._spec.head_size])
         norm = self._op(
@@ -240,7 +240,7 @@ class OnnxRuntimeLowering:
         return self._op("Reshape", [norm, whole], name=weight)
 
     def _multiply_head(self, hidden: ir.Value, packed: PackedValues, fmt: BlockFormat) -> ir.Value:
-        """The largest product in parts: ONNX Runtime arranges one part's weights anew while it holds two."""
+        """The head's product in parts: while ONNX Runtime rearranges a matrix, it holds it twice."""
         parts = -(-packed.rows * packed.columns // _HEAD_PART)
         if parts == 1:
             return self.graph.multiply_packed(hidden, packed, fmt, None, "lm_head.weight")
@@ -251,7 +251,7 @@ class OnnxRuntimeLowering:
         return self._op("Concat", products, {"axis": -1}, name="lm_head.weight")
 
     def _sequence_lengths(self) -> tuple[ir.Value, ir.Value]:
-        """What GroupQueryAttention wants: tokens of each row less one [batch], and the longest row's."""
+        """Inputs of GroupQueryAttention: each row's tokens less one ``[batch]``, and those of the longest."""
         axis = self._constant("mask_axis", [1])
         rows = self._op("ReduceSum", [self._mask, axis], {"keepdims": 0})
         less_one = self._op("Sub", [rows, self._constant("one", [1])])

@@ -27,7 +27,7 @@ from qconvert.models.spec import DecoderSpec
 
 _ZERO_POINT = 128
 _SPLIT = (".gate_proj.weight", ".up_proj.weight")
-# A token of zeros has no scale of its own; any will do, except for 0.
+# A token of zeros has scale 0, by which nothing can be divided: any other scale will do.
 _SMALLEST = np.float32(1e-30)
 
 
@@ -35,7 +35,7 @@ _SMALLEST = np.float32(1e-30)
 class Activation:
     """Features ``[batch, seq, ..]`` in one or more parts side by side.
 
-    ``scale`` ``[batch, seq, 1]`` is a factor that all parts still lack, or None.
+    ``scale`` ``[batch, seq, 1]`` is a factor by which all parts are still to be multiplied, or None.
     """
 
     parts: tuple[ir.Value, ...]
@@ -147,7 +147,7 @@ class IntegerLowering:
         """A part of the features by group, each ``[batch, seq, 1, features]`` with a scale of its own."""
         if self._groups == 1:
             return [self._quantise(part, name)]
-        # Every length is given: -1 would not do where no position's logits are wanted.
+        # No length may be inferred (-1): where no position's logits are wanted, the tensor is empty.
         width = self._spec.intermediate_size // (self._fmt.mlp_parts * self._groups)
         shape = self._shape("groups", 0, 0, self._groups, width)
         both = self._quantise(self._op("Reshape", [part, shape], name), name)

@@ -27,7 +27,7 @@ class RoundedKV:
     """The cache of one graph.
 
     Args:
-        graph: that is being built.
+        graph: the one that is being built.
         spec: the decoder's sizes.
         inputs: token ids ``[batch, seq]`` and attention mask ``[batch, total]``.
         lengths: of ``GroupQueryAttention``: tokens of each row less one, and of the longest row.
@@ -81,7 +81,7 @@ class RoundedKV:
         )
         rounded = [self._round(states, layer, part) for states, part in zip((key, value), _PARTS)]
         earlier = [self._read(codes, layer, part) for codes, part in zip(past, _PARTS)]
-        # The kernel insists on returning keys and values, which nobody reads.
+        # The operator must have outputs for keys and values; nothing reads them.
         context, *_ = graph.ops(
             "GroupQueryAttention",
             [query, *rounded, *earlier, *self._lengths],
@@ -109,7 +109,7 @@ class RoundedKV:
         return graph.op("Mul", [self._float(codes, name), flat], name=name)
 
     def _read(self, codes: ir.Value, layer: int, part: str) -> ir.Value:
-        """What the cache holds, without the room behind it: ``[batch, kv_heads, filled, head_size]``."""
+        """The filled part of the cache in float32: ``[batch, kv_heads, filled, head_size]``."""
         name = f"model.layers.{layer}.self_attn.{part}s"
         start, axis = self._shape("kv_start", 0), self._shape("kv_axis", 2)
         filled = self._graph.op("Slice", [codes, start, self._filled, axis], name=name)

@@ -69,14 +69,14 @@ def multiply(
         "ScatterElements", [rows, chosen, corrections], {"axis": 1, "reduction": "add"}, name=_HEAD
     )
     whole = graph.op("Shape", [coarse], name=_HEAD)
-    # Where no position is asked for, the 0 in the shape means none, and not "as it was".
+    # allowzero: where no position is asked for, a 0 in the shape means no element, and not "as in the input".
     return graph.op("Reshape", [corrected, whole], {"allowzero": 1}, name=_HEAD)
 
 
 def _corrections(
     graph: OrtGraph, packed: PackedValues, fmt: BlockFormat, chosen: ir.Value, states: ir.Value
 ) -> ir.Graph:
-    """For one position: what the lower halves of its chosen rows add to their logits."""
+    """The body for one position: what the lower halves of the chosen rows add to their logits."""
     position, going_on = (
         ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(dtype))
         for name, dtype in (("position", ir.DataType.INT64), ("going_on", ir.DataType.BOOL))

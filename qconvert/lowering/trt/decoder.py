@@ -198,17 +198,17 @@ class TensorRTLowering:
         return self._op("Reshape", [norm, self._constant("flat", [0, 0, -1])], _FLOAT, name=weight)
 
     def _attend(self, query: ir.Value, key: ir.Value, value: ir.Value, layer: int) -> ir.Value:
-        """Attention over the cache in the graph's spelling; the query comes scaled."""
+        """Attention over the cache in the graph's spelling; the query is scaled already."""
         window = self._spec.sliding_windows[layer]
         if window is not None and window >= self._spec.context_length:
-            window = None  # no query of this cache is ever beyond it
+            window = None  # the window covers the whole cache
         name = f"model.layers.{layer}.self_attn.attention"
         inputs: list[ir.Value | None]
         if self._spelling == "standard" or window is not None:
             inputs = [query, key, value, self._mask(window)]
             return self._op("Attention", inputs, self._half, {"scale": 1.0}, name=name)
-        # TensorRT's operator knows causality, but no window. It is given the length of the keys alone: the
-        # queries' lengths belong to its packed form. The last query then stands at the last key.
+        # TensorRT's operator has a causal mask but no window. It is given the number of keys only (lengths of
+        # queries belong to its packed form), and then aligns the last query with the last key.
         inputs = [query, key, value, None, None, self._filled_length()]
         attributes = {"causal_kind": "lower_right"}
         return self._op("TRT_Attention", inputs, self._half, attributes, domain=TRT_DOMAIN, name=name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-# They copy bits: their kernels take every type. Cast is the rounding itself.
+# Operators that copy bits and take every type; and Cast, which does the rounding.
 _MOVES = frozenset({"Cast", "Gather", "Reshape", "Split", "TensorScatter", "Transpose"})
 
 

@@ -1,7 +1,4 @@
-"""From token ids to the text that a reader sees: never half a character, never part of a stop string.
-
-The way into this room is here: the tokenizer and the chat template have files of their own.
-"""
+"""From token ids to the text that a reader sees: never half a character, never part of a stop string."""
 
 from __future__ import annotations
 
