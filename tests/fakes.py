@@ -16,7 +16,8 @@ from qrun.backends.session import LogitsFor
 from qrun.errors import QrunError
 from qrun.folder.manifest import MANIFEST_NAME, Manifest, read_manifest
 from qrun.model import Model
-from qrun.text.streaming import ChatTemplate, Tokenizer
+from qrun.text.chat_template import ChatTemplate
+from qrun.text.tokenizer import Tokenizer
 from tests.tiny import CHAT_TEMPLATE, write_tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -10,7 +10,8 @@ from typing import Any
 from qrun.decoding.generate import Context, FinishReason, Prefilled, Token, generate
 from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
-from qrun.text.streaming import IncrementalDetokenizer, StopStrings, Tokenizer
+from qrun.text.streaming import IncrementalDetokenizer, StopStrings
+from qrun.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,9 @@ from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest, find_model_folder
 from qrun.sampling.constraint import Constraint, Grammars, Schema, Vocabulary
 from qrun.sampling.params import SamplingParams, resolve
+from qrun.text.chat_template import ChatTemplate
 from qrun.text.literal import Literal
-from qrun.text.streaming import ChatTemplate, Tokenizer
-from qrun.text.tokenizer import read_json_object, read_tokenizer_config
+from qrun.text.tokenizer import Tokenizer, read_json_object, read_tokenizer_config
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

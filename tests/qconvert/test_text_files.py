@@ -111,7 +111,7 @@ def test_qrun_reads_past_a_byte_order_mark_that_an_editor_has_put_into_a_folder(
         path = tmp_path / "m" / name
         path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
     from qrun.folder.manifest import read_manifest
-    from qrun.text.streaming import ChatTemplate
+    from qrun.text.chat_template import ChatTemplate
     from qrun.text.tokenizer import Tokenizer
 
     assert read_manifest(tmp_path / "m").precision == "int8"

@@ -15,7 +15,7 @@ import pytest
 from qrun.backends.ort.wheels import check_onnxruntime_version
 from qrun.errors import QrunError
 from qrun.folder.manifest import read_manifest
-from qrun.text.streaming import Tokenizer
+from qrun.text.tokenizer import Tokenizer
 from tests.export_tiny import export_tiny
 from tests.fakes import REPOSITORY, tiny_tokenizer
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qrun.text.streaming import IncrementalDetokenizer, StopStrings, Tokenizer
+from qrun.text.streaming import IncrementalDetokenizer, StopStrings
+from qrun.text.tokenizer import Tokenizer
 from tests.assets import qwen_tokenizer_folder
 from tests.tiny import write_tiny_tokenizer
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qrun.text.chat_template import ChatTemplate
 from qrun.text.tokenizer import Tokenizer
-
-__all__ = ["ChatTemplate", "IncrementalDetokenizer", "StopStrings", "Tokenizer"]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character has at most 4 bytes, so at most 4 tokens: what stays unreadable for longer is no character.
