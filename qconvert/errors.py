@@ -1,4 +1,4 @@
-"""qconvert's branch of the project's one error family."""
+"""qconvert's errors: a kind of ``QrunError``, so that both programs report errors in one way."""
 
 from qrun.errors import QrunError
 

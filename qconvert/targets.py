@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "onnxruntime"
 GRAPH_NAME = "model.onnx"
 PREFILL_GRAPH_NAME = "prefill.onnx"
-# A prompt's piece of fewer tokens is read faster by the decode graph (benchmarks/README.md).
+# Fewer tokens than this are read faster by the graph that decodes (benchmarks/README.md).
 PREFILL_MIN_TOKENS = 32
 STANDARD_GRAPH_NAME = "model.standard.onnx"
 PROVIDER_GRAPH_NAME = "model.provider.onnx"

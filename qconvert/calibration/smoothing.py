@@ -1,4 +1,4 @@
-"""How much of each input's unevenness to move into the weights: looked at once, on a calibration text.
+"""Factors that move an input's large channels into the weights, found on a calibration text.
 
 Qwen2 models have input channels hundreds of times as large as others. Rounded to 8 bits with one scale
 per token, they leave few steps to the rest.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Tokens of a passage that are read. It bounds time and memory where a tokenizer knows bytes only.
+# Most tokens of a passage that are read: bounds time and memory where every byte is a token.
 _LONGEST = 256
 
 
@@ -91,8 +91,8 @@ def column_sizes(
 ) -> dict[FoldedInput, torch.Tensor]:
     """The size of each input's columns, float32 ``[columns]``, in units of a token's root mean square.
 
-    It is a mean with the fourth power over tokens: with the maximum one token of the text decides, and
-    a token of massive activations, whose own scale is all its own, would count as much as a thousand.
+    It is the fourth root of the mean fourth power over tokens. With the maximum a single token would decide;
+    one with massive activations, which has a scale of its own anyway, would count like a thousand others.
     """
     import torch
 

@@ -110,7 +110,7 @@ def _calibrated(
     assert isinstance(linear, BlockFormat)
     assert head is not None
     if name in ("awq", "gptq"):
-        # The formats of plain int4, but for the scales' type: the same graph, and the same speed.
+        # The formats of plain int4 except for the scales' type, so that graph and speed are the same.
         return replace(
             recipe,
             linear=_short_scales(linear),

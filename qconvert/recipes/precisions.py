@@ -16,7 +16,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 # code and German from 0.456 to 0.488, with GPTQ from 0.161 to 0.164. int8: 0.006 with 64 (32: 0.004), and
 # decode 1.2 to 1.4 times as fast.
 DEFAULT_BLOCK_SIZES = {"int8": 64, "int4": 256}
-# The head is the embedding too. Longer blocks would save little there: it is a tenth of what is read.
+# Of head and embedding. Longer blocks would save little: the head is a tenth of what is read for a token.
 _LONGEST_HEAD_BLOCK = 128
 _ACTIVATIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -29,8 +29,8 @@ class Capabilities:
         target: its name, for messages.
         precisions: those that it offers, the default first.
         activations: of packed weights.
-        packed_columns: 4-bit weights are whole blocks along the input, whatever else they are (TensorRT's);
-            else they are ONNX Runtime's blocks, which may be padded.
+        packed_columns: 4-bit weights are in TensorRT's layout, whose blocks must divide a matrix; else they
+            are in ONNX Runtime's, whose blocks may be padded.
         integer_products: whether it multiplies integers by integers.
         int8_kv_cache: whether its attention reads keys and values of 8 bits.
         calibrated: whether its 4-bit weights can be rounded by GPTQ.

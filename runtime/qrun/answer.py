@@ -1,4 +1,4 @@
-"""One answer: the loop's tokens become text that is final, and end with all that is known about them."""
+"""One answer: tokens become text that is final, and the last event tells all about the answer."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class Answering:
         started = prefilled = perf_counter()
         reused: int | None = None
         for event in self._tokens:
-            if self._cancelled:  # while this step was computed: its token is not wanted any more
+            if self._cancelled:  # cancelled while this step was computed: drop its token
                 self.finish_reason = "cancelled"
             elif isinstance(event, Prefilled):
                 reused = event.done if reused is None else reused

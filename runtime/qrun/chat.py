@@ -212,5 +212,5 @@ class Chat:
 
 
 def _has_begun(answering: Answering) -> bool:
-    """An answer that ended at once is an answer too; one that was stopped before it said anything is not."""
+    """Whether there is an answer to keep: not one that was cancelled before it had any text."""
     return bool(answering.text) or answering.finish_reason not in (None, "cancelled")

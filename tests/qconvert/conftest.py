@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.qconvert.building import TinyExports
 from tests.tiny import make_tiny_checkpoint
 
 
@@ -27,3 +28,15 @@ def tied(tiny_templates: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(tiny_templates: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_templates["sharded"], tmp_path / "sharded"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> TinyExports:
+    """Folders for TensorRT by their precision, exported once for a file of tests."""
+    return TinyExports(tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture
+def folder(exported: TinyExports, tmp_path: Path) -> Path:
+    """A copy of one of them, to be changed."""
+    return Path(shutil.copytree(exported("bf16"), tmp_path / "model"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +13,6 @@ from qconvert.export import ExportOptions, export
 from qconvert.tensorrt import backends
 from tests.qconvert.building import QUIET, TinyExports, names, needs_rtx, no_gpu, refused, run
 from tests.tiny import make_tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> TinyExports:
-    return TinyExports(tmp_path_factory.mktemp("exports"))
-
-
-@pytest.fixture
-def folder(exported: TinyExports, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported("bf16"), tmp_path / "model"))
 
 
 @no_gpu

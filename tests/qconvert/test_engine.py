@@ -31,16 +31,6 @@ from tests.qconvert.building import (
 )
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> TinyExports:
-    return TinyExports(tmp_path_factory.mktemp("exports"))
-
-
-@pytest.fixture
-def folder(exported: TinyExports, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported("bf16"), tmp_path / "model"))
-
-
 @needs_rtx
 @pytest.mark.parametrize(
     ("precision", "settings"),

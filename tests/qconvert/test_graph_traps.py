@@ -14,11 +14,6 @@ from qconvert.tensorrt.traps import check_graph
 from tests.qconvert.building import TinyExports, dynamic_cache, edit_graph
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> TinyExports:
-    return TinyExports(tmp_path_factory.mktemp("exports"))
-
-
 def first(model: ir.Model, op_type: str) -> ir.Node:
     return next(node for node in model.graph if node.op_type == op_type)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,16 +20,6 @@ with {lock}(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> TinyExports:
-    return TinyExports(tmp_path_factory.mktemp("exports"))
-
-
-@pytest.fixture
-def folder(exported: TinyExports, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported("bf16"), tmp_path / "model"))
 
 
 def test_a_plan_is_built_by_one_at_a_time(folder: Path) -> None:

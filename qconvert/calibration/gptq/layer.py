@@ -75,8 +75,8 @@ class Layer:
 
 
 Reads = Callable[[Layer, torch.Tensor], torch.Tensor]
-# Tensors that are multiplied with the same input, in the order of computation; that input; and what is
-# added to the residual stream once they are rounded.
+# In the order of computation: tensors that are multiplied with one input, a function that computes this
+# input, and one (or None) that computes what is added to the residual stream once they are rounded.
 STAGES: tuple[tuple[tuple[str, ...], Reads, Reads | None], ...] = (
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), Layer.attention_input, None),
     (("self_attn.o_proj",), Layer.context, Layer.attention),

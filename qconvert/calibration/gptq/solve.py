@@ -18,7 +18,7 @@ from qconvert.formats.recipe import BlockFormat
 if TYPE_CHECKING:
     import torch
 
-# Share of the Hessian's mean diagonal that is added to it: what few tokens say of many inputs is noise.
+# Share of the Hessian's mean diagonal that is added to the diagonal, against noise where tokens are few.
 DAMPING = 0.01
 # Columns whose errors are spread at once: long runs suit a large Hessian, short ones the processor's cache.
 _CHUNK, _SHORT_CHUNK, _LARGEST_GROUP = 128, 32, 256
@@ -31,7 +31,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
 
     Args:
         hessian: mean of x x^T over the inputs x, ``[K, K]``; it is overwritten.
-        damping: more is tried where the matrix is not positive definite in float32.
+        damping: is raised tenfold until the matrix is positive definite in float32.
     """
     import torch
 
@@ -52,7 +52,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
 
 
 class Means:
-    """What the inputs of one product are like, x in the rounded decoder and t in the true one.
+    """Second moments of the inputs of one product: x in the rounded decoder, t in the true one.
 
     Args:
         squares: mean of x x^T, float32 ``[K, K]``; it is overwritten.
@@ -75,14 +75,14 @@ class Means:
     def aim(self, weight: torch.Tensor) -> torch.Tensor:
         """The weights whose products with x are closest to those of ``weight`` with t.
 
-        So each layer also mends what the layers before it have broken (as in GPTAQ, arXiv:2504.02692).
+        So each layer also corrects errors of the layers before it (as in GPTAQ, arXiv:2504.02692).
         """
         return weight @ self._crossed @ self._upper.t() @ self._upper
 
     def solve(self, weight: torch.Tensor, fmt: BlockFormat, workers: Executor) -> PackedWeight:
         """Round ``weight`` [N, K] so that its products with x come close to the true ones with t.
 
-        Rows do not know of one another: each of ``workers`` takes some.
+        Rows are independent of one another: each of ``workers`` takes some.
         """
         import torch
 

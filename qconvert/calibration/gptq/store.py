@@ -60,7 +60,7 @@ class RoundedWeights(Mapping[str, PackedWeight]):
     def remove(self) -> None:
         """Delete this store, and those that exports to the same output with other options have left."""
         for folder in stores_beside(self._output, "rounded"):
-            # Layers alone: should there be anything else, the folder stays with it.
+            # Only files of layers are deleted: the folder stays if it holds anything else.
             remove_files(folder, [file.name for file in folder.iterdir() if _LAYER_FILE.fullmatch(file.name)])
 
     def __getitem__(self, name: str) -> PackedWeight:

@@ -1,4 +1,4 @@
-"""Through the decoder once, layer by layer: each one is solved on what the layers before it really give.
+"""One pass through the decoder: each layer is rounded for the inputs that the rounded layers before it give.
 
 Memory: one layer in float32 twice, the inputs of the layer for all calibration tokens twice (once
 through the true decoder), and about five square matrices as wide as the widest input that is solved.
@@ -116,7 +116,7 @@ class Walk:
         step = max(64, len(total) // 16)
         cuts = [slice(start, start + step) for start in range(0, len(total), step)]
         for _ in self._workers.map(lambda rows: total[rows].addmm_(left[:, rows].t(), right), cuts):
-            pass  # waits, and raises what it raised
+            pass  # map is lazy: this waits, and raises a thread's error
 
     def _compute(self, reads: Reads, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         """``reads`` of some sequences, each by one thread."""

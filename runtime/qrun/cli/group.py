@@ -28,7 +28,7 @@ class CommandGroup(click.Group):
             try:
                 return super().main(*args, **extra)
             except SystemExit:
-                # What is still buffered would fail after the last line of ours, with a traceback.
+                # Flush here: a failure while the interpreter exits would print a traceback.
                 sys.stdout.flush()
                 raise
         except BrokenPipeError:
@@ -49,7 +49,7 @@ class CommandGroup(click.Group):
 
 
 def _prepare_streams() -> None:
-    """Let every stream be there, and let an old locale cost a character and not the answer.
+    """Replace closed standard streams, and let a locale that lacks a character replace it instead of failing.
 
     In the order of their numbers: a file that is opened gets the lowest free one, so that nothing else is
     ever opened under the number of a closed stream and overwritten by what a library prints.
@@ -95,6 +95,6 @@ def _cannot_be_written(stream: Any) -> bool:
 
 
 def _silence(stream: Any) -> None:
-    """Let the interpreter's last flush succeed: it has nowhere to go."""
+    """Point a stream to nowhere, so that the interpreter's last flush succeeds."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

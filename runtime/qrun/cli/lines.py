@@ -83,7 +83,7 @@ def _history() -> History:
     path = state / "qrun" / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # What one says to a model is nobody else's business.
+        # Private: only the user may read what was said to a model.
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
         path.chmod(0o600)
     except OSError:
@@ -107,7 +107,7 @@ def decode_input(data: bytes) -> str:
 
 @contextmanager
 def keys_unseen() -> Iterator[None]:
-    """What is typed while an answer is printed (``^C`` too) does not appear amid it; it is not lost."""
+    """Do not show what is typed while an answer is printed (``^C`` too); the next line begins with it."""
     try:
         import termios
     except ImportError:  # not on Windows

@@ -41,7 +41,7 @@ from qrun.folder.plan import read_plan
 from qrun.model import Model
 from qrun.sampling.params import DEFAULT
 
-# A model that does not find an end would go on to the end of its context, for minutes.
+# A model that produces no end token would go on for minutes, to the end of its context.
 DEFAULT_MAX_TOKENS = 512
 
 
@@ -280,11 +280,11 @@ def _follow(events: Any, model: Model, *, quiet: bool, verbose: bool) -> Answer:
                     note(f"{tokens}: {size(forecast_bytes(model.manifest, event.total))} of KV cache")
             elif isinstance(event, Piece) and not quiet:
                 progress.clear()
-                printed = event.text  # first: Ctrl-C may strike within the next line
+                printed = event.text  # before printing: Ctrl-C may come while it is printed
                 show(event.text)
     finally:
         progress.clear()
-        # Also after Ctrl-C, where a half line would stand before the shell's prompt.
+        # Also after Ctrl-C, so that the shell's prompt begins on a line of its own.
         if printed and not printed.endswith("\n"):
             show("\n")
     assert isinstance(event, Answer), "the last event is the answer"

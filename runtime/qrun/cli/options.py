@@ -140,7 +140,7 @@ def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
         click.UsageError: a value out of range, or two that contradict each other.
     """
     given = {name: options.pop(name) for name in _SAMPLING_NAMES}
-    # Not by truth: 0 is a value.
+    # "is not None", since 0 is a value.
     request = {name: value for name, value in given.items() if value is not None and value is not False}
     if not request["stop"]:
         del request["stop"]

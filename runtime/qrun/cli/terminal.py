@@ -63,7 +63,7 @@ def working(what: str) -> Iterator[None]:
     from rich.console import Console
     from rich.text import Text
 
-    # A Text: brackets in a path are no markup.
+    # As a Text, in which brackets of a path are not markup.
     with Console(stderr=True, highlight=False).status(Text(printable(what))):
         yield
 

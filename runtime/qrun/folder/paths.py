@@ -27,7 +27,7 @@ def user_path(path: str | Path) -> Path:
     except ValueError as error:
         raise QrunError(f"{str(path)!r} is no file name: {error}") from error
     except (FileNotFoundError, NotADirectoryError):
-        pass  # whoever needs it says what should be there
+        pass  # not found: the caller says what should be there
     except OSError as error:
         raise cast(QrunError, as_refusal(error)) from error
     return found

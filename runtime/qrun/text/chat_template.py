@@ -1,6 +1,6 @@
 """The checkpoint's own chat template, rendered as transformers renders it, in a sandbox.
 
-A template is a program that came with the weights, so nobody has read it: it runs in Jinja's immutable
+A template is a program that came with the weights and cannot be trusted: it runs in Jinja's immutable
 sandbox, and sees plain JSON values only.
 """
 
@@ -24,7 +24,7 @@ ADDITIONAL_TEMPLATES = "additional_chat_templates"
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 # The names under which APIs pass a message's reasoning, the one that templates read first.
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-# How to strip a subclass (an enum, say) of its own methods.
+# How to turn a subclass (an enum, say) into the plain type, without methods of its own.
 _SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (str, str.__str__),
     (int, int.__int__),
@@ -135,7 +135,7 @@ class ChatTemplate:
             return self._choose(with_tools=tools is not None).render(context)
         except jinja2.TemplateError as error:  # raise_exception() in the template, or the sandbox
             raise self._failure(f"the chat template refuses these messages: {error}") from error
-        except Exception as error:  # an unread program may raise anything at all
+        except Exception as error:  # a template is a program and may raise anything
             raise self._failure(f"the chat template failed: {type(error).__name__}: {error}") from error
 
     def _choose(self, *, with_tools: bool) -> jinja2.Template:

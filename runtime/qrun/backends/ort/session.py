@@ -186,7 +186,7 @@ class OrtSession:
             model = moved
             options.add_session_config_entry(DATA_FOLDER, graph.resolve().anchor)
         try:
-            # Its own fall-back would print, and try another device than the one that was asked for.
+            # ONNX Runtime's own fall-back would print, and try another device than was asked for.
             inference = self._ort.InferenceSession(model, options, providers=providers, enable_fallback=False)
         except Exception as error:  # ONNX Runtime has no base class for its errors
             raise QrunError(

@@ -18,7 +18,7 @@ from qrun.backends.ort.values import Values
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
 
-# TensorProto's element types, for what NumPy cannot say.
+# TensorProto's numbers of element types that NumPy does not have.
 _ELEMENT_TYPES = {"bfloat16": 16}
 
 
@@ -70,7 +70,7 @@ class StaticOrtSession(OrtSession):
 
 
 class StaticValues(Values):
-    """Memory that may be bfloat16, which NumPy cannot say."""
+    """Memory that may be bfloat16, which NumPy does not have."""
 
     def allocate(self, array: NDArray[Any]) -> Any:
         element = _ELEMENT_TYPES.get(self.manifest.kv.dtype)
@@ -120,7 +120,7 @@ class StaticKVCache(OrtKVCache):
     def _reallocate(self, capacity: int) -> None:
         facts = self.manifest.model
         shape = (self.batch, facts.num_key_value_heads, capacity, facts.head_size)
-        # Zeros: what is not filled yet is masked, but a NaN would pass through a weight of 0.
+        # Zeros: unfilled positions are masked, but 0 times a NaN would still be NaN.
         self._buffers = [np.zeros(shape, dtype=self.values.kv_dtype) for _ in self.values.kv_names]
         for name, buffer in zip(self.values.kv_names, self._buffers):
             value = self.values.allocate(buffer)

@@ -60,7 +60,7 @@ class TrtKVCache(KVCache):
             for name in self.engine.caches:
                 buffer = DeviceBuffer(prod(self.engine.cache_shape(name)) * self.engine.item_size(name))
                 self.buffers[name] = buffer
-                # What is not filled yet is masked, but a NaN would pass through a weight of 0.
+                # Unfilled positions are masked, but 0 times a NaN would still be NaN.
                 self._stream.zero(buffer)
         except QrunError:
             self._stream.synchronize()

@@ -119,7 +119,7 @@ class ProfileContext:
             try:
                 self._graph = self._stream.capture(self._enqueue)
                 self.graph_state = "captured"
-            except QrunError as error:  # a graph is faster, and nothing else
+            except QrunError as error:  # go on without a graph: it only makes steps faster
                 self.graph_state = f"refused: {error.what}"
         if self._graph is not None:
             self._graph.launch(self._stream)
@@ -131,7 +131,7 @@ class ProfileContext:
         # TensorRT wants one run with these shapes and addresses first: it allocates and compiles then.
         if not self._warm:
             return False
-        # TensorRT-RTX says no while it still compiles kernels; TensorRT has no such question.
+        # TensorRT-RTX answers no while it still compiles kernels; TensorRT has no such method.
         ask = getattr(self._context, "is_stream_capturable", None)
         return ask is None or bool(ask(self._stream.handle))
 
@@ -145,7 +145,7 @@ class ProfileContext:
         self._logits.download(self._stream, positions)
 
     def _bind(self, cache: TrtKVCache) -> None:
-        """Past and present of every layer at the cache's addresses; a graph holds addresses, so it goes."""
+        """Bind past and present of every layer to the cache; drop the graph, which has the old addresses."""
         if self._bound is not None and self._bound() is cache:
             return
         self._drop_graph()

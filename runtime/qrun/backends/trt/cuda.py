@@ -1,7 +1,7 @@
 """CUDA as far as a session needs it: device and page-locked memory, one stream, graphs.
 
-A thin layer over ``cuda.bindings.runtime`` (package cuda-bindings). Every return code is checked. Nothing
-here is freed by chance: whoever makes a buffer, a stream or a graph closes it, and twice does no harm.
+A thin layer over ``cuda.bindings.runtime`` (package cuda-bindings). Every return code is checked. Whoever
+makes a buffer, a stream or a graph closes it; closing it twice does no harm.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def open_device() -> Device:
 
 
 class _Closeable:
-    """Something of CUDA's that is given back once."""
+    """An object of CUDA's that is freed once, by ``close``."""
 
     def __init__(self, release: str, handle: Any) -> None:
         self._release = release
@@ -201,14 +201,14 @@ class Stream(_Closeable):
 
     @contextmanager
     def _capturing(self) -> Iterator[list[Any]]:
-        # Other threads may allocate meanwhile: that is no concern of this capture.
+        # Thread-local, so that other threads may allocate memory meanwhile.
         mode = bindings().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call("cudaStreamBeginCapture", self._handle, mode)
         recorded: list[Any] = []
         try:
             yield recorded
         except BaseException:
-            # The capture must end whatever happened; what it holds is of no use.
+            # The capture must be ended after an error too; what it recorded is thrown away.
             runtime = bindings()
             _, graph = runtime.cudaStreamEndCapture(self._handle)
             if graph is not None and int(graph):
