@@ -69,6 +69,20 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
 )
 @click.option("--no-auth", is_flag=True, help="Let everybody in, also from other machines.")
 @click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A name by which clients call it, beside localhost, addresses and --host; may be repeated.",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Pages of this origin may ask it too, such as https://chat.example; may be repeated.",
+)
+@click.option(
     "--max-body-mb",
     type=click.FloatRange(min=0.001),
     default=8.0,
@@ -94,6 +108,8 @@ def serve(
     api_key_file: Path | None,
     control_tokens: bool,
     no_auth: bool,
+    allowed_hosts: tuple[str, ...],
+    cors_origins: tuple[str, ...],
     max_body_mb: float,
     drain_seconds: float,
     **options: Any,
@@ -105,6 +121,7 @@ def serve(
     for package in ("starlette", "uvicorn", "msgspec", "prometheus_client"):
         if find_spec(package) is None:
             raise QrunError(f"{package} is not installed", hint="pip install 'qconvert[serve]'")
+    from qrun.serve.guard import read_host, read_origin
     from qrun.serve.server import bind, log_to_stderr, run
     from qrun.serve.state import ServerState
 
@@ -114,6 +131,8 @@ def serve(
             f"{host} can be reached from other machines, and there are no API keys",
             hint="give --api-key-file FILE, or --no-auth if everybody may ask",
         )
+    names = tuple(read_host(each) for each in (host, *allowed_hosts))
+    origins = tuple(read_origin(each) for each in cors_origins)
     named = _named(engines)
     with bind(host, port) as listening:
         log_to_stderr()
@@ -131,7 +150,7 @@ def serve(
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         note(f"listening on http://{shown}:{address[1]} ({'with API keys' if keys else 'without API keys'})")
-        state = ServerState(opened, keys, most_bytes=int(max_body_mb * 1e6))
+        state = ServerState(opened, keys, names, origins, most_bytes=int(max_body_mb * 1e6))
         run(state, listening, drain_seconds=drain_seconds)
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qrun import __version__
 from qrun.errors import QrunError
+from qrun.serve import guard, openapi, pages
 from qrun.serve.errors import ApiError, from_qrun
 from qrun.serve.fields import DetokenizeRequest, TemplateRequest, TokenizeRequest, decode, texts_only
 from qrun.serve.handlers import CHAT, COMPLETION, MESSAGES, RESPONSES, complete
@@ -25,7 +28,8 @@ from qrun.serve.state import ServerState, json_response, note, read_body
 from qrun.serve.streams import ClientGoneError
 
 log = logging.getLogger("qrun.serve")
-_OPEN_PATHS = ("/health", "/ready")  # asked by what looks after the process, which has no key
+# Asked by what looks after the process, or opened in a browser before a key is typed.
+_OPEN_PATHS = frozenset(("/health", "/ready", "/openapi.json", *pages.FILES))
 _GONE = 499  # nginx's number for a client that went away: for the log, nobody reads it
 
 
@@ -46,6 +50,8 @@ def create_app(state: ServerState) -> ASGIApp:
             Route("/apply-template", _apply_template, methods=["POST"]),
             Route("/health", _health),
             Route("/ready", _ready),
+            Route("/openapi.json", _openapi),
+            *pages.routes(),
         ],
         exception_handlers={
             ApiError: _api_error,
@@ -58,11 +64,21 @@ def create_app(state: ServerState) -> ASGIApp:
     )
     metrics = app.state.metrics = Metrics(state.engines)
     app.state.server = state
-    return Surroundings(app, state, metrics)
+    app.state.openapi = openapi.document(app.routes, __version__)
+    whole: ASGIApp = Surroundings(app, state, metrics)
+    if state.origins:
+        whole = CORSMiddleware(
+            whole,
+            allow_origins=state.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    return whole
 
 
 class Surroundings:
-    """Keys, and the log: one line of JSON for each request, without its text."""
+    """Origins, keys, and the log: one line of JSON for each request, without its text."""
 
     def __init__(self, app: ASGIApp, state: ServerState, metrics: Metrics) -> None:
         self._app, self._state, self._metrics = app, state, metrics
@@ -76,9 +92,11 @@ class Surroundings:
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 sent["status"] = message["status"]
+                message["headers"] = [*message.get("headers", ()), *guard.HEADERS]
             await send(message)
 
         try:
+            guard.check(scope, self._state.names, self._state.origins)
             if scope["path"] not in _OPEN_PATHS:
                 scope["qrun.client"] = self._state.admit(_key(scope))
                 if self._state.draining:
@@ -203,6 +221,10 @@ async def _ready(request: Request) -> Response:
         for name, engine in state.engines.items()
     }
     return json_response({"status": "ready", "models": engines})
+
+
+async def _openapi(request: Request) -> Response:
+    return json_response(request.app.state.openapi)
 
 
 _Handler = Callable[[Request, Exception], Awaitable[Response]]

@@ -24,6 +24,8 @@ class ServerState:
     Attributes:
         engines: by the name that clients use.
         keys: API keys; none at all lets everybody in.
+        names: hosts that clients may call it beside localhost and addresses, in lower case.
+        origins: whose pages may ask it beside its own.
         most_bytes: of a request's body.
         ping_seconds: a stream that is silent for so long sends a comment.
         draining: whether no new requests are taken.
@@ -32,6 +34,8 @@ class ServerState:
 
     engines: Mapping[str, Engine]
     keys: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     most_bytes: int = 8 << 20
     ping_seconds: float = 10.0
     draining: bool = False

@@ -1,0 +1,107 @@
+"""The OpenAPI document, from the routes that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.routing import BaseRoute, Route
+
+from qrun.serve.fields import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TemplateRequest,
+    TokenizeRequest,
+)
+from qrun.serve.messages import CountRequest, MessagesRequest
+from qrun.serve.responses import ResponsesRequest
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the document says of a route.
+
+    Attributes:
+        summary: one line.
+        body: the fields of the request, None for none.
+        media: of the answer, beside that of streams.
+        open: whether no key is needed.
+    """
+
+    summary: str
+    body: type[msgspec.Struct] | None = None
+    media: str = "application/json"
+    open: bool = False
+
+
+DESCRIBED = {
+    "/v1/chat/completions": Described("The next message of a conversation", ChatRequest),
+    "/v1/completions": Described("How a text goes on", CompletionRequest),
+    "/v1/responses": Described("OpenAI's newer API", ResponsesRequest),
+    "/v1/messages": Described("Anthropic's API", MessagesRequest),
+    "/v1/messages/count_tokens": Described("How many tokens a conversation has", CountRequest),
+    "/metrics": Described("Figures for Prometheus", media="text/plain"),
+    "/v1/models": Described("The models"),
+    "/v1/models/{name}": Described("One model"),
+    "/tokenize": Described("Text to token ids", TokenizeRequest),
+    "/detokenize": Described("Token ids to text", DetokenizeRequest),
+    "/apply-template": Described("Messages to the prompt that the model reads", TemplateRequest),
+    "/health": Described("The process is alive", open=True),
+    "/ready": Described("It takes requests", open=True),
+    "/openapi.json": Described("This document", open=True),
+}
+
+
+def document(routes: Sequence[BaseRoute], version: str) -> dict[str, Any]:
+    """OpenAPI 3.1.
+
+    Raises:
+        KeyError: a route is not in ``DESCRIBED``.
+    """
+    bodies = sorted({each.body for each in DESCRIBED.values() if each.body}, key=lambda each: each.__name__)
+    _, schemas = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
+    paths: dict[str, Any] = {}
+    for route in routes:
+        if isinstance(route, Route) and route.include_in_schema:
+            path = route.path.replace(":path}", "}")
+            methods = (route.methods or set()) - {"HEAD"}
+            paths[path] = {each.lower(): _operation(path, DESCRIBED[path]) for each in sorted(methods)}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "qrun serve", "version": version, "license": {"name": "Apache-2.0"}},
+        "paths": paths,
+        "components": {
+            "schemas": {**schemas, "Error": {"type": "object", "description": "What is wrong, in words"}},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+        "security": [{}, {"bearer": []}, {"key": []}],
+    }
+
+
+def _operation(path: str, described: Described) -> dict[str, Any]:
+    answer: dict[str, Any] = {"type": "string" if described.media == "text/plain" else "object"}
+    content = {described.media: {"schema": answer}}
+    if described.body and "stream" in described.body.__struct_fields__:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    found: dict[str, Any] = {
+        "summary": described.summary,
+        "responses": {
+            "200": {"description": "The answer", "content": content},
+            "default": {"description": "A refusal", "content": refusal},
+        },
+    }
+    if described.open:
+        found["security"] = []
+    if "{name}" in path:
+        found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if described.body:
+        schema = {"$ref": f"#/components/schemas/{described.body.__name__}"}
+        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return found
