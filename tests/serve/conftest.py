@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import openai
@@ -35,6 +36,7 @@ def address(served_tokenizer) -> Iterator[str]:
         return wanted[min(len(said), len(wanted) - 1)]
 
     def long(seen: list[int]) -> int:
+        time.sleep(0.005)  # so that a reader has time to stop it
         return letters[len(seen) % len(letters)]
 
     manifest = fake_manifest(context_length=2048)
