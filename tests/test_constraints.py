@@ -9,11 +9,15 @@ import tomllib
 from tests.fakes import REPOSITORY
 
 
+EXTRAS = ("cpu", "grammar")
+
+
 def test_the_oldest_versions_are_those_of_the_bounds() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     wanted = dict(
         re.fullmatch(r"([\w-]+)>=([\d.]+)", each).groups()
-        for each in [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+        for extra in (project["dependencies"], *(project["optional-dependencies"][name] for name in EXTRAS))
+        for each in extra
     )
     lines = (REPOSITORY / "constraints-oldest.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
