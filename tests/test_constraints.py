@@ -8,7 +8,6 @@ import tomllib
 
 from tests.fakes import REPOSITORY
 
-
 EXTRAS = ("cpu", "grammar")
 
 
