@@ -61,7 +61,7 @@ NOT_RUN = {
         "another program's command, for a repository or an account of the user's"
     ),
     r"pip (install|uninstall|config) .*": _NETWORK,
-    r"make (test|test-matrix|test-docs|lint|interop|demo)": _CHECK_ALL,
+    r"make (test|test-matrix|test-docs|lint|interop|demo|test-schemas)": _CHECK_ALL,
     r"make (benchmark|compare)": _HOURS,
     r"make test-gpu": _GPU,
     r"python -m benchmarks\..*": _HOURS,
@@ -71,7 +71,8 @@ NOT_RUN = {
     r"qrun chat --engine .*model\.plan": _GPU,
     r"qconvert verify .*model\.plan.*": _GPU,
     r".* --device tensorrt": _GPU,
-    r"qconvert export Qwen/.*": _HUB,
+    r"qconvert export (Qwen/.*|ORG/NAME)": _HUB,
+    r"qrun generate --schema FILE": "an option named in a sentence: tests/qrun/test_cli.py runs it",
     r"qconvert sample .*": (
         "downloads 93 MB: tests/qconvert/test_sample.py runs it, and it made the checkpoint used here"
     ),
