@@ -123,7 +123,7 @@ def test_one_key_that_asks_much_does_not_make_another_wait_for_all_of_it(endless
         little = pool.submit(post, "little")
         for each in (*much, little):
             each.result()
-        assert ended.index("little") <= 2
+        assert ended.index("little") <= 4  # without turns it is the last of nine
 
 
 def test_a_step_that_fails_ends_the_answers_in_it_and_not_the_server(served_tokenizer):
