@@ -135,7 +135,7 @@ def _build_options(command: Any) -> Any:
     "--recipe",
     type=click.Choice(RECIPES),
     help="How int4 is rounded: to nearest, at once; balanced (awq), for the same speed and size, half of the "
-    "error and seconds of work; by GPTQ, for a third of the error and minutes; or by GPTQ in shorter blocks, "
+    "error and a calibration; by GPTQ, for a third of the error and minutes; or by GPTQ in shorter blocks, "
     "with down_proj and head in 8 bits.  "
     "[default: rtn, with --calibrate gptq]",
 )
