@@ -7,13 +7,18 @@ looks like a test's, so those variables are unset.
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pexpect
+import psutil
 import pytest
 
 from tests.docs.commands_page import PROGRAMS
+from tests.serve.serving import until
 from tests.tiny import make_tiny_checkpoint
 from tests.watching import Watched, foreign, python, read, traced, watch, why_not
 
@@ -87,9 +92,10 @@ RUN = {
     "qconvert build": (("model", "--compute-capability", "8.9"), "", 1),
 }
 COMMANDS = [f"{program} {name}" for program, group in PROGRAMS.items() for name in group.commands]
+_SERVE = "qrun serve"  # runs until it is told to end: watched by a test of its own
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != _SERVE])
 def test_a_command_speaks_to_nobody_and_writes_nowhere_else(command: str, place: Place) -> None:
     arguments, typed, exit_code = RUN[command]
     program, name = command.split()
@@ -116,6 +122,36 @@ def test_a_build_speaks_to_nobody(backend: str, place: Place) -> None:
     alone(watched, place, watched.exit_code)
     assert watched.exit_code in (0, 1)
     assert (place.work / "folder" / "model.plan").is_file() == (watched.exit_code == 0)
+
+
+def test_a_server_speaks_to_those_who_ask_and_to_nobody_else(place: Place) -> None:
+    log, output = place.root / "trace" / "thread", place.root / "output"
+    log.parent.mkdir()
+    command = traced(python(QRUN, "serve", "--engine", "tiny=model", "--port", "0"), log)
+    with output.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file, cwd=place.work, env=place.env)
+    try:
+        listening = re.compile(r"listening on (http://\S+)")
+        until(lambda: bool(listening.search(output.read_text())) or server.poll() is not None, 120)
+        found = listening.search(output.read_text())
+        assert found is not None, output.read_text()
+        with httpx.Client(base_url=found[1], timeout=60) as client:
+            for page in ("/", "/docs", "/openapi.json", "/metrics", "/ready"):
+                assert client.get(page).status_code == 200
+            asked = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+            assert client.post("/v1/chat/completions", json=asked).status_code == 200
+            # What names another machine is refused, and not opened.
+            image = {"type": "image_url", "image_url": {"url": "http://192.0.2.1/a.png"}}
+            asked["messages"] = [{"role": "user", "content": [image]}]
+            assert client.post("/v1/chat/completions", json=asked).status_code == 400
+        (own,) = psutil.Process(server.pid).children()
+        own.terminate()
+        exit_code = server.wait(60)
+    finally:
+        server.kill()
+        server.wait()
+    alone(read(log, place.work, Watched(exit_code, output.read_text())), place)
+    assert list(place.home.iterdir()) == []
 
 
 def test_a_chat_in_a_terminal_keeps_its_history_and_nothing_else(place: Place) -> None:
@@ -192,5 +228,5 @@ def test_the_watch_sees_telemetry_that_a_user_has_switched_on(place: Place) -> N
 
 
 def test_every_command_is_watched() -> None:
-    assert set(RUN) == set(COMMANDS)
-    assert len(COMMANDS) >= 9
+    assert set(RUN) | {_SERVE} == set(COMMANDS)
+    assert len(COMMANDS) >= 10
