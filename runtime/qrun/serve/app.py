@@ -28,9 +28,9 @@ from qrun.serve.state import ServerState, json_response, note, read_body
 from qrun.serve.streams import ClientGoneError
 
 log = logging.getLogger("qrun.serve")
-# Asked by what looks after the process, or opened in a browser before a key is typed.
+# Paths that need no key: a process manager asks them, or a browser opens them before a key is typed.
 _OPEN_PATHS = frozenset(("/health", "/ready", "/openapi.json", *pages.FILES))
-_GONE = 499  # nginx's number for a client that went away: for the log, nobody reads it
+_GONE = 499  # nginx's status for a client that went away; it appears in the log only
 
 
 def create_app(state: ServerState) -> ASGIApp:
@@ -109,9 +109,8 @@ class Surroundings:
             await self._app(scope, receive, watched)
         finally:
             facts = scope.get("qrun.facts", {})
-            route = getattr(
-                scope.get("route"), "path", "none"
-            )  # a path of a client's would be endless labels
+            # The route and not the path: clients could invent paths, and so labels, without end.
+            route = getattr(scope.get("route"), "path", "none")
             self._metrics.request(route, sent["status"], facts)
             line = {
                 "method": scope["method"],
@@ -256,5 +255,5 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    """A fault of ours; the log has the traceback, the client has nothing of it."""
+    """A fault of ours: the traceback goes into the log, and the client is told nothing of it."""
     return await _api_error(request, ApiError(500, "the server has a fault; its log says more"))

@@ -16,7 +16,7 @@ from qrun.serve.forms import constraint_of
 from qrun.serve.tools import Tools, prompt_with_tools, read_tools
 
 _MOST_ANSWERS = 16  # n, and prompts in one request
-_DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in the original
+_DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _params(engine: Engine, request: Common, own: dict[str, Any], number: int) -
     )
     sampling = {name: getattr(request, name) for name in names} | own
     if sampling["seed"] is not None:
-        sampling["seed"] = abs(sampling["seed"]) + number  # the answers of one request differ
+        sampling["seed"] = abs(sampling["seed"]) + number  # so that the answers of one request differ
     if request.ignore_eos:
         sampling["ignore_eos"] = True
     if request.logit_bias is not None:

@@ -28,7 +28,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Those that belong to the status."""
+        """The HTTP headers that belong to the status."""
         if self.status in (429, 503):
             return {"Retry-After": str(RETRY_SECONDS)}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
@@ -53,7 +53,7 @@ class ApiError(Exception):
 
 
 def from_qrun(error: QrunError, *, begun: bool = False) -> ApiError:
-    """An error of ours; ``begun`` where the answer had begun, so that the request was right."""
+    """A ``QrunError`` as a refusal; once an answer has ``begun``, the fault is the server's (500)."""
     if isinstance(error, EngineBusyError):
         return ApiError(429, str(error.what), code="queue_full")
     if isinstance(error, EngineClosedError):

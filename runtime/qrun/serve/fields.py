@@ -1,4 +1,4 @@
-"""From the bytes of a request to its fields: each of its type, and none that would be ignored in silence."""
+"""From the bytes of a request to its typed fields; a field that is not known is refused, not ignored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """``stream_options`` of both kinds of completion."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # no field is ever added to hide lengths: accepted
+    include_obfuscation: bool = False  # accepted without effect: lengths of chunks are never hidden here
 
 
 class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

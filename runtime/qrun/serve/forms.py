@@ -14,7 +14,7 @@ _KINDS = ("text", "json_object", "json_schema")
 
 
 def constraint_of(engine: Engine, request: Common) -> Constraint | None:
-    """What was asked of the answer's form, None where it is free. Compiles: for a pool of threads.
+    """The form that was asked for, None for none. It is compiled, so call this outside of the event loop.
 
     Raises:
         ApiError: 400, with the field.
@@ -58,6 +58,6 @@ def schema_of(response_format: dict[str, Any] | None, place: str = "response_for
     if extra:
         raise ApiError(400, f"{place}.{extra[0]} is not supported here", param=f"{place}.{extra[0]}")
     if kind == "json_schema":
-        # What is not strict is enforced as well: an answer that fits is no worse.
+        # "strict" makes no difference here: the schema is enforced with and without it.
         return described["schema"]  # type: ignore[index]
     return {"type": "object"} if kind == "json_object" else None

@@ -1,4 +1,4 @@
-"""Against pages of other origins: a browser on this machine must not lend them the server."""
+"""Protection against web pages of other origins, which could reach this server through a user's browser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.types import Scope
 from qrun.errors import QrunError
 from qrun.serve.errors import ApiError
 
-# Of every answer; the pages have a Content-Security-Policy of their own besides.
+# Headers of every answer; the pages for people have a Content-Security-Policy as well.
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -23,8 +23,8 @@ HEADERS = (
 def check(scope: Scope, names: Collection[str], origins: Collection[str]) -> None:
     """Refuse a request that a page of another origin may have caused.
 
-    An address needs no permission: a name that is turned to another address (DNS rebinding) is a name,
-    and the browser of whoever is tricked sends that name as Host.
+    A Host that is an IP address is always accepted. In an attack by DNS rebinding a page's own name is
+    pointed at this machine; the browser sends that name as Host, and it is refused unless ``names`` holds it.
 
     Args:
         scope: the request.
@@ -55,7 +55,7 @@ def read_origin(text: str) -> str:
     """An origin as browsers send it.
 
     Raises:
-        QrunError: it is none.
+        QrunError: the text is not an origin.
     """
     parts = urlsplit(text)
     found = f"{parts.scheme}://{parts.netloc}".lower()
@@ -70,7 +70,7 @@ def read_host(text: str) -> str:
     """A host's name without its port, in lower case.
 
     Raises:
-        QrunError: it is none.
+        QrunError: the text is not a host's name.
     """
     name = _name(text)
     if not name or any(each in text for each in "/*@ ,"):

@@ -53,7 +53,7 @@ async def complete(request: Request, dialect: Dialect) -> Response:
     fields: Any = decode(await read_body(request), dialect.fields)
     engine = state.engine(fields.model)
     note(request, model=fields.model, stream=fields.stream)
-    try:  # templates and tokenizers take milliseconds for a long prompt: not in the thread that serves all
+    try:  # in another thread, since rendering and encoding a long prompt would hold up the event loop
         asked = await asyncio.to_thread(dialect.ask, engine, fields)
     except QrunError as error:
         raise from_qrun(error) from None
@@ -63,7 +63,7 @@ async def complete(request: Request, dialect: Dialect) -> Response:
         await streams.unless_gone(request, _collect(reply, happenings))
         note(request, **reply.facts())
         return json_response(reply.whole())
-    first = await anext(happenings)  # what is refused is refused before the stream begins
+    first = await anext(happenings)  # a refusal has a status of its own only before the stream begins
     chunks = _chunks(request, reply, first, happenings)
     return StreamingResponse(
         streams.with_pings(chunks, state.ping_seconds),

@@ -98,7 +98,7 @@ def ask_messages(engine: Engine, request: MessagesRequest) -> Asked:
 class MessageReply(Reply):
     """One message."""
 
-    done = b""  # message_stop says so
+    done = b""  # the event message_stop ends a stream
 
     def __init__(self, engine: Engine, fields: MessagesRequest, asked: Asked) -> None:
         super().__init__(engine, fields.model, asked)
@@ -154,7 +154,7 @@ class MessageReply(Reply):
         return {"stop_reason": _REASONS[answer.finish_reason], "stop_sequence": answer.stop}
 
     def _usage(self, answer: Answer | None) -> Chunk:
-        """Their ``input_tokens`` are those that were not in the cache."""
+        """Token counts; in Anthropic's API ``input_tokens`` leaves out those that were in the cache."""
         prompt = len(self.asked.prompts[0])
         cached = answer.reused_tokens if answer else 0
         return {

@@ -72,7 +72,7 @@ _HELD: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
 
 
 class _InUse(Collector):
-    """What the engines hold at the moment of the question."""
+    """Gauges of what the engines hold, read whenever the metrics are asked for."""
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines

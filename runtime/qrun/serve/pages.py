@@ -28,7 +28,8 @@ FILES = {
         )
     },
 }
-# Text of a model becomes nodes by way of DOMPurify alone (trusted types), loads nothing and sends nothing.
+# A model's text can become HTML only through DOMPurify (trusted types), and a page may load from this server
+# and send to it, and to nobody else.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "

@@ -24,7 +24,7 @@ class CompletionReply(Reply):
     Args:
         engine: where they come from.
         fields: of the request.
-        asked: what became of it.
+        asked: the same request, as it was handed to the engine.
     """
 
     def __init__(self, engine: Engine, fields: Common, asked: Asked) -> None:
@@ -69,7 +69,7 @@ class CompletionReply(Reply):
             content: Any = {"content": piece.text} if self.chat else piece.text
             return [self._chunk(index, content, logprobs=logprobs)]
         deltas = [self._delta(index, found) for found in self._parser(index).push(piece.text)]
-        if logprobs is not None:  # the tokens' own chunk: their text may be held back, or part of a call
+        if logprobs is not None:  # in a chunk of their own: the text may be held back, or be part of a call
             deltas.insert(0, {"content": ""})
         return [
             self._chunk(index, delta, logprobs=None if place else logprobs)

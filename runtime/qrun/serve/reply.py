@@ -37,7 +37,7 @@ class Reply(ABC):
         tokens: by index, those with log-probabilities, of answers that are given whole.
     """
 
-    # What ends a stream.
+    # The bytes that end a stream.
     done = streams.DONE
 
     def __init__(self, engine: Engine, model: str, asked: Asked) -> None:

@@ -107,7 +107,7 @@ def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 class ResponseReply(Reply):
     """One response with one message in it."""
 
-    done = b""  # response.completed says so
+    done = b""  # the event response.completed, or response.incomplete, ends a stream
 
     def __init__(self, engine: Engine, fields: ResponsesRequest, asked: Asked) -> None:
         super().__init__(engine, fields.model, asked)

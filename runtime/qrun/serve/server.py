@@ -18,7 +18,11 @@ from qrun.serve.state import ServerState
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, with signals of our own: the first one drains, the second one ends at once, both with 0."""
+    """uvicorn's server without its signal handlers, since ``_serve`` has its own.
+
+    After the first signal running answers are completed, after the second one the server ends at once; the
+    exit code is 0 in both cases.
+    """
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -26,7 +30,7 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, before any model is opened: a taken port is told at once.
+    """A listening socket. It is made before any model is opened, so that a taken port is told at once.
 
     Raises:
         QrunError: the address is not this machine's, or the port is taken or not allowed.
@@ -47,12 +51,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(state: ServerState, listening: socket.socket, *, drain_seconds: float) -> None:
-    """Serve until SIGTERM or SIGINT; those who are being answered then have ``drain_seconds``."""
+    """Serve until SIGTERM or SIGINT; running answers then have ``drain_seconds`` to be completed."""
     asyncio.run(_serve(state, listening, drain_seconds))
 
 
 def make_server(state: ServerState, *, drain_seconds: float) -> uvicorn.Server:
-    """The server itself; who runs it ends it by ``should_exit``."""
+    """The server itself; setting its ``should_exit`` ends it."""
     return _Server(
         uvicorn.Config(
             create_app(state),

@@ -64,7 +64,7 @@ class ServerState:
         """
         if not self.keys:
             return ""
-        # All of them are compared, so that the time says nothing about which one was near.
+        # Every key is compared, so that the time that this takes does not tell which of them was close.
         right = [hmac.compare_digest(key.encode(), each.encode()) for each in self.keys]
         if not any(right):
             text = "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"

@@ -27,7 +27,7 @@ def event(content: Mapping[str, Any], name: str | None = None) -> bytes:
 async def with_pings(chunks: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
     """The same chunks, and a comment whenever none has come for so many seconds.
 
-    A long prompt would else look like a dead connection to what stands between client and server.
+    Without them a proxy may take the connection for dead while a long prompt is read.
     """
     pending: asyncio.Task[bytes] | None = None
     try:

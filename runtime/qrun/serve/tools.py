@@ -14,7 +14,7 @@ from qrun.sampling.constraint import Constraint, inline
 from qrun.serve.errors import ApiError
 from qrun.text.tool_calls import CLOSING, OPENING, ToolCallParser
 
-_MOST_CALLS = 16  # in one answer, where a grammar writes it
+_MOST_CALLS = 16  # in an answer that a grammar constrains
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -78,7 +78,7 @@ class Tools:
             try:
                 parameters = inline(_parameters(function))
                 rules += [f'tool_{index}: {begin} arguments_{index} "}}"', f"arguments_{index}: {parameters}"]
-                # One by one first, so that a refusal names its tool.
+                # Each schema is compiled alone before the whole grammar is, so that a refusal names its tool.
                 model.constraint(grammar=f"start: {parameters}")
             except QrunError as error:
                 place = f"tools[{index}].function.parameters"
@@ -159,7 +159,7 @@ def prompt_with_tools(model: Model, messages: list[dict[str, Any]], tools: Tools
     except QrunError:
         if not any(message.get("tool_calls") for message in messages):
             raise
-        prompt = model.chat_prompt(messages, tools=given)  # a template that wants arguments as text
+        prompt = model.chat_prompt(messages, tools=given)  # some templates expect the arguments as text
     if tools is not None and not tools.forced and prompt == model.chat_prompt(as_objects):
         text = "this model's chat template has no place for tools: it would never hear of them"
         raise ApiError(400, text, param="tools")
