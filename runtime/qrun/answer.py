@@ -1,4 +1,4 @@
-"""One answer: tokens become text that is final, and the last event tells all about the answer."""
+"""One answer: its tokens become final text piece by piece, and its last event sums it up."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Answer:
         prompt_tokens: length of the prompt, of which ``reused_tokens`` were in the KV cache already.
         completion_tokens: number of ``token_ids``.
         prefill_seconds: until the first logits.
-        decode_seconds: from there to the end, with whatever the caller did between the events.
+        decode_seconds: from there to the end, including whatever the caller did between the events.
         stop: the stop string that ended it, if one did.
     """
 
@@ -97,7 +97,7 @@ class Wording:
         return self._show(self._detokenizer.push(token_id))
 
     def end(self) -> str:
-        """No token comes any more: the text that was held back."""
+        """The text that was held back, now that no further token comes."""
         found = self._show(self._detokenizer.flush())
         if self.stop is None and (rest := self._stops.flush()):
             self.text += rest

@@ -47,8 +47,8 @@ class Call:
         self.sequence.cancel()
 
     def take(self, event: SequenceEvent) -> None:
-        """What the scheduler tells of its sequence; called by the engine's thread."""
-        if self.ended:  # a stop string has ended it, the sequence hears of that in the next step
+        """Handle an event of its sequence; the engine's thread calls this."""
+        if self.ended:  # by a stop string; the scheduler drops the sequence only in its next step
             return
         if isinstance(event, Prefilled):
             self._tell(event)
@@ -66,7 +66,7 @@ class Call:
             self.fail(event.error)
 
     def fail(self, error: QrunError) -> None:
-        """It cannot go on."""
+        """End the call with an error, unless it has ended already."""
         if not self.ended:
             self.ended = True
             self._tell(error)

@@ -17,7 +17,7 @@ from qrun.text.tokenizer import Tokenizer
 
 
 class Speaker(Protocol):
-    """What a conversation needs of a model: see ``model.Model``, which is one."""
+    """What a conversation needs of a model; ``model.Model`` provides it."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -85,7 +85,7 @@ class Chat:
                 hint="use `qrun generate --raw`, or put the model's chat_template.jinja into the checkpoint "
                 "and export it again",
             )
-        model.resolve(sampling)  # a bad value should be told now, not at the first turn
+        model.resolve(sampling)  # a bad value is refused now, not at the first turn
         self.model = model
         self.messages: list[dict[str, str]] = []
         self.answers: list[Answer] = []

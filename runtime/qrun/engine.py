@@ -35,7 +35,7 @@ _log = logging.getLogger("qrun.engine")
 
 
 class EngineBusyError(QrunError):
-    """All slots are taken and the queue is full; another try may do."""
+    """All slots are taken and the queue is full; a later try may succeed."""
 
 
 class EngineClosedError(QrunError):
@@ -47,8 +47,8 @@ class Engine:
 
     Attributes:
         model: what it answers with.
-        slots: answers that advance together.
-        prefixes: beginnings of prompts, if any are kept.
+        slots: how many answers advance together at most.
+        prefixes: the kept beginnings of prompts; None where none are kept.
 
     Args:
         model: an opened model folder. Nobody else may use its session meanwhile.
@@ -94,7 +94,7 @@ class Engine:
         client: str = "",
         constraint: Constraint | None = None,
     ) -> Call:
-        """Hand a prompt in; the engine's thread tells ``listener`` what becomes of it.
+        """Queue a prompt; the engine's thread calls ``listener`` with each event of its answer.
 
         Args:
             prompt_ids: the whole prompt.
@@ -166,7 +166,7 @@ class Engine:
         if isinstance(prompt, str):
             prompt = await asyncio.to_thread(self.model.tokenizer.encode, prompt, add_special_tokens=True)
         form = partial(self.model.constraint, schema=schema, regex=regex, grammar=grammar)
-        constraint = await asyncio.to_thread(form)  # compiles: not in the thread that serves all
+        constraint = await asyncio.to_thread(form)  # compiling would hold up everyone on the event loop
         async for event in self.answer(prompt, params, client=client, constraint=constraint):
             yield event
 
@@ -189,7 +189,7 @@ class Engine:
             yield event
 
     def cancel(self, call: Call) -> None:
-        """End a call, wherever it is; nothing happens where it has ended."""
+        """Cancel a call that waits or is being answered; one that has ended is left as it is."""
         call.cancel()
         with self._changed:
             self._changed.notify()
@@ -216,11 +216,11 @@ class Engine:
 
     @property
     def prefix_hits(self) -> int:
-        """Tokens of prompts that were found there."""
+        """Tokens of prompts that were found among the kept beginnings, and not read again."""
         return 0 if self.prefixes is None else self.prefixes.hits
 
     def close(self, *, drain_seconds: float = 0.0) -> None:
-        """Take no more prompts, and end; those that run have ``drain_seconds`` to come to their own end."""
+        """Take no more prompts and end; answers that run longer than ``drain_seconds`` are cancelled."""
         until = monotonic() + drain_seconds
         with self._changed:
             self._closing = True
@@ -265,7 +265,7 @@ class Engine:
                 call.take(event)
 
     def _admit(self) -> bool:
-        """Wait until there is something to do; False where there never will be."""
+        """Wait for work, and give free rows to waiting prompts; False once the engine is closed and idle."""
         with self._changed:
             while True:
                 for call in self._waiting.remove(lambda waiting: waiting.sequence.cancelled):
@@ -282,7 +282,11 @@ class Engine:
                 self._changed.wait()
 
     def _begin_anew(self, error: Exception) -> bool:
-        """A fault of ours in a step: those that took part end with it, the next ones have new rows."""
+        """After a fault of ours in a step: fail the running answers, and make new rows for later ones.
+
+        Returns:
+            Whether the engine can go on: False where it is closing, or where new rows cannot be made.
+        """
         refusal = QrunError(f"the answer could not be completed: {type(error).__name__}: {error}")
         with self._changed:
             calls = list(self._running.values())

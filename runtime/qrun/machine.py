@@ -60,7 +60,7 @@ def _free_of_machine() -> Iterator[int]:
 def _own_groups(controller: str) -> Iterator[Path]:
     """Folders of the control groups that this process is in, the innermost first.
 
-    In a container the path may be that of the machine outside, of which only the root is to be seen here.
+    In a container the path may be the host's, of which only the root is visible inside.
     """
     try:
         entries = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]

@@ -46,7 +46,7 @@ class KVCache(ABC):
         first: the first of these rows.
     """
 
-    # Whether its memory is the machine's own, and not a GPU's.
+    # Whether its memory is the machine's and not a GPU's.
     in_host_memory = True
 
     def __init__(
@@ -55,7 +55,8 @@ class KVCache(ABC):
         self.manifest = manifest
         self.batch = batch
         self.limit = manifest.model.context_length
-        # Held one way only, so that buffers go with the last who holds them and need no garbage collector.
+        # Rows hold their pool, and the pool only weakly its rows: without a cycle buffers are freed as soon
+        # as nobody holds them, and not only when the garbage collector runs.
         self._pool = pool
         self._shown: WeakValueDictionary[tuple[int, int], Self] = WeakValueDictionary()
         if pool is None:
@@ -90,7 +91,7 @@ class KVCache(ABC):
 
     @property
     def untouched_bytes(self) -> int:
-        """Of these, the bytes that no token has been written to: the system has not given them out yet."""
+        """The part of ``nbytes`` that no token was written to: the system has not given it out yet."""
         if not self.in_host_memory:
             return 0
         touched = int(np.maximum(self._touched, self.lengths).sum())
@@ -99,7 +100,7 @@ class KVCache(ABC):
     def rows(self, first: int, count: int) -> Self:
         """Rows ``first`` to ``first + count`` as a cache of their own over the same memory.
 
-        The same one each time, as long as somebody holds it: what is bound for it stays bound.
+        As long as somebody holds such a cache, it is returned again, so what is bound for it stays bound.
 
         Raises:
             QrunError: this kind of cache has no rows apart.
@@ -149,7 +150,7 @@ class KVCache(ABC):
         np.minimum(self.lengths, length, out=self.lengths)
 
     def put_back(self, lengths: NDArray[np.int64]) -> None:
-        """Forget what a forward pass that failed has written: each row has its own length again."""
+        """Forget what a failed forward pass has written: each row gets the length that it had before."""
         np.maximum(self._touched, self.lengths, out=self._touched)
         self.lengths[:] = lengths
 
@@ -193,7 +194,7 @@ class KVCache(ABC):
     def _reallocate(self, capacity: int) -> None:
         """Move to buffers of ``capacity`` tokens, keeping what each row holds.
 
-        All or nothing: where memory for one of the new buffers is lacking, the old ones stay in place.
+        If there is no memory for one of the new buffers, the old ones stay in place.
         """
 
     def _show(self, first: int, count: int) -> Self:

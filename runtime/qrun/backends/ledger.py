@@ -43,7 +43,7 @@ class Ledger:
     def free_bytes(self, holder: Promised) -> int | None:
         """Memory that can be promised to ``holder``, or None where the machine does not tell.
 
-        What it was promised before does not count: it is asking for memory in place of that.
+        What it was promised before does not count, since the new memory will replace it.
         """
         available = available_memory()
         if available is None:

@@ -1,4 +1,4 @@
-"""The one factory: from a path to a session, whatever backend runs it."""
+"""Opens a session for a path; which backend runs it is decided here and nowhere else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qrun.folder.manifest import Manifest, names_plan, read_manifest
 from qrun.machine import usable_cores
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # mypy's; nothing of it is needed to run
+    from typing_extensions import Unpack
 
 Device = Literal["cpu", "cuda", "tensorrt"]
 PromptGraph = bool | Literal["later"]
@@ -25,15 +25,14 @@ class Opening(TypedDict, total=False):
 
     Attributes:
         device: "cpu" (the default), "cuda" or "tensorrt" (ONNX Runtime's TensorRT provider). There is no
-            silent fall-back from one to the other. A plan runs on the GPU that it was built for, whatever
-            stands here.
+            silent fall-back from one to the other. For a plan it has no meaning.
         threads: threads within an operator; by default the cores that the process may use.
         check_hashes: hash every file against the manifest first (sizes are always checked). Default: no.
         prefill_graph: open a folder's second graph for prompts as well (the default); without it less memory
-            is used. With "later" another thread opens it, and the first prompt that needs it waits for it
-            (and meets its errors): for whoever gives a person time to type.
+            is used. With "later" another thread opens it while a person types, say; the first prompt that
+            needs it waits for it, and raises its errors.
         cuda_graph: record a plan's decode step and launch it as a whole (the default); for other models it
-            means nothing.
+            has no meaning.
     """
 
     device: Device

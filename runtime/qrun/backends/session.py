@@ -55,8 +55,8 @@ class Session(Protocol):
 
         Returns:
             float32 ``[batch, positions, vocab]`` with 1, new or 0 positions. For "last" it is the
-            buffer of these rows: good until one of them is fed again, whatever other rows and
-            caches are fed meanwhile. Copy it to keep it longer.
+            buffer of these rows, valid until one of them is fed again; feeding other rows or
+            caches does not change it. Copy it to keep it longer.
 
         Raises:
             QrunError: a token id outside the vocabulary, or more tokens than the context holds.

@@ -1,4 +1,4 @@
-"""Token ids, checked before they go into any graph: an index out of range reads somebody else's memory."""
+"""Token ids, checked before they go into any graph: one out of range would read memory outside a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def as_token_ids(prompt: Iterable[object]) -> list[int]:
     """A prompt's token ids as whole numbers, from a list, an array, a tensor or whatever else has them.
 
     Raises:
-        QrunError: there is something else in it; a number with a fraction, or a truth value, is none.
+        QrunError: there is something else in it; fractions and truth values are not token ids.
     """
     try:
         given = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)

@@ -103,7 +103,7 @@ def measure(
     rounds: list[Round] = []
     for number in range(repetitions + 1):
         found = one_round()
-        if number > 0:  # the first one pays for memory that the others find in place
+        if number > 0:  # the first round allocates memory that the later ones use again
             rounds.append(found)
             yield Measured(workload, tuple(rounds))
 

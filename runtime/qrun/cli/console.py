@@ -1,4 +1,4 @@
-"""The terminal face of a chat: reads lines, prints answers, and knows five commands."""
+"""A chat in the terminal: reads lines, prints answers, and has five commands."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _plural(count: int, noun: str) -> str:
 
 @contextmanager
 def _interrupts(cancel: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls ``cancel`` instead of raising, so that it never strikes amid a step."""
+    """Ctrl-C calls ``cancel`` instead of raising, so that no step is broken off in the middle."""
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
         cancel()

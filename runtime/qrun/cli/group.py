@@ -17,7 +17,7 @@ from qrun.errors import QrunError, as_refusal
 
 
 class CommandGroup(click.Group):
-    """A group whose commands may raise whatever the system refuses.
+    """A group whose commands may raise ``QrunError`` and errors of the system.
 
     A reader that leaves early (``| head``) is no error: click ends the program quietly.
     """
@@ -59,7 +59,7 @@ def _prepare_streams() -> None:
     closed = sys.stdout is None
     if closed:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
-    if sys.stderr is None:  # there is nobody to tell
+    if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -76,7 +76,7 @@ def _prepare_streams() -> None:
 def _fail(error: BaseException) -> NoReturn:
     refusal = as_refusal(error)
     assert refusal is not None
-    with contextlib.suppress(OSError):  # where stderr is full as well, the exit code has to do
+    with contextlib.suppress(OSError):  # if stderr cannot be written either, only the exit code tells
         complain(refusal)
         sys.stderr.flush()
     for stream in (sys.stdout, sys.stderr):
@@ -95,6 +95,6 @@ def _cannot_be_written(stream: Any) -> bool:
 
 
 def _silence(stream: Any) -> None:
-    """Point a stream to nowhere, so that the interpreter's last flush succeeds."""
+    """Point a stream at the null device, so that the interpreter's last flush succeeds."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -63,7 +63,7 @@ def chat(system: str | None, literal: bool, **options: Any) -> None:
     Lines come from a pipe or a terminal; /help lists the commands.
     """
     sampling = take_sampling(options)
-    # Meanwhile the first question is typed.
+    # The graph for prompts is opened while the user types the first question.
     model = open_model(**options | {"prefill_graph": options["prefill_graph"] and "later"})
     conversation = Chat(model, system, literal=literal, **sampling)
     if options["verbose"]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-# Only click 8.4 and later can be asked for the parameter's type at run time.
+# Before version 8.4 click's ParamType cannot be subscripted at run time.
 if TYPE_CHECKING:
     _CountsType = click.ParamType[tuple[int, ...]]
 else:
@@ -221,7 +221,7 @@ def _opening(engine: Path, options: Opening) -> Opening:
 
 
 def _check_place(engine: Path, device: Device | None, threads: int | None) -> None:
-    """A plan has its place: an option that names another would be ignored without a word."""
+    """Refuse --device and --threads for a plan, which runs on the GPU that it was built for in any case."""
     if names_plan(engine) and (device is not None or threads is not None):
         given = "--threads" if device is None else f"--device {device}"
         raise QrunError(

@@ -155,7 +155,7 @@ def serve(
 
 
 def _places(path: Path, slots: int, prefix_bytes: int) -> dict[str, int]:
-    """A plan has one row, from which nothing is copied."""
+    """Slots and prefix cache of a model: a plan has one slot, whose keys and values cannot be copied."""
     plan = names_plan(path) or read_manifest(path).target != "onnxruntime"
     return {"slots": 1, "prefix_bytes": 0} if plan else {"slots": slots, "prefix_bytes": prefix_bytes}
 

@@ -1,4 +1,4 @@
-"""A queue in which nobody who asks much makes others wait: clients take turns."""
+"""A queue in which clients take turns, so that one with many requests does not hold up the others."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class FairQueue(Generic[Item]):
             yield from line
 
     def put(self, client: str, item: Item) -> None:
-        """Stand in line; a client that has nothing waiting comes after those that have."""
+        """Add an item; a client without items in the queue gets its turn after all who have some."""
         self._lines.setdefault(client, deque()).append(item)
 
     def get(self) -> Item:
-        """The next one; its client goes behind all others.
+        """Take the next item; its client's next turn comes after those of all others.
 
         Raises:
-            IndexError: nobody waits.
+            IndexError: the queue is empty.
         """
         if not self._lines:
             raise IndexError("nobody waits")
@@ -41,7 +41,7 @@ class FairQueue(Generic[Item]):
         return item
 
     def remove(self, unwanted: Callable[[Item], bool]) -> list[Item]:
-        """Take out those who need not wait any more."""
+        """Take out all items that ``unwanted`` chooses, and return them."""
         found = [item for item in self if unwanted(item)]
         if found:
             kept = {

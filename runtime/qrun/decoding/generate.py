@@ -1,4 +1,4 @@
-"""The loop for one sequence: one row, stepped until its answer has ended. Token ids only, no text."""
+"""Generation for one sequence: one row, stepped until its answer has ended. Token ids only, no text."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Beginnings of prompts, kept outside of any row: what begins alike is not read again from its start.
+"""Keys and values of beginnings of prompts, kept outside of any row, so that they are not computed again.
 
-Blocks of ``grain`` tokens are found by a chain of hashes: each names its own tokens and all before them. What
-is kept was read as a prompt, so that it is what any prompt with this beginning would give.
+They are kept in blocks of ``grain`` tokens. A block is found by a hash of its own tokens and of all before
+them. Only tokens that were read as a prompt are kept, so that reading them again would give the same states.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Block:
 
 
 class PrefixCache:
-    """Blocks of prompts, the least recently used of which go first.
+    """Blocks of prompts; the least recently used ones are dropped first.
 
     Attributes:
-        hits: tokens that were taken from here.
-        misses: tokens of prompts, in whole blocks, that were not here.
+        hits: tokens of prompts that were found here.
+        misses: tokens of prompts, in whole blocks, that were not found.
 
     Args:
         most_bytes: of keys and values.
@@ -57,13 +57,13 @@ class PrefixCache:
         return len(self._blocks)
 
     def restore(self, slots: Slots, row: int, prompt_ids: Sequence[int], multiple: int) -> int:
-        """Put the blocks with which a prompt begins into a row that holds some of them, or none, already.
+        """Copy the kept blocks with which a prompt begins into a row, which may hold some of them already.
 
         Args:
             slots: the rows.
             row: which of them.
             prompt_ids: the whole prompt.
-            multiple: of how many tokens what is reused has to be; itself a multiple of a block's.
+            multiple: what is reused must be a multiple of so many tokens; itself a multiple of ``grain``.
 
         Returns:
             Tokens of the prompt that the row holds now; at least one is left to be fed.
@@ -86,7 +86,7 @@ class PrefixCache:
         return len(slots.token_ids[row])
 
     def keep(self, slots: Slots, row: int) -> None:
-        """Take in what a row has read as a prompt, as far as it is not here yet."""
+        """Keep the whole blocks that a row has read as a prompt."""
         for index, name in enumerate(self._names(slots.token_ids[row][: slots.read[row]])):
             if name not in self._blocks:
                 start = index * self.grain

@@ -21,7 +21,7 @@ from qrun.errors import QrunError
 
 # Longer pieces are no faster, and the memory for activations grows with them.
 PREFILL_CHUNK = 256
-# Tokens that are kept and reused together. Shorter ones would be copied one by one, longer ones read again.
+# Tokens that are kept and reused together. Smaller blocks need more copies, larger ones leave more to read.
 GRAIN = 64
 
 Events = list[tuple[Sequence, Event]]
@@ -41,8 +41,8 @@ class Scheduler:
         chunk: tokens of a prompt that are read at once. Pieces end at its multiples, so they are the same
             whatever else runs.
         grain: reuse multiples of so many tokens, of what was read as a prompt. None reuses all that a prompt
-            begins with. That is for one conversation: its answers are not read again, and their keys and
-            values are those of single steps, which may differ in the last bits from those of a prompt.
+            begins with, which suits a single conversation: its answers need not be read again, but their keys
+            and values come from single steps and may differ in the last bits from those of a prompt.
         prefixes: where beginnings of prompts are kept when their rows are needed for others.
     """
 
@@ -54,7 +54,7 @@ class Scheduler:
         grain: int | None = GRAIN,
         prefixes: PrefixCache | None = None,
     ) -> None:
-        assert prefixes is None or prefixes.grain == grain, "what is kept is what can be reused"
+        assert prefixes is None or prefixes.grain == grain, "blocks are kept in the size that is reused"
         self._slots = slots
         self._chunk = chunk
         self._grain = grain if grain is None else min(grain, chunk)
@@ -75,12 +75,12 @@ class Scheduler:
 
     @property
     def room(self) -> int:
-        """Rows for which nobody has been added yet."""
+        """How many more sequences can be added and get a row at once."""
         taken = len(self._decoding) + len(self._waiting) + (self._reading is not None)
         return max(0, len(self._slots) - taken)
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence take its turn; it may be cancelled at any time, by ``Sequence.cancel``."""
+        """Put a sequence in line; it may be cancelled at any time, by ``Sequence.cancel``."""
         self._waiting.append(sequence)
 
     def step(self) -> Events:
@@ -88,12 +88,12 @@ class Scheduler:
 
         Returns:
             What has happened, in order. The last event of a sequence is ``Finished``, or ``Failed`` where it
-            alone could not go on. A token is fed in the step after the one that has chosen it: one that ends
-            an answer, or that nobody wants any more, is never fed.
+            could not go on. A token is fed in the step after the one that has chosen it, so the last token of
+            an answer is never fed.
         """
         events: Events = []
         self._drop_cancelled(events)
-        # A prompt whose last piece is read in this step has its first token from there.
+        # Decode before reading: a prompt whose last piece is read in this step has its first token from that.
         self._decode(events)
         self._read(events)
         self._admit(events)
@@ -104,7 +104,7 @@ class Scheduler:
             return
         try:
             logits = self._slots.step([sequence.token_ids[-1] for sequence in self._decoding])
-        except QrunError as error:  # the rows share one step, and so its failure
+        except QrunError as error:  # all rows take part in one step, so its failure is that of all
             events += [(sequence, Failed(error)) for sequence in self._decoding]
             for row in reversed(range(len(self._decoding))):
                 self._retire(row)
@@ -114,7 +114,7 @@ class Scheduler:
             for row, sequence in enumerate(self._decoding)
             if not self._choose(sequence, logits[row], events)
         ]
-        for row in reversed(over):  # the last first: what moves into a free row still decodes
+        for row in reversed(over):  # from the last one on, so that only rows that go on are moved
             self._retire(row)
 
     def _read(self, events: Events) -> None:
@@ -157,16 +157,16 @@ class Scheduler:
         return sequence.begin(kept)
 
     def _grain_of(self, sequence: Sequence) -> int | None:
-        """What a prompt's beginning is reused in multiples of.
+        """The number of tokens in whose multiples a prompt's beginning is reused.
 
-        A short one is read in as few pieces as there can be, and then its last piece is the same only where
-        it begins at the same place.
+        A short prompt is read in as few pieces as possible. Its last piece gives the same bits only if it
+        always begins at the same place, so reuse ends at multiples of ``chunk``.
         """
         short = len(sequence.prompt_ids) < 2 * self._chunk
         return self._chunk if short and self._grain is not None else self._grain
 
     def _choose(self, sequence: Sequence, logits: NDArray[np.float32], events: Events) -> bool:
-        """Take a sequence's next token; whether it goes on."""
+        """Choose a sequence's next token; returns whether the sequence goes on."""
         try:
             found: list[Event] = sequence.choose(logits)
         except QrunError as error:
@@ -187,7 +187,7 @@ class Scheduler:
             events.append((sequence, sequence.finish("cancelled")))
 
     def _retire(self, row: int) -> None:
-        """Give a row back; those behind it close the gap."""
+        """Free a row, and move the last decoding row, and then the one that reads, so that no gap is left."""
         last = len(self._decoding) - 1
         if row != last:
             self._slots.move(last, row)

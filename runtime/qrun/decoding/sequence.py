@@ -1,4 +1,4 @@
-"""One answer in progress, as explicit state: it is given logits and tells what became of them.
+"""One answer in progress, as explicit state: it is given logits and returns events.
 
 A sequence knows token ids only, and nothing of batches, caches or models.
 """
@@ -60,7 +60,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The last event of a sequence that could not go on; others go on."""
+    """The last event of a sequence that could not go on."""
 
     error: QrunError
 
@@ -129,7 +129,7 @@ class Sequence:
         self._started = self._prefilled = perf_counter()
 
     def cancel(self) -> None:
-        """End it after the step that is running. A signal handler or another thread may call this."""
+        """End the answer after the step that is running. A signal handler or another thread may call this."""
         self.cancelled = True
 
     def begin(self, reused: int) -> Prefilled:
@@ -139,11 +139,11 @@ class Sequence:
         return Prefilled(reused, len(self.prompt_ids))
 
     def next_piece(self, length: int, grain: int | None = None) -> list[int]:
-        """What is to be read next of the prompt: up to the next multiple of ``length`` tokens.
+        """The tokens of the prompt that are to be read next: up to the next multiple of ``length``.
 
         So a prompt is always cut at the same places, whatever else runs and wherever reading begins. With a
-        ``grain`` the last piece is cut once more, at the last multiple of so many tokens: what is before it
-        can be kept for other prompts.
+        ``grain`` the last piece is cut once more, at the last multiple of so many tokens, so that all before
+        this cut can be kept for other prompts.
         """
         total, end = len(self.prompt_ids), (self.read // length + 1) * length
         if grain is not None and end >= total:
@@ -174,7 +174,7 @@ class Sequence:
             return [self.finish(self._at_budget)]
         if self._sampler is None:
             self._sampler = Sampler(self._params, self.prompt_ids)
-        # What may not come is ruled out first: no bias and no penalty brings it back.
+        # The constraint comes before biases and penalties, so that they cannot bring back what it rules out.
         masked = logits if self._constraint is None else self._constraint.mask(logits, self._ends)
         token_id = self._sampler.sample(masked)
         if token_id in self._ends:
@@ -185,13 +185,13 @@ class Sequence:
         count = self._params.logprobs
         token = Token(token_id, None if count is None else logprobs(logits, token_id, count))
         if self._constraint is not None and self._constraint.over:
-            return [token, self.finish("eos")]  # no step is spent on an end token that alone could come
+            return [token, self.finish("eos")]  # only an end token could follow: no step is spent on it
         if len(self.token_ids) < self._budget:
             return [token]
         return [token, self.finish(self._at_budget)]
 
     def finish(self, reason: FinishReason) -> Finished:
-        """Nothing more is wanted: the last event."""
+        """End the sequence for a reason; returns its last event."""
         self.finish_reason = reason
         return Finished(
             reason,

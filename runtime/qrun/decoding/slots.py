@@ -15,12 +15,12 @@ from qrun.backends.session import LogitsFor, Session
 class Slots:
     """The rows in which several sequences advance together, each with a length of its own.
 
-    A step over some rows computes the first rows only, so those in use are kept together: ``move`` puts the
-    last of them where a row has become free.
+    A step over n rows computes the first n, so the rows in use are kept together: ``move`` puts the last of
+    them into a row that has become free.
 
     Attributes:
         cache: keys and values of all rows.
-        token_ids: whose they are, row by row.
+        token_ids: the tokens whose keys and values these are, row by row.
         read: for each row, how many of its first tokens were read as a prompt, without logits. Their keys and
             values are those that any prompt with this beginning gives; those of single steps may differ from
             them in the last bits.
@@ -40,8 +40,8 @@ class Slots:
         """Append one or more tokens to one row.
 
         Returns:
-            float32 ``[vocab]`` of the last token for "last", else ``[positions, vocab]``: the row's own, good
-            until this row is fed again.
+            float32 ``[vocab]`` of the last token for "last", else ``[positions, vocab]``: the row's own,
+            valid until this row is fed again.
         """
         fed = np.asarray(token_ids, dtype=np.int64)[None]
         output = self._session.forward(fed, self._rows(row, 1), logits)
@@ -114,7 +114,7 @@ class Slots:
             QrunError: more memory than the machine has left.
         """
         held = self.token_ids[row]
-        assert self.read[row] == len(held), "they follow what was read as a prompt"
+        assert self.read[row] == len(held), "the row holds tokens that were not read as a prompt"
         self.cache.copy_in(row, len(held), states)
         held.extend(token_ids)
         self.read[row] = len(held)

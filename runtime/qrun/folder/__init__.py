@@ -1,1 +1,1 @@
-"""What a model folder says of itself."""
+"""Reading and checking a model folder: its manifest, its files, its plan."""

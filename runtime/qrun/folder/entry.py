@@ -1,4 +1,4 @@
-"""One file of a model folder, held against what the manifest says of it."""
+"""One file of a model folder, compared with what the manifest says of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qrun.errors import QrunError
 Progress = Callable[[str, int], None]
 
 _COPY_AGAIN = "copy the folder again as a whole, or export it again with `qconvert export`"
-# Text that people change to suit themselves: defaults, templates, what other programs read. Graph, weights
-# and vocabulary decide what the model computes, and must be as they were verified.
+# Text that people may edit: defaults, templates, what other programs read. Graph, weights and vocabulary
+# decide what the model computes, and must be as they were verified.
 _EDITABLE = frozenset(
     {
         "config.json",
@@ -36,14 +36,14 @@ class FileEntry:
 
     @property
     def editable(self) -> bool:
-        """Whether people may change this file: another content is worth a note and no refusal."""
+        """Whether people may edit this file: a changed content is noted and not refused."""
         return PurePosixPath(self.path).name in _EDITABLE or self.path.endswith(".jinja")
 
     def check(self, folder: Path, *, hashes: bool = False, progress: Progress | None = None) -> bool:
         """Compare the file with this entry: its size always, its SHA-256 where asked or where it is editable.
 
         Returns:
-            Whether it is as it was written; False for an edited one only.
+            Whether the file is unchanged; False only for an editable one that was edited.
 
         Raises:
             QrunError: it is missing, truncated or altered.

@@ -1,7 +1,7 @@
 """Which files a graph takes its weights from, read without onnx or protobuf.
 
 A graph may name any path for its weights, and ONNX Runtime before 1.24 opens whatever it names. So
-every name is held against the manifest before the graph is opened. Only the fields that lead to such
+every name is compared with the manifest before the graph is opened. Only the fields that lead to such
 names are followed; the rest, embedded weights included, is skipped by its length.
 
 A file of the folder may be a link, as in a hub's cache, or to another disk: that is the choice of whoever
@@ -21,12 +21,12 @@ from pathlib import Path, PurePosixPath
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
 
-# ONNX Runtime's option for where the data of a graph lie that is given as bytes.
+# ONNX Runtime's option that names the folder of the data files of a graph that is given as bytes.
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _VARINT, _BYTES = 0, 2
 _FIXED_LENGTHS = {1: 8, 5: 4}
 
-# For each message: field number -> the message in it. "location" is what is looked for.
+# For each message, by field number, the kind of message in that field. "location" is what is looked for.
 _FIELDS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -66,7 +66,7 @@ def _check_graph(graph: Path, manifest: Manifest) -> None:
             hint="copy the folder again as a whole, or export it again with `qconvert export`",
         ) from error
     for location in sorted(locations):
-        # By its name alone: a name that the manifest has stays inside the folder.
+        # Comparing names is enough, since the manifest holds none that leads out of the folder.
         if graph.parent / PurePosixPath(location) not in ours:
             raise QrunError(
                 f"the graph wants to read {location!r}, which is not one of the model folder's files",
@@ -90,7 +90,7 @@ def external_locations(path: Path) -> set[str]:
 
 
 def with_true_places(graph: Path) -> bytes | None:
-    """An ONNX file as bytes, where links keep some of its data in another folder than the graph.
+    """An ONNX file as bytes, for a graph some of whose data files are links to another folder.
 
     Returns:
         See ``with_data_from_root``; None where ONNX Runtime finds all data beside the graph.
@@ -106,7 +106,7 @@ def with_true_places(graph: Path) -> bytes | None:
 
 
 def with_data_from_root(model: bytes, folder: Path) -> bytes:
-    """An ONNX model whose data are named from the root of the file system on, where links lead to.
+    """An ONNX model that names its data files by their true paths from the file system's root on.
 
     ONNX Runtime opens it with the root as its ``DATA_FOLDER``.
 

@@ -1,4 +1,4 @@
-"""One of our own JSON files, read key by key: what is missing or mistyped is named, nothing is guessed."""
+"""One of our own JSON files, read key by key: an error names the key that is missing or mistyped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class JsonReader:
 
     @classmethod
     def open(cls, file: Path, *, title: str, remake: str, file_format: str, version: int) -> JsonReader:
-        """Read a file that says of itself what it is.
+        """Read a file that names its own format and version.
 
         Raises:
             QrunError: it cannot be read, is not JSON, of another ``format`` or a newer ``format_version``.

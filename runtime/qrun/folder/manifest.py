@@ -56,7 +56,7 @@ class PrefillFacts:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a folder comes from, for people only: nothing is decided by it.
+    """Where a folder comes from, for people only: no decision of the program depends on it.
 
     Attributes:
         parameters: of the model, None where the folder does not say.

@@ -1,4 +1,4 @@
-"""Names of files as users give them, and as libraries want them."""
+"""Names of files as users give them, and as libraries need them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def user_path(path: str | Path) -> Path:
     except ValueError as error:
         raise QrunError(f"{str(path)!r} is no file name: {error}") from error
     except (FileNotFoundError, NotADirectoryError):
-        pass  # not found: the caller says what should be there
+        pass  # the caller says what should be there
     except OSError as error:
         raise cast(QrunError, as_refusal(error)) from error
     return found

@@ -1,7 +1,8 @@
-"""A TensorRT plan's facts, read from its sidecar before anybody deserialises the plan.
+"""A TensorRT plan's facts, read from its sidecar before the plan is deserialised.
 
 ``model.plan.json`` is written by ``qconvert build`` and described in ``docs/model-folder.md``. A plan is
-code for the GPU: it is opened by the very backend, version and GPU it was built for, or not at all.
+code for the GPU: only the backend, the version and the kind of GPU that it was built for can open it, unless
+it was built to be compatible with others.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class PlanFacts:
         return f"qconvert build {self.folder} --backend {self.backend}"
 
     def check_bytes(self, progress: Callable[[str, int], None] | None = None) -> None:
-        """Hash the plan, as must be done before it is deserialised (about a second per GB).
+        """Compare the plan's SHA-256, as must be done before it is deserialised (about a second per GB).
 
         Args:
             progress: called with (file name, bytes read).

@@ -11,15 +11,15 @@ from qrun.folder.json_file import JsonReader
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """How weights were treated, as far as it matters to whoever runs or proves them.
+    """How weights were treated, as far as running or verifying them depends on it.
 
     Attributes:
         integer_products: the graph that decodes multiplies integers of 8 bits with one another, which takes a
             processor with exact products.
         integer_prompts: likewise of the second graph, for prompts.
         accuracy_level: of ``MatMulNBits``: 4 lets it round activations to 8 bits, block by block.
-        method: how a calibration has moved weights on purpose, so that the nearest code is not the right one:
-            "gptq", "awq", or what a later version may say; None where all were rounded to nearest.
+        method: the calibration by which weights were not simply rounded to nearest: "gptq", "awq", or one of
+            a later version; None where all were rounded to nearest.
     """
 
     integer_products: bool = False
@@ -50,15 +50,15 @@ def _method(reader: JsonReader) -> str | None:
     if reader.raw["recipe"].get("calibration") is None:
         return None
     calibration = reader.get("recipe.calibration", dict)
-    # The first folders do not say it, for there was one method.
+    # The first folders do not name their method: there was only one.
     return reader.get("recipe.calibration.method", str) if "method" in calibration else "gptq"
 
 
 def _multiplies_integers(reader: JsonReader, key: str) -> bool:
     """Whether a format is anything but blocks.
 
-    One that is not known is taken for integers: where a processor would compute them wrongly without a word,
-    a refusal is the lesser evil.
+    An unknown format is taken for integers, since some processors would compute those wrongly and silently:
+    a refusal that was not needed does less harm than wrong answers.
     """
     if reader.raw["recipe"].get(key) is None:
         return False

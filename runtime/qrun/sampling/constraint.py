@@ -2,8 +2,8 @@
 
 Over llguidance, which is imported at first use only; it is not needed for answers without a form.
 
-Masks are made one row at a time: with Qwen's 151,936 tokens one takes 10 to 170 µs and its use 130 µs, so
-that the threads of llguidance's own executor would gain nothing beside a step of several milliseconds.
+Masks are made one row after the other: with Qwen's 151,936 tokens making one takes 10 to 170 µs and applying
+it 130 µs, so the threads of llguidance's executor would gain nothing beside a step of several milliseconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Scores = NDArray[np.float32]
 Schema = Mapping[str, Any] | bool
 
 _KEPT = 16  # compiled forms, so that the same schema is not compiled for each request
-# What one form may cost: beyond these, masks take tenths of a second, and matchers tens of megabytes.
+# Limits to the cost of one form: beyond these, masks take tenths of a second and matchers tens of megabytes.
 _LARGEST_SCHEMA = 128 << 10  # bytes of text
 _LARGEST_GRAMMAR = 32 << 10
 _LIMITS: dict[str, Any] = {
@@ -69,7 +69,7 @@ class Vocabulary:
 
 
 class Constraint:
-    """What an answer may hold, and how far it has come. One for each answer: ``fresh`` makes another one.
+    """What an answer must fit, and the state of one answer: ``fresh`` makes another one for the next answer.
 
     Args:
         matcher: llguidance's, at its beginning.
@@ -81,13 +81,13 @@ class Constraint:
         self._end_ids = end_ids
 
     def fresh(self) -> Constraint:
-        """The same one at its beginning; nothing is shared."""
+        """The same constraint at its beginning, for another answer; no state is shared."""
         matcher = self._matcher.deep_copy()
         matcher.reset()
         return Constraint(matcher, self._end_ids)
 
     def mask(self, logits: Scores, end_ids: Iterable[int]) -> Scores:
-        """Rule out what may not come next: a copy with -Inf there.
+        """A copy of the logits, with -Inf for the tokens that may not come next.
 
         Args:
             logits: ``[vocab]``, left as they are.
@@ -208,7 +208,7 @@ class Grammars:
         tokenizer = self._shared_tokenizer()
         matcher = LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(**_LIMITS))
         if not matcher.is_error():
-            matcher.compute_bitmask()  # the first is the dearest; one beyond the limits is refused here
+            matcher.compute_bitmask()  # the first mask costs most: a form beyond the limits is refused here
         if matcher.is_error():
             raise _refusal(kind, matcher.get_error())
         return Constraint(matcher, np.array(tokenizer.eos_tokens, dtype=np.int64))
@@ -237,7 +237,7 @@ def inline(schema: Mapping[str, Any]) -> str:
 
 
 def _text_of(kind: str, value: Any) -> str:
-    """The key of a form, and what is compiled."""
+    """A form as text: the key under which it is kept, and the source of an expression or a grammar."""
     if kind == "schema":
         if not isinstance(value, Mapping | bool):
             raise QrunError(f"schema must be a JSON object, not {type(value).__name__}")

@@ -91,7 +91,7 @@ GENERATION_CONFIG_NAMES = {
 }
 
 # Settings of a generation_config.json that would change the answer and that qrun does not have,
-# with the values that mean "off". Everything else there (pad_token_id, use_cache, ...) is no matter here.
+# with the values that mean "off". Everything else there (pad_token_id, use_cache, ...) has no effect on qrun.
 _UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),

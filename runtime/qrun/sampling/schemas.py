@@ -1,4 +1,4 @@
-"""What of a JSON schema llguidance would pass over, and its refusals in plain words."""
+"""JSON schemas for llguidance: what it would not enforce is refused or rewritten, its messages shortened."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _DATA = ("const", "enum", "default", "examples")  # hold values and no schemas
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # by a name
 _UNENFORCED = ("contentEncoding", "contentMediaType", "contentSchema")
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*?)\]")
-# Without \\u escapes, with which a key could hide from the schema, nothing can spell these.
+# Control characters that JSON can write only as \u escapes, which are not allowed (see ``constraint``).
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")
 _LONGEST = 300
-# llguidance's own take the 29th of February in every year, and a 61st second at any time.
+# llguidance's own formats accept the 29th of February in every year, and a 61st second at any time.
 _LEAP_YEAR = "([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
 _DATE = (
     "([0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
@@ -27,7 +27,7 @@ _FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T
 
 
 def with_exact_formats(schema: Any) -> Any:
-    """A copy whose dates and times are patterns that hold nothing but dates and times."""
+    """A copy in which the formats of dates and times are patterns that only real dates and times match."""
     if isinstance(schema, list):
         return [with_exact_formats(each) for each in schema]
     if not isinstance(schema, Mapping):
@@ -49,7 +49,7 @@ def with_exact_formats(schema: Any) -> Any:
 
 
 def refuse_unenforced(schema: Mapping[str, Any] | bool) -> None:
-    """Refuse what llguidance reads and does not keep to.
+    """Refuse what llguidance accepts in a schema but does not enforce.
 
     Raises:
         QrunError: names the keyword.
@@ -59,7 +59,7 @@ def refuse_unenforced(schema: Mapping[str, Any] | bool) -> None:
             if name in part:
                 raise QrunError(f'schema cannot be enforced: "{name}"', hint="use pattern or format")
         least, required = part.get("minProperties", 0), part.get("required", [])
-        # Keys that the schema does not name may come twice, and then count once.
+        # A key that the schema does not name could be written twice, and would then count as one property.
         if isinstance(least, int | float) and isinstance(required, list) and least > max(1, len(required)):
             raise QrunError(
                 'schema cannot be enforced: "minProperties" above 1 and the number of required ones',

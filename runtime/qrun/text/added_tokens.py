@@ -1,4 +1,4 @@
-"""Tokens that stand beside tokenizer.json: transformers adds them to the tokenizer as it reads a folder.
+"""Tokens that other files than tokenizer.json define: transformers adds them when it reads a folder.
 
 A token that the tokenizer has already stays as it is; a new one gets the next free id, whatever number the
 file gives it.
@@ -76,7 +76,7 @@ def text_of(token: object) -> str | None:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can write half of a surrogate pair, which no tokenizer takes."""
+    """Whether a text is free of surrogates: JSON can write half a pair, which no tokenizer takes."""
     return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in text)
 
 

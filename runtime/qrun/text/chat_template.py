@@ -22,7 +22,7 @@ Message = Mapping[str, Any]
 # Templates beside the default one, each by its file's name. Source: transformers, ``CHAT_TEMPLATE_DIR``.
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
-# The names under which APIs pass a message's reasoning, the one that templates read first.
+# The names under which APIs pass a message's reasoning; the first is the one that templates read.
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 # How to turn a subclass (an enum, say) into the plain type, without methods of its own.
 _SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (

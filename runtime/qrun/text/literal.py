@@ -1,7 +1,7 @@
-"""What a user types, kept as text: a special token written out in it becomes letters and not a command.
+"""Keeps what a user types as text: a special token that is written out in it is encoded as its letters.
 
 Special tokens are masked in the messages before the template is rendered, so that only the template's own are
-left. The rendering is cut at these, and what lies between is encoded with the masks taken off.
+left. The rendering is cut at these, and the pieces between them are encoded with the masks taken off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from qrun.text.tokenizer import Tokenizer
 
-# Of Unicode's private use area: no template has them, and if a text has, it is masked as well.
+# A character of Unicode's private use area, which no template holds; in a message it is masked as well.
 _MARK = "\uf8f0"
 
 
@@ -44,7 +44,7 @@ class Literal:
         """Token ids of a rendering of masked messages.
 
         Args:
-            text: with masks; what stands in it unmasked are the template's own special tokens.
+            text: with masks; special tokens that are not masked are the template's own.
             add_special_tokens: see ``Tokenizer.encode``.
         """
         if _MARK not in text:

@@ -53,7 +53,7 @@ def _now(pattern: str) -> str:
 
 
 class _TemplateDict:
-    """``dict`` without the type's own attributes, from which a template could climb."""
+    """``dict`` without the type's attributes, through which a template could reach Python's internals."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qrun.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character has at most 4 bytes, so at most 4 tokens: what stays unreadable for longer is no character.
+# A character has at most 4 bytes, so at most 4 tokens: what stays unreadable for longer is not one.
 _UNREADABLE_TOKENS = 8
 _KEPT_UNREADABLE = 4
 
@@ -15,12 +15,12 @@ _KEPT_UNREADABLE = 4
 class IncrementalDetokenizer:
     """Turns tokens into text while they arrive. All that it gives equals ``tokenizer.decode`` of all ids.
 
-    Each step decodes a window of the last few tokens: those whose text is out already, for decoders
-    that look at a token's left neighbour, and those that are held back because they end amid a
+    Each step decodes a window of the last few tokens: some whose text was given out already, because
+    decoders look at a token's left neighbour, and those that are held back because they end amid a
     character. So a long answer costs time in proportion to its length.
 
     Source: the prefix and read offsets of Text Generation Inference and vLLM
-    (``detokenize_incrementally``). Unlike there, a run of bytes that never becomes text is let go.
+    (``detokenize_incrementally``). Unlike there, a run of bytes that never becomes text is given up.
 
     Args:
         tokenizer: the model's.
@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []
-        self._printed_tokens = 0  # how many of the window's tokens are out
+        self._printed_tokens = 0  # how many of the window's tokens have been given out
         self._printed_text = ""  # their text
 
     def push(self, token_id: int) -> str:
@@ -53,7 +53,7 @@ class IncrementalDetokenizer:
         return rest
 
     def _has_no_text(self, token_id: int) -> bool:
-        """Decoding leaves such tokens out first: characters go on across them."""
+        """Whether decoding leaves a token out; a character may then continue behind it."""
         if self._skip_special_tokens and token_id in self._tokenizer.special_ids:
             return True
         return self._tokenizer.token(token_id) is None
@@ -86,8 +86,8 @@ class IncrementalDetokenizer:
 class StopStrings:
     """Ends a text at the first of some strings, and shows nothing of that string.
 
-    The first is the one that is complete first, and of those that are complete with the same
-    character the longest. So the result does not depend on how the text was cut into pieces.
+    The first is the one that is complete first, and the longest of those that are complete with the
+    same character. So the result does not depend on how the text was cut into pieces.
 
     Args:
         stop: non-empty strings; none at all is allowed.

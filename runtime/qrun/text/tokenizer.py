@@ -26,7 +26,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> None:
-        # A tokenizer.json may carry the padding and truncation of its training run; a prompt wants neither.
+        # A tokenizer.json may have padding and truncation from its training; a prompt must have neither.
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
@@ -100,14 +100,14 @@ class Tokenizer:
     def encode_literally(
         self, text: str, unmask: Callable[[str], str], add_special_tokens: bool = False
     ) -> list[int]:
-        """Token ids of ``text``, whose own special tokens count and those that ``unmask`` brings do not.
+        """Token ids of ``text``, in which special tokens that ``unmask`` brings are encoded as letters.
 
         Args:
             text: with masks in it, see ``Literal``.
-            unmask: what a piece of it means, as letters.
+            unmask: gives a piece of it without its masks.
             add_special_tokens: see ``encode``.
         """
-        if self._literal_backend is None:  # seldom needed, and a second for a large vocabulary
+        if self._literal_backend is None:  # made on demand: it takes a second for a large vocabulary
             self._literal_backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
             self._literal_backend.encode_special_tokens = True
         backend = self._literal_backend
@@ -125,7 +125,7 @@ class Tokenizer:
         return whole[:before] + ids + whole[before + len(alone) :]
 
     def _own_specials(self) -> re.Pattern[str]:
-        """Special tokens in a text, each a group "t{id}", with the space around them that some swallow."""
+        """Matches special tokens, each as a group "t{id}", with blanks where a token takes them with it."""
         longest_first = sorted(self._specials.items(), key=lambda entry: len(entry[1].content), reverse=True)
         parts = [
             f"(?P<t{key}>"
@@ -174,7 +174,7 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
 
 
 def add_folders_tokens(backend: tokenizers.Tokenizer, folder: Path) -> dict[str, str]:
-    """Give a tokenizer the tokens that stand beside its tokenizer.json.
+    """Give a tokenizer the tokens that other files than its tokenizer.json define.
 
     Returns:
         As ``read_special_tokens``.
@@ -190,7 +190,7 @@ def add_folders_tokens(backend: tokenizers.Tokenizer, folder: Path) -> dict[str,
 
 
 def _with_older_names(folder: Path) -> dict[str, Any]:
-    """``tokenizer_config.json`` with the names of special_tokens_map.json, where that still counts."""
+    """``tokenizer_config.json``, and special_tokens_map.json's names where transformers reads that file."""
     config = read_tokenizer_config(folder)
     if "added_tokens_decoder" not in config:
         config |= read_json_object(folder / "special_tokens_map.json")

@@ -30,9 +30,8 @@ class ToolCall:
 class ToolCallParser:
     """Separates calls from text while it arrives; the result does not depend on how the text was cut.
 
-    Text before, between and after calls is kept, without the blanks around a call. Only what stands within
-    the tags is a call: JSON elsewhere is text, and so is what stands within them and is no call of a known
-    tool.
+    Text before, between and after calls is kept, without the blanks around a call. Only a call of a known
+    tool within the tags is a call: JSON elsewhere is text, and so is anything else within the tags.
 
     Args:
         names: of the tools that there are.
@@ -42,14 +41,14 @@ class ToolCallParser:
     def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
         self._names = frozenset(names)
         self._parallel = parallel
-        self._held = ""  # outside: what may become a tag, or the blanks before one; inside: all since the tag
+        self._held = ""  # outside of tags: what may become one, and blanks before it; inside: all since it
         self._inside = False
-        self._blanks = ""  # before the tag: text again where no call comes
-        self._behind_call = False  # and no text has come since
+        self._blanks = ""  # before the opening tag; they are text if no call follows
+        self._behind_call = False  # whether a call came last, and no text since
         self._called = False
 
     def push(self, text: str) -> list[str | ToolCall]:
-        """What has become certain with more text: pieces of text, none of them empty, and calls."""
+        """The pieces of text, none of them empty, and the calls that are certain now with more text."""
         self._held += text
         found: list[str | ToolCall] = []
         while self._step(found):
@@ -57,14 +56,14 @@ class ToolCallParser:
         return self._kept(found)
 
     def flush(self) -> list[str | ToolCall]:
-        """No text comes any more. A call whose closing tag is missing is one all the same."""
+        """What was held back, now that no text comes any more; a call may lack its closing tag."""
         rest, self._held = self._held, ""
         found: list[str | ToolCall] = [self._call(rest) or self._no_call(rest)] if self._inside else [rest]
         self._inside = False
         return self._kept(found)
 
     def _step(self, found: list[str | ToolCall]) -> bool:
-        """Take one tag, if there is one; whether there may be another."""
+        """Take one tag, if there is one; returns whether there may be another."""
         if self._inside:
             return self._step_inside(found)
         if self._behind_call:
@@ -130,7 +129,7 @@ def _held_back(text: str) -> int:
 
 
 def _within_string(text: str) -> bool:
-    """Whether JSON breaks off amid a string."""
+    """Whether some JSON breaks off within a string."""
     try:
         json.loads(text)
     except ValueError as error:

@@ -34,7 +34,7 @@ class OrtKVCache(KVCache):
         self.inference = inference
         self.in_host_memory = values.on_cpu
         self._binding = inference.io_binding()
-        # ONNX Runtime reads and writes these arrays and does not keep them: they are kept here.
+        # ONNX Runtime reads and writes these arrays and does not keep them alive, so they are kept here.
         self._mask: NDArray[np.int64] = np.ones((batch, 0), dtype=np.int64)
         self._ones = np.ones((batch, 1), dtype=np.int64)
         self._tokens: NDArray[np.int64] = np.empty((batch, 0), dtype=np.int64)
@@ -44,11 +44,11 @@ class OrtKVCache(KVCache):
             vocab_size = values.manifest.model.vocab_size
             self._last: NDArray[np.float32] = np.empty((batch, 1, vocab_size), dtype=np.float32)
         else:
-            # Each row has its own place for logits: they stay until this very row is fed again.
+            # Each row has its own place for logits, which stay until this row is fed again.
             self._last = pool._last[first : first + batch]
 
     def bind(self, new: int, logits: str) -> Any:
-        """Bind everything for ``new`` tokens; what has not changed since the last call stays bound."""
+        """Bind inputs and outputs for ``new`` tokens; what has not changed since the last call stays."""
         if self._bound != (new, logits):
             self._bind_sizes(new, logits)
             self._bound = (new, logits)
@@ -143,7 +143,7 @@ class InPlaceKVCache(OrtKVCache):
     def _reallocate(self, capacity: int) -> None:
         facts = self.manifest.model
         shape = (self.batch, facts.num_key_value_heads, capacity, facts.head_size)
-        # All of them before the first is given up: where memory ends half way, nothing has changed.
+        # All new buffers are made before an old one is given up, so that nothing changes if memory runs out.
         grown = [Buffer(self.values, shape) for _ in self.values.kv_names]
         for old, new in zip(self._buffers, grown):
             for row, length in enumerate(self.lengths.tolist()):

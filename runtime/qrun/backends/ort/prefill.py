@@ -1,7 +1,7 @@
 """A folder's second graph, which reads prompts: the same decoder in faster products, without logits.
 
-It fills the KV cache of the first graph. The last token of a prompt goes through the first graph, which
-alone knows the last MLP and the head; so do short prompts, for which another graph is not worth its start.
+It fills the KV cache of the first graph. The last token of a prompt goes through the first graph, since the
+second one has neither the last layer's MLP nor the head. So do short prompts, which it would not read faster.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PrefillGraph:
         return self._opening.result()
 
     def share(self, new: int, logits: str, cache: OrtKVCache) -> int:
-        """How many of ``new`` tokens it should read: from the first one on, or none of them."""
+        """How many of ``new`` tokens this graph should read, counted from the first one; 0 for none."""
         if logits == "all" or not isinstance(cache, InPlaceKVCache):
             return 0
         count = new if logits == "none" else new - 1
@@ -48,7 +48,7 @@ class PrefillGraph:
 
     def read(self, token_ids: NDArray[np.int64], cache: OrtKVCache) -> None:
         """Append tokens ``[batch, new]`` to a cache that has room for them."""
-        assert isinstance(cache, InPlaceKVCache), "share() has told so"
+        assert isinstance(cache, InPlaceKVCache), "share() gives no tokens for another kind of cache"
         binding = self._bindings.get(cache)
         if binding is None:
             binding = self._bindings[cache] = PrefillBinding(self.inference, cache.batch)
@@ -67,7 +67,7 @@ class PrefillBinding:
         self._inference = inference
         self._binding = inference.io_binding()
         self._buffers: list[Buffer] | None = None
-        # ONNX Runtime reads and writes these arrays and does not keep them: they are kept here.
+        # ONNX Runtime reads and writes these arrays and does not keep them alive, so they are kept here.
         self._mask: NDArray[np.int64] = np.empty((batch, 0), dtype=np.int64)
         self._tokens: NDArray[np.int64] = np.empty((batch, 0), dtype=np.int64)
         self._returned = [output for output in inference.get_outputs() if output.name.startswith("new.")]

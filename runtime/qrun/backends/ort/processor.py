@@ -13,10 +13,10 @@ _EXACT = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def check_integer_products(manifest: Manifest, *, prefill_graph: bool) -> None:
-    """Refuse a folder whose integer products this processor would get wrong without a word.
+    """Refuse a folder whose integer products would be silently wrong on this processor.
 
     x86 without VNNI adds pairs of 8-bit products in 16 bits, which overflow (ONNX Runtime, "Quantize ONNX
-    models", on U8S8); where the processor's abilities are not known, nothing is refused.
+    models", on U8S8). Where it is not known what the processor can do, nothing is refused.
 
     Raises:
         QrunError: there is such a product, and no VNNI.

@@ -21,7 +21,7 @@ from qrun.folder.external_data import check_external_data
 from qrun.folder.manifest import Manifest
 from qrun.folder.paths import own_folder
 
-# As in a plan: longer pieces of a prompt are hardly faster, and their activations take memory of the GPU.
+# As in a plan: longer pieces of a prompt are hardly faster, and their activations take more memory.
 MOST_TOKENS = 1024
 TYPICAL_TOKENS = 256
 _HALF_TYPES = {"float16": ("trt_fp16_enable", 10), "bfloat16": ("trt_bf16_enable", 16)}
@@ -51,7 +51,7 @@ def open_provider_session(manifest: Manifest, *, threads: int) -> ProviderSessio
 
 
 def provider_options(manifest: Manifest, engine_cache: Path) -> dict[str, str]:
-    """What ONNX Runtime's TensorRT provider is told: the half type, the caches and one profile of shapes.
+    """Options for ONNX Runtime's TensorRT provider: the half type, the caches and one profile of shapes.
 
     Source: ONNX Runtime's documentation of its TensorRT execution provider.
     """
@@ -71,7 +71,7 @@ def provider_options(manifest: Manifest, engine_cache: Path) -> dict[str, str]:
 
 
 def engine_cache_of(manifest: Manifest) -> Path:
-    """Where the provider keeps what it built: with the user's caches, since a model folder is left as it is.
+    """Where the provider keeps its engines: among the user's caches, since qrun changes no model folder.
 
     The name holds the hashes of graph and weights, so that a new export never meets an old engine.
     """
@@ -164,7 +164,7 @@ class ProviderValues(Values):
 
 
 class ProviderKVCache(StaticKVCache):
-    """Always asks for one position: the profile has no shape for none."""
+    """Always binds the logits of one position, since the profile has no shape for none."""
 
     def bind(self, new: int, logits: str) -> Any:
         return super().bind(new, "last")

@@ -1,7 +1,7 @@
 """ONNX Runtime behind the session protocol.
 
 One decode step does no allocation and no work per layer in Python: the KV buffers, the token and the
-logits stay bound, only the attention mask (one longer at each step) is bound anew.
+logits stay bound, and only the attention mask, which grows by one at each step, is bound again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class OrtSession:
         device: "cpu", "cuda" or "tensorrt".
         threads: threads within an operator.
         prompts_later: do not wait for the folder's second graph, which another thread opens; the first prompt
-            that needs it does, and meets its errors.
+            that needs it waits, and raises its errors.
 
     Raises:
         QrunError: wrong ONNX Runtime wheels, a graph that does not load, or a device that is not there.
@@ -69,7 +69,7 @@ class OrtSession:
         self._ort = onnxruntime
         self._check_provider(device, onnxruntime.get_available_providers())
         self._prefill: PrefillGraph | None = None
-        # Opening is arranging weights, by one thread for each graph: two graphs are opened side by side.
+        # Opening a graph keeps one thread busy with rearranging weights, so two graphs are opened at once.
         if manifest.prefill is not None and (path := manifest.prefill_path) is not None:
             other = ThreadPoolExecutor(1, "open-prefill")
             self._prefill = PrefillGraph(other.submit(self._open, device, path), manifest.prefill.min_tokens)
@@ -95,7 +95,7 @@ class OrtSession:
         check_token_ids(token_ids, self.manifest.model.vocab_size)
         before = cache.lengths.copy()
         try:
-            cache.reserve(new)  # for all of them, before the first is read
+            cache.reserve(new)  # for all rows, before the first one is read
             if batch == 1 or new == 1 or self._reads_at_once(batch, new, cache):
                 return self._read(token_ids, cache, logits)
             parts = [self._read(token_ids[row : row + 1], cache.rows(row, 1), logits) for row in range(batch)]
@@ -131,16 +131,16 @@ class OrtSession:
         return growing or (cache.length == 0 and (most is None or new <= most))
 
     def _most_tokens(self, total: int, rows: int = 1) -> int | None:
-        """How many of ``total`` tokens may be read at once; None where nothing but the model says so.
+        """How many of ``total`` tokens may be read at once; None where there is no such bound.
 
-        The bound is that of the CPU's attention, which computes all scores in one matrix.
+        The bound comes from attention on the CPU, which computes all scores in one matrix.
         """
         if not self.values.on_cpu:
             return None
         return most_tokens(total, rows * self.manifest.model.num_attention_heads)
 
     def _read(self, token_ids: NDArray[np.int64], cache: OrtKVCache, logits: str) -> NDArray[np.float32]:
-        """Read tokens, in pieces where they are many; where they are cut depends on these tokens alone."""
+        """Read tokens, many of them in pieces; the cuts depend on the numbers of new and cached tokens."""
         new = token_ids.shape[1]
         if cache.batch == 1 and new > 1 and logits != "all":
             most = self._most_tokens(cache.length + new)
@@ -173,10 +173,10 @@ class OrtSession:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Every shape is dynamic: remembered allocation patterns would be wrong at the next step.
+        # Every shape is dynamic: an allocation pattern of one step would be wrong for the next.
         options.enable_mem_pattern = False
         if self.manifest.prefill is not None:
-            # Each graph has threads of its own: those of the one that rests would spin on the other's cores.
+            # Each graph has its own threads, and those of an idle graph would spin on the other one's cores.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if device != "cpu":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -186,7 +186,7 @@ class OrtSession:
             model = moved
             options.add_session_config_entry(DATA_FOLDER, graph.resolve().anchor)
         try:
-            # ONNX Runtime's own fall-back would print, and try another device than was asked for.
+            # With its fall-back enabled ONNX Runtime would print, and try another device than was asked for.
             inference = self._ort.InferenceSession(model, options, providers=providers, enable_fallback=False)
         except Exception as error:  # ONNX Runtime has no base class for its errors
             raise QrunError(
@@ -199,7 +199,7 @@ class OrtSession:
         return inference
 
     def providers(self, device: str) -> list[Any]:
-        """What may run nodes, the best first; the CPU's is there for shapes (``_check_nodes``)."""
+        """Execution providers, the preferred one first; the CPU's is only for shapes (``_check_nodes``)."""
         return list(dict.fromkeys([_PROVIDERS[device], _PROVIDERS["cpu"]]))
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""A graph with a static KV cache on ONNX Runtime's CPU provider: the proof of what TensorRT is given.
+"""A graph with a static KV cache on ONNX Runtime's CPU provider, by which a folder for TensorRT is verified.
 
-A folder for TensorRT holds its decoder twice over the same weights; the graph in standard operators can
-run here. It is meant for verification: every step attends over the whole static cache.
+Such a folder holds its decoder in several graphs over the same weights; the one in standard operators can
+run on the CPU. It is slow, because every step attends over the whole static cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qrun.backends.ort.values import Values
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
 
-# TensorProto's numbers of element types that NumPy does not have.
+# ONNX's numbers (TensorProto.DataType) of element types that NumPy does not have.
 _ELEMENT_TYPES = {"bfloat16": 16}
 
 
@@ -102,7 +102,7 @@ class StaticKVCache(OrtKVCache):
         return self._binding
 
     def _bind_sizes(self, new: int, logits: str) -> None:
-        # Kept: ONNX Runtime reads and writes these arrays and does not keep them.
+        # ONNX Runtime reads and writes these arrays and does not keep them alive, so they are kept here.
         wanted = {"last": np.arange(new - 1, new), "all": np.arange(new), "none": np.arange(0)}[logits]
         self._tokens = np.empty((self.batch, new), dtype=np.int64)
         self._position_ids = np.empty((self.batch, new), dtype=np.int64)

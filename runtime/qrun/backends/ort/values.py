@@ -1,6 +1,6 @@
 """Memory that ONNX Runtime reads and writes: its values over arrays of ours, and buffers of the KV cache.
 
-On the CPU a value shares an array's memory and does not keep it alive: whoever binds an array keeps it.
+On the CPU a value shares an array's memory and does not keep it alive: whoever binds an array must keep it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _POSITIONS = {"last": -1, "all": 0, "none": np.iinfo(np.int64).max}
 
 
 class Values:
-    """What the caches of a session need of it.
+    """What the caches of a session need to know of it, and how they get memory on its device.
 
     Attributes:
         manifest: of the model.
         kv_names: of the buffers, such as "0.key", in the graph's order.
-        kv_dtype: of keys and values. NumPy has no bfloat16: its bits travel as integers.
+        kv_dtype: of keys and values. NumPy has no bfloat16, whose bits are kept as integers.
         on_cpu: whether values share the memory of arrays.
 
     Args:
@@ -90,7 +90,7 @@ class Buffer:
             if present:
                 binding.bind_ortvalue_output(f"present.{name}", self._value)
             return
-        # As an address: a value over a part of another one exists on the CPU only.
+        # Bound by address, since only on the CPU a value can be made over a part of another one.
         address = self._value.data_ptr() + first * self._array.strides[0]
         part = (self._values.device_type, 0, self._array.dtype.type, (count, *shape[1:]), address)
         binding.bind_input(f"past_key_values.{name}", *part)

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
 
-# Tried with each minor version from 1.22 to 1.29, on the CPU; `make test-oldest` has the lowest.
-# 1.25 and 1.26 open a graph with a cache of 8 bits, and fail in GroupQueryAttention when they run it.
+# Tried with each minor version from 1.22 to 1.29, on the CPU; `make test-oldest` tests with the lowest.
+# 1.25 and 1.26 open a graph with a cache of 8 bits, but fail in GroupQueryAttention when they run it.
 _LOWEST = (1, 23)
 _WITH_INT8_CACHE = (1, 27)
 _WITH_STATIC_CACHE = (1, 25)  # TensorScatter
@@ -46,7 +46,7 @@ def check_onnxruntime_wheels(device: str = "cpu") -> None:
 
 
 def check_onnxruntime_version(manifest: Manifest, version: str | None = None) -> None:
-    """Refuse a model that ONNX Runtime would open or run with an error of its own, being too old for it.
+    """Refuse a model for which the installed ONNX Runtime is too old, before it fails in its own words.
 
     Args:
         manifest: of the model.

@@ -44,11 +44,11 @@ class ProfileContext:
     """Runs up to ``most_tokens`` new tokens of one sequence at once.
 
     Where a profile has one shape only (the decode step), its work is recorded once as a CUDA graph and
-    launched by one call from then on: same addresses, same shapes, other numbers in the buffers.
+    launched by one call from then on; addresses and shapes stay the same, only the buffers' content changes.
 
     Attributes:
         most_tokens: that the profile allows at once.
-        most_positions: of these, for how many logits can be computed at once.
+        most_positions: how many of these can have their logits computed at once.
         graph_state: "off", "not yet", "captured", or why it was refused.
     """
 
@@ -85,7 +85,7 @@ class ProfileContext:
     def run(
         self, token_ids: NDArray[np.int64], start: int, positions: Sequence[int], cache: TrtKVCache
     ) -> NDArray[np.float32]:
-        """Feed tokens at ``start`` of the cache; what they write there is the same every time.
+        """Feed tokens at ``start`` of the cache; feeding them again writes the same keys and values.
 
         Args:
             token_ids: int64 ``[new]``.
@@ -94,7 +94,7 @@ class ProfileContext:
             cache: this session's, with room for them.
 
         Returns:
-            float32 ``[positions, vocab]``, the context's own buffer: good until the next call.
+            float32 ``[positions, vocab]``, the context's own buffer: valid until the next call.
 
         Raises:
             QrunError: TensorRT or CUDA refuses.
@@ -110,7 +110,7 @@ class ProfileContext:
         try:
             self._go()
         finally:
-            # Also on the way out of an error: the next call writes into arrays that are still being copied.
+            # After an error too: the next call would write into arrays that are still being copied.
             self._stream.synchronize()
         return self._logits.array[: len(positions)]
 
@@ -128,7 +128,7 @@ class ProfileContext:
             self._warm = True
 
     def _capturable(self) -> bool:
-        # TensorRT wants one run with these shapes and addresses first: it allocates and compiles then.
+        # TensorRT allocates and compiles in its first run with new shapes and addresses: capture a later one.
         if not self._warm:
             return False
         # TensorRT-RTX answers no while it still compiles kernels; TensorRT has no such method.

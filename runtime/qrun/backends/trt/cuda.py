@@ -1,7 +1,7 @@
-"""CUDA as far as a session needs it: device and page-locked memory, one stream, graphs.
+"""The part of CUDA that a session needs: device and page-locked memory, one stream, graphs.
 
 A thin layer over ``cuda.bindings.runtime`` (package cuda-bindings). Every return code is checked. Whoever
-makes a buffer, a stream or a graph closes it; closing it twice does no harm.
+makes a buffer, a stream or a graph must close it; closing it twice does no harm.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _error(runtime: Any, function: str, status: Any) -> CudaError:
         for _, text in (runtime.cudaGetErrorName(status), runtime.cudaGetErrorString(status))
     )
     if name in _NO_GPU:
-        # CUDA says of a machine without any driver that its driver is too old.
+        # On a machine without any driver CUDA says that the driver is too old.
         words = why_no_gpu() or words
         return CudaError(
             name,
@@ -140,7 +140,7 @@ class DeviceBuffer(_Closeable):
 
 
 class HostBuffer(_Closeable):
-    """A page-locked array: the GPU copies from and to it while Python goes on. Gone with ``close``."""
+    """A page-locked array, which the GPU copies from and to while Python goes on. ``close`` frees it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         kind = np.dtype(dtype)

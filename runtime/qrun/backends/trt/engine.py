@@ -1,4 +1,4 @@
-"""A TensorRT engine: the plan, deserialised, and held against what its sidecar says of it."""
+"""A TensorRT engine: the plan, deserialised, and compared with what its sidecar says of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Engine:
 
     Attributes:
         facts: the sidecar's, which the engine agrees with.
-        caches: each past_key_values input, and the present output that is written where it lies.
+        caches: each past_key_values input, and the present output that is written to the same memory.
 
     Raises:
         QrunError: TensorRT cannot open the plan, or it is not what the sidecar says.
@@ -33,7 +33,7 @@ class Engine:
         self._runtime = module.Runtime(self._logger)
         with (
             facts.path.open("rb") as file,
-            # Mapped: a plan of gigabytes is never in this process's own memory as a whole.
+            # Mapped, so that a plan of gigabytes is not copied into this process's memory first.
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
             self._engine = self._runtime.deserialize_cuda_engine(content)

@@ -1,7 +1,7 @@
 """TensorRT behind the session protocol: a plan, on the GPU that it was built for.
 
-Decode and prompt have a context each, on the plan's two profiles; they share weights and the KV cache, which
-stays where it is: the plan writes new keys and values into the very memory that it reads.
+Decode and prompt have a context each, on the plan's two profiles. They share the weights and the KV cache,
+into which the plan writes new keys and values in place.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TrtSession:
         facts.check_bytes()
         self.device = f"{self.gpu.name}, {facts.title}"
         self._caches: weakref.WeakSet[TrtKVCache] = weakref.WeakSet()
-        # The last in is the first out: graphs and contexts, then caches, then the engine, the stream last.
+        # Closed in reverse order: graphs and contexts first, then caches, then the engine, the stream last.
         with ExitStack() as resources:
             self._stream = Stream()
             resources.callback(self._stream.close)
@@ -105,7 +105,7 @@ class TrtSession:
 
     @property
     def graph_state(self) -> str:
-        """Of the decode step's CUDA graph: "off", "not yet", "captured", or why it was refused."""
+        """State of the decode step's CUDA graph: "off", "not yet", "captured", or why it was refused."""
         return self._decode.graph_state
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class TrtSession:
     def _feed(
         self, piece: NDArray[np.int64], start: int, positions: range, cache: TrtKVCache
     ) -> Iterator[NDArray[np.float32]]:
-        """Run one piece, and yield logits in the order of ``positions``, each part good until the next.
+        """Run one piece, and yield logits in the order of ``positions``, each part valid until the next.
 
         A plan computes logits for few positions at once, since those of a whole prompt would take more memory
         than the model. For more of them the piece runs again: it writes the same keys and values.
