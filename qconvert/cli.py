@@ -37,10 +37,10 @@ _EXPORT_LIBRARIES = (
 
 
 class _Group(CommandGroup):
-    """Adds what only an export meets: a polite kill, and libraries of the export that are not installed."""
+    """Handles SIGTERM, and names the package where a library of the export is not installed."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        # A polite kill cleans up as Ctrl-C does; the exit code is the shell's for this signal.
+        # SIGTERM cleans up as Ctrl-C does; the exit code is the one that shells use for this signal.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return super().invoke(ctx)
@@ -81,7 +81,7 @@ def inspect(folder: Path, as_json: bool) -> None:
         sys.exit(1)
 
 
-# What an engine needs to be told; `qconvert build` has more for those who know TensorRT.
+# Options that `qconvert export --engine` shares with `qconvert build`, which has more of them.
 _BUILD_OPTIONS = (
     click.option(
         "--backend",

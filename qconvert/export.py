@@ -103,11 +103,11 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
             if text is not None:
                 rounded = RoundedWeights(folder.output, hashes.result(), recipe)
                 if choice.method == "awq":
-                    leftovers.callback(rounded.remove)  # quickly made again, so a failure leaves nothing
+                    leftovers.callback(rounded.remove)  # after a failure nothing is kept: awq is quick
                     factors = balance_and_round(model, recipe, text.sequences, rounded, progress)
                     write_factors(folder.path, {found.divided: each for found, each in factors.items()})
                     balance = Folding.of_inputs(factors)
-                    # What is in the KV cache is divided for every graph that reads or fills it.
+                    # These divide what is in the KV cache, so every graph that reads or fills it needs them.
                     values = Folding.of_inputs({f: each for f, each in factors.items() if f.of_values})
                 else:
                     round_weights(model, recipe, text.sequences, rounded, progress)

@@ -1,4 +1,4 @@
-"""Four bits that are good by default: every input is balanced, then weights are rounded group by group.
+"""The recipe awq for 4 bits: the input of every product is balanced, then weights are rounded in groups.
 
 For the input of each product one factor per channel, f = x^a / w^b with x the root of its mean square and w
 that of the weights that read it, moves unevenness between input and weights (``formats/folding.py``). a and b
@@ -136,7 +136,7 @@ class Balance:
         with all_threads():
             self._pass.layer(index, looks)
         bad = [found for found in inputs if not bool(torch.isfinite(seen[found].squares).all())]
-        if bad:  # by a weight of this layer, or else by what stands before its first product
+        if bad:  # the cause is a weight of this layer, or else something before its first product
             names = [name for found in inputs for name in found.readers]
             guilty = (name for name in names if not bool(torch.isfinite(self._weights[name]).all()))
             raise NonFiniteWeightError(next(guilty, bad[-1].readers[0]))

@@ -1,8 +1,8 @@
 """One pass of a text through the decoder, a layer at a time: what the inputs of its products are like.
 
 The residual stream stays in float32. Products take their inputs and weights in bfloat16 where the processor
-multiplies it: that is six times as fast, and what they round is far less than what one text differs from
-another. Memory: the text's hidden states, what lies between a layer's matrices for some sequences, and one
+multiplies it: that is six times as fast, and the rounding is far smaller than the difference between two
+texts. Memory: the text's hidden states, what lies between a layer's matrices for some sequences, and one
 layer's weights.
 """
 

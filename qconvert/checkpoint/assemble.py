@@ -74,7 +74,7 @@ def _read(weight_files: tuple[Path, ...], folder: Path) -> dict[str, torch.Tenso
 
 
 def _check_range(name: str, tensor: torch.Tensor, folder: Path) -> None:
-    """Everything here and in ONNX Runtime computes in float32, into which not every float64 fits."""
+    """Refuse float64 values beyond float32's range, in which qconvert and ONNX Runtime compute."""
     import torch
 
     if tensor.dtype != torch.float64:

@@ -143,7 +143,7 @@ def _check_identity(raw: dict[str, Any], path: Path) -> Family:
 
 
 def _check_before(raw: dict[str, Any], path: Path) -> None:
-    """What transformers would take hours or all memory for."""
+    """Refuse what would take transformers hours, or all memory."""
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int | float) and layers > _MOST_LAYERS:
         _refuse(path, "num_hidden_layers", layers, f"more than {_MOST_LAYERS:,} layers")

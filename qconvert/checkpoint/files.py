@@ -135,7 +135,7 @@ def _inside(folder: Path, name: str) -> Path:
     try:
         (folder / name).lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # told by whoever opens it
+        pass  # opening the file tells what is wrong
     except (OSError, ValueError) as error:
         raise BrokenFileError("refused", "the index has a name here that no file can have", hint) from error
     return folder / name  # a link to another folder, a hub's cache or another disk, is the user's own choice

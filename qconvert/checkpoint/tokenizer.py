@@ -121,7 +121,7 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
-        return {}  # told where the file itself is judged
+        return {}  # ``text_files`` tells what is wrong with the file
     return content if isinstance(content, dict) else {}
 
 

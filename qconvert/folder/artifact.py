@@ -32,7 +32,7 @@ class ModelFolder:
     """A model folder in the making: write into ``path``, then ``publish``.
 
     Attributes:
-        output: the absolute name that it shall have.
+        output: the absolute name that it will get.
         path: where it is written.
         published: the name that it got, None until then.
     """
@@ -107,12 +107,12 @@ class ModelFolder:
 
         It is looked at again after the swap, when nobody finds it by its name any more.
         """
-        with only_changer(self.output):  # a plan is being built in it, or a report written
+        with only_changer(self.output):  # refused while a plan is built in it, or a report is written
             self._swap()
 
     def _swap(self) -> None:
         check_replaceable(self.output, self._marker)
-        self.published = self.output  # from here on, what has the temporary name may be the user's
+        self.published = self.output  # from here on the temporary name may be that of the older folder
         try:
             exchange(self.path, self.output)
         except BaseException:

@@ -29,7 +29,7 @@ def hidden_name(output: Path, suffix: str) -> str:
     name, room = os.fsencode(output.name), _LONGEST_NAME - len(suffix) - 2
     if len(name) > room:
         digest = hashlib.sha256(name).hexdigest()[:16]
-        # Cut between characters: half of one would be no text.
+        # Cut between characters, since half a character is not valid text.
         kept = name[: room - 1 - len(digest)].decode("utf-8", "ignore")
         name = os.fsencode(f"{kept}-{digest}")
     return f".{os.fsdecode(name)}.{suffix}"

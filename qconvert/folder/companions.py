@@ -35,7 +35,7 @@ def write_companions(
     for name in (*_COPIED, *(f"{ADDITIONAL_TEMPLATES}/{path.name}" for path in templates)):
         source = checkpoint.folder / name
         if source.is_file():
-            # Few programs read past a byte order mark, so the copy goes without.
+            # Many programs cannot read a file with a byte order mark, so the copy has none.
             (folder / name).write_bytes(source.read_bytes().removeprefix(codecs.BOM_UTF8))
     tokenizer = tokenizer_json(checkpoint.folder)
     if tokenizer is not None:

@@ -21,7 +21,7 @@ def rename_new(folder: Path, name: Path) -> None:
     """
     if _renameat2(folder, name, _NOREPLACE):
         return
-    # Without that call: an empty folder of ours holds the name, and a rename replaces empty folders alone.
+    # Without that call: reserve the name with an empty folder, since a rename replaces only empty folders.
     name.mkdir()
     try:
         folder.rename(name)
@@ -54,7 +54,7 @@ def _renameat2(old: Path, new: Path, flag: int) -> bool:
     """Whether the system could do it (Linux, on most file systems).
 
     Raises:
-        OSError: it could, and refused.
+        OSError: the system has the call, and it failed.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):

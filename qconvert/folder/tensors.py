@@ -25,7 +25,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
-        # The library has text in place of the number: "I/O error: No space left on device (os error 28)".
+        # The error's number is only in its text: "I/O error: No space left on device (os error 28)".
         number = re.search(r"\(os error (\d+)\)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error

@@ -26,14 +26,10 @@ class FoldedInput:
     """The input of one or more products, whose columns can be scaled.
 
     Attributes:
-        divided: the tensor that is divided by the factors: a norm, or the matrix that computes the input.
-        readers: the matrices that are multiplied by them.
-
-
-    Attributes:
-        divided: by as many factors as it has rows.
-        readers: matrices whose columns are multiplied.
-        bias: divided as well, where the model has it.
+        divided: the tensor whose rows are divided by the factors: a norm, or the matrix that computes the
+            input.
+        readers: the matrices whose columns are multiplied by them.
+        bias: the bias of ``divided``, which is divided as well where the model has it.
         heads: of keys and values, for the input of ``o_proj``; else 1.
         queries: heads that read the same value head, and so share its factors; else 1.
     """

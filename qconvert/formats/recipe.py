@@ -124,7 +124,7 @@ class Recipe:
         """The blocks of a linear weight in the graph that decodes, by its name in the checkpoint."""
         special = (fmt for part, fmt in self.exceptions.items() if f".{part}." in name)
         fmt = next(special, self.linear)
-        assert not isinstance(fmt, ChannelFormat), "int8.py has the integer products"
+        assert not isinstance(fmt, ChannelFormat), "integer products are lowered in lowering/ort/integers.py"
         return fmt
 
     @property

@@ -75,7 +75,7 @@ class _Weights(dict[str, torch.Tensor]):
 
 
 class _Sizes(Initializers):
-    """Initializers whose contents nobody asks for."""
+    """Initializers whose contents are never computed."""
 
     def _contents(self, names: Sequence[str], layout: Layout) -> Iterable[Iterable[torch.Tensor]]:
         columns = self._weights[names[0]].shape[1]

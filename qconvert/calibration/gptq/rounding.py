@@ -1,4 +1,4 @@
-"""Weights rounded on purpose (GPTQ): the arithmetic, the walk through the decoder, the results on disk."""
+"""Rounds all layers by GPTQ, going on where an interrupted export stopped, and writes the record of them."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ class OnnxRuntimeLowering:
             RemoveUnusedNodesPass()(model)
         return model
 
-    # Pieces of them.
+    # Helpers of the verbs.
 
     def _norm_of_heads(self, states: ir.Value, heads: int, weight: str) -> ir.Value:
         """``[batch, seq, heads x head_size]``, each head normed by itself."""

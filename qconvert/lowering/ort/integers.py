@@ -1,10 +1,10 @@
 """The decoder with integer products: int8 weights, activations of 8 bits with one scale per token.
 
 Around each ``MatMulIntegerToFloat``: s = max|x| of every token, x / s is rounded to 127ths, and the
-product is multiplied by s. What follows is arranged so that few values are touched again: the scale
-of ``up_proj`` travels on as a factor of each token until ``down_proj`` has added up its many channels.
-These come in parts that stay in the processor's cache, and each part in groups with scales of their own.
-All else (norms, attention, embedding, head) is as in ``decoder.py``.
+product is multiplied by s. The scale of ``up_proj`` is multiplied in only after ``down_proj``, whose sums
+over many channels leave far fewer values. These channels come in parts that stay in the processor's cache,
+and each part in groups with scales of their own. All else (norms, attention, embedding, head) is as in
+``decoder.py``.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class IntegerLowering:
         """The finished graph; without a head its only outputs are keys and values."""
         return self._floats.model(name)
 
-    # Pieces of them.
+    # Helpers of the verbs.
 
     def _sum_of_parts(self, hidden: Activation, weight: str) -> Activation:
         packed = self._initializers.packed([weight], InputChannels(len(hidden.parts) * self._groups))

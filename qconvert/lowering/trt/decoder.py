@@ -180,7 +180,7 @@ class TensorRTLowering:
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="qconvert")
 
-    # Pieces of them.
+    # Helpers of the verbs.
 
     def _norm_of_heads(self, states: ir.Value, heads: int, weight: str) -> ir.Value:
         """``[batch, sequence, heads x head_size]``, each head normed by itself."""
