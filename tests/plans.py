@@ -1,4 +1,4 @@
-"""A folder with a plan of a few bytes: everything about it is true but that a GPU could run it."""
+"""A folder with a plan of a few bytes, complete and consistent, except that no GPU could run it."""
 
 from __future__ import annotations
 

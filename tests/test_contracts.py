@@ -1,4 +1,4 @@
-"""If these fail, a wall of the house has a hole: an import that should be refused is not."""
+"""If these fail, import-linter does not refuse an import that it should refuse."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_a_chat_in_a_terminal_keeps_its_history_and_nothing_else(place: Place) -
     log = place.root / "trace" / "thread"
     log.parent.mkdir()
     program, *rest = traced(python(QRUN, "chat", "--engine", "model", *_ASK), log)
-    env = place.env | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody here says where the cursor is
+    env = place.env | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody answers its query
     chat = pexpect.spawn(program, rest, cwd=str(place.work), env=env, timeout=60, encoding="utf-8")
     chat.expect_exact("Ctrl-D leaves.")
     for line in ("hello", "/exit"):

@@ -66,7 +66,8 @@ def measure_rounds(
 ) -> list[Result]:
     """Every contender once per round, in turn, so that a slow spell of the machine hits all of them.
 
-    Each round begins with another one: whoever comes after a process of several gigabytes starts colder.
+    Each round begins with another one, since a process that runs after one of several gigabytes finds less of
+    its files in the page cache.
     """
     measured = []
     able = [c for c in taking_part(chosen, shape) if "failed" not in conversions[c.name]]

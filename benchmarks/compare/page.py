@@ -1,4 +1,4 @@
-"""The report as one HTML page without any other file: readable on a phone, in a light and a dark room."""
+"""The report as one HTML page without any other file: readable on a phone, in light and in dark mode."""
 
 from __future__ import annotations
 

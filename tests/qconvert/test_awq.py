@@ -1,6 +1,6 @@
 """Balanced inputs and weights rounded in groups: the model stays what it is, and gains.
 
-If these fail, the default of ``--precision int4`` is less exact than it could be, or another model.
+If these fail, ``--recipe awq`` is less exact than it could be, or writes another model.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def terminal(state, tmp_path):
             "XDG_STATE_HOME": str(state),
             "TERM": "xterm",
             "PYTHONPATH": str(REPOSITORY),
-            "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody here answers where the cursor is
+            "PROMPT_TOOLKIT_NO_CPR": "1",  # nothing here answers the query for the cursor's position
         }
         process = pexpect.spawn(
             sys.executable,

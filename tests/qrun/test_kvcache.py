@@ -15,7 +15,7 @@ from tests.fakes import FakeKVCache, fake_manifest
 
 @pytest.fixture(autouse=True)
 def own_ledger(monkeypatch) -> None:
-    """Caches of other tests are nobody's here."""
+    """A ledger for each test, so that caches of other tests do not count."""
     monkeypatch.setattr(kvcache, "LEDGER", Ledger())
 
 

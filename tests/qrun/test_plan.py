@@ -1,4 +1,4 @@
-"""If these fail, a plan is deserialised that this machine cannot run, or that nobody vouches for."""
+"""If these fail, a plan is deserialised that this machine cannot run, or whose bytes were not checked."""
 
 from __future__ import annotations
 

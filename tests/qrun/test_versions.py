@@ -1,4 +1,4 @@
-"""If these fail, an ONNX Runtime that is too old for a model says so in words that mend nothing."""
+"""If these fail, an ONNX Runtime that is too old for a model is told without the remedy."""
 
 from __future__ import annotations
 
