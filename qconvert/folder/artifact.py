@@ -120,13 +120,13 @@ class ModelFolder:
             raise
         try:
             ours = check_replaceable(self.path, self._marker, told_as=self.output)
-        except (QconvertError, OSError):
+        except BaseException:  # nothing is deleted yet, so both get their names back, after Ctrl-C too
             exchange(self.path, self.output)
             self.published = None
             raise
         try:
             remove_files(self.path, ours)
-        except KeyboardInterrupt:  # the older folder goes all the same: it has no name any more
+        except (KeyboardInterrupt, SystemExit):  # of Ctrl-C and SIGTERM: nobody could find what is left
             remove_files(self.path, ours)
             raise
 
@@ -252,10 +252,10 @@ def _check_space(parent: Path, needed: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder. Ctrl-C in the middle of it ends the program once the rest is gone as well."""
+    """Remove a folder. Ctrl-C or SIGTERM meanwhile ends the program once the rest is gone as well."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
 import torch
 
 from qconvert.errors import QconvertError
-from qconvert.folder.artifact import new_model_folder
+from qconvert.folder.artifact import check_replaceable, new_model_folder, remove_files
 from qconvert.lowering.data_file import DataFile
 from qrun.folder.manifest import MANIFEST_NAME
 
@@ -69,6 +70,39 @@ def test_a_failed_replacement_keeps_the_old_folder(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_model_folder(tmp_path / "model", force=True, needed_bytes=0):
         raise RuntimeError
     assert (tmp_path / "model" / "weights").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize(
+    ("moment", "left"), [("remove_files", "new"), ("check_replaceable", "old"), ("shutil.rmtree", "old")]
+)
+def test_ctrl_c_and_sigterm_leave_one_whole_folder_and_nothing_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException], moment: str, left: str
+) -> None:
+    """SIGTERM while the replaced export was deleted left its files for ever, under a hidden name."""
+    build(tmp_path / "model", "old")
+    whole = {"remove_files": remove_files, "check_replaceable": check_replaceable}.get(moment, shutil.rmtree)
+    strikes = [ending()]
+
+    def struck(path: Path, *arguments: Any, **options: Any) -> Any:
+        if strikes and path.name != "model":  # the check before the swap is of the name "model"
+            raise strikes.pop()
+        return whole(path, *arguments, **options)
+
+    def replace() -> None:
+        with new_model_folder(tmp_path / "model", force=True, needed_bytes=0) as folder:
+            if moment == "shutil.rmtree":
+                raise RuntimeError
+            (folder.path / "weights").write_text("new")
+            folder.write_manifest({})
+            folder.publish()
+
+    monkeypatch.setattr(f"qconvert.folder.artifact.{moment}", struck)
+    with pytest.raises(ending):
+        replace()
+    assert not strikes
+    assert (tmp_path / "model" / "weights").read_text() == left
     assert names(tmp_path) == ["model"]
 
 
