@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from threading import Condition, Thread
 from time import monotonic
-from types import TracebackType
 from typing import Any
 
 from qrun.answer import Answer, Event
@@ -235,12 +234,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _new_scheduler(self) -> Scheduler:
