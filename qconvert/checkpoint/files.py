@@ -178,9 +178,8 @@ def _other_kind(folder: Path) -> FileState | None:
     pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         hint = (
-            "where you trust the source, convert them once: in Python, "
-            f"transformers.Qwen2ForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER), "
-            "then copy the tokenizer's files"
+            "where you trust the source, convert them once: in Python, transformers.AutoModelForCausalLM"
+            f".from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER), then copy the tokenizer's files"
         )
         detail = "only pickle weights, which can run code when loaded; qconvert reads safetensors only"
         return FileState(pickles[0].name, pickles[0].stat().st_size, "refused", detail, hint)

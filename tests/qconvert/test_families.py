@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qconvert.checkpoint.config import load_config
 from qconvert.checkpoint.load import open_checkpoint
@@ -23,7 +24,7 @@ from qconvert.models.qwen2 import QWEN2
 from qconvert.models.recorder import expected_tensors, tensor_groups
 from qconvert.progress import Progress
 from qconvert.recipes.forecast import parameter_count
-from tests.qconvert.breaking import edit_json
+from tests.qconvert.breaking import edit_json, refusal
 from tests.tiny import make_tiny_checkpoint, tiny_config, write_tiny_tokenizer
 
 
@@ -99,6 +100,18 @@ def test_a_tensor_of_another_family_has_no_place(normed_heads: Path, monkeypatch
     monkeypatch.setitem(families.FAMILIES, "qwen3", replace(NORMED_HEADS, qk_norm=False))
     with pytest.raises(QconvertError, match=r"_norm\.weight has no place in Qwen3ForCausalLM"):
         open_checkpoint(normed_heads)
+
+
+def test_pickles_of_any_family_are_converted_as_the_message_says(normed_heads: Path, tmp_path: Path) -> None:
+    """The message named Qwen2's class, to which another family's weights are missing or unknown."""
+    before = load_file(normed_heads / "model.safetensors")
+    torch.save(before, normed_heads / "pytorch_model.bin")
+    (normed_heads / "model.safetensors").unlink()
+    hint = refusal(normed_heads).hint or ""
+    code = hint[hint.index("transformers.") : hint.index(", then copy")]
+    exec(f"import transformers; {code}", {"NEW_FOLDER": tmp_path / "converted"})
+    assert load_config(tmp_path / "converted").model_type == "qwen3"
+    assert load_file(tmp_path / "converted" / "model.safetensors").keys() == before.keys()
 
 
 def test_a_family_is_found_by_its_type_and_its_architecture() -> None:
