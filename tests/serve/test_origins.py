@@ -97,5 +97,7 @@ def test_the_document_has_every_route_and_a_new_one_cannot_be_forgotten(address)
     assert set(found["paths"]) == set(openapi.DESCRIBED)
     chat = found["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "temperature", "stream_options"} <= set(chat)
+    assert chat["user"]["description"] == "Accepted, and changes nothing."
+    assert list(chat).index("user") > list(chat).index("messages")
     with pytest.raises(KeyError, match="/new"):
         openapi.document([Route("/new", lambda request: None)], "1")

@@ -22,11 +22,19 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False  # accepted without effect: lengths of chunks are never hidden here
 
 
-class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What both kinds of completion take. None is "not given": the model's own default.
+class Harmless(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields of OpenAI's APIs that are accepted and change nothing."""
 
-    The last lines are accepted and change nothing.
-    """
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class Common(Harmless, kw_only=True):
+    """What both kinds of completion take. None is "not given": the model's own default."""
 
     model: str
     stream: bool = False
@@ -47,12 +55,6 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     response_format: dict[str, Any] | None = None
     regex: str | None = None
     grammar: str | None = None
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
 
 
 class ChatRequest(Common, kw_only=True):

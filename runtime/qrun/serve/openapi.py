@@ -13,6 +13,7 @@ from qrun.serve.fields import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Harmless,
     TemplateRequest,
     TokenizeRequest,
 )
@@ -63,6 +64,9 @@ def document(routes: Sequence[BaseRoute], version: str) -> dict[str, Any]:
     """
     bodies = sorted({each.body for each in DESCRIBED.values() if each.body}, key=lambda each: each.__name__)
     _, schemas = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
+    for properties in (each.get("properties", {}) for each in schemas.values()):
+        for name in filter(properties.__contains__, Harmless.__struct_fields__):  # these are listed last
+            properties[name] = {**properties.pop(name), "description": "Accepted, and changes nothing."}
     paths: dict[str, Any] = {}
     for route in routes:
         if isinstance(route, Route) and route.include_in_schema:

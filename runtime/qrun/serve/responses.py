@@ -9,19 +9,17 @@ import time
 import uuid
 from typing import Any
 
-import msgspec
-
 from qrun.answer import Answer, Piece
 from qrun.engine import Engine
 from qrun.serve import streams
 from qrun.serve.asking import Asked, for_each
 from qrun.serve.errors import ApiError
-from qrun.serve.fields import Common, texts_only
+from qrun.serve.fields import Common, Harmless, texts_only
 from qrun.serve.reply import Chunk, Reply
 
 
-class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """The lines from ``metadata`` on are accepted and change nothing."""
+class ResponsesRequest(Harmless, kw_only=True):
+    """``POST /v1/responses``. ``stream_options`` is accepted too, and changes nothing."""
 
     model: str
     input: str | list[dict[str, Any]]
@@ -34,12 +32,6 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     background: bool = False
     previous_response_id: str | None = None
     conversation: Any = None
-    metadata: Any = None
-    store: Any = None
-    user: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
     stream_options: Any = None
     truncation: Any = None
 
