@@ -46,6 +46,22 @@ class Speaker(Protocol):
     ) -> Answering: ...
 
 
+def template_of(model: Speaker) -> ChatTemplate:
+    """The model's chat template.
+
+    Raises:
+        QrunError: it has none.
+    """
+    if model.template is None:
+        raise QrunError(
+            f"{model.manifest.name} has no chat template: it continues text, it does not chat",
+            where=model.manifest.folder,
+            hint="give it a plain prompt (in a shell `qrun generate --raw`), or put the model's "
+            "chat_template.jinja into the checkpoint and export it again",
+        )
+    return model.template
+
+
 class Chat:
     """Several turns with one model; the keys and values of earlier turns are kept.
 
@@ -78,19 +94,12 @@ class Chat:
     def __init__(
         self, model: Speaker, system: str | None = None, *, literal: bool = False, **sampling: Any
     ) -> None:
-        if model.template is None:
-            raise QrunError(
-                f"{model.manifest.name} has no chat template: it continues text, it does not chat",
-                where=model.manifest.folder,
-                hint="use `qrun generate --raw`, or put the model's chat_template.jinja into the checkpoint "
-                "and export it again",
-            )
+        self._template = template_of(model)
         model.resolve(sampling)  # a bad value is refused now, not at the first turn
         self.model = model
         self.messages: list[dict[str, str]] = []
         self.answers: list[Answer] = []
         self.context = model.new_context()
-        self._template = model.template
         self._system = system
         self._literal = Literal(model.tokenizer) if literal else None
         self._sampling = sampling

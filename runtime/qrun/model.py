@@ -26,9 +26,8 @@ from qrun.answer import Answering, Event
 from qrun.backends.opening import Opening, open_session
 from qrun.backends.session import Session
 from qrun.backends.token_ids import as_token_ids
-from qrun.chat import Chat
+from qrun.chat import Chat, template_of
 from qrun.decoding.generate import Context, check_prompt
-from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest, find_model_folder
 from qrun.sampling.constraint import Constraint, Grammars, Schema, Vocabulary
 from qrun.sampling.params import SamplingParams, resolve
@@ -194,16 +193,11 @@ class Model:
         Raises:
             QrunError: the model has no chat template, or it refuses these messages.
         """
-        if self.template is None:
-            raise QrunError(
-                f"{self.manifest.name} has no chat template: it continues text, it does not chat",
-                where=self.manifest.folder,
-                hint="give it a plain prompt, or export a checkpoint with a chat template",
-            )
+        template = template_of(self)
         if not (self.literal if literal is None else literal):
-            return self.tokenizer.encode(self.template.render(messages, tools=tools))
+            return self.tokenizer.encode(template.render(messages, tools=tools))
         as_text = Literal(self.tokenizer)
-        return as_text.encode(self.template.render(as_text.mask_all(messages), tools=tools))
+        return as_text.encode(template.render(as_text.mask_all(messages), tools=tools))
 
     def chat(self, system: str | None = None, *, literal: bool = False, **sampling: Any) -> Chat:
         """A conversation of several turns, see ``chat.Chat``.

@@ -91,6 +91,8 @@ FIELDS = [
     ("/detokenize", {"tokens": ["x"]}, 400, "tokens[0]"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
     ("/apply-template", {"messages": []}, 400, "messages"),
+    ("/apply-template", {"messages": GOOD["messages"], "model": "base"}, 400, None),
+    (CHAT, {"model": "base"}, 400, None),
 ]
 
 

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qrun import __version__
+from qrun.chat import template_of
 from qrun.errors import QrunError
 from qrun.serve import guard, openapi, pages
 from qrun.serve.errors import ApiError, from_qrun
@@ -202,9 +203,7 @@ async def _detokenize(request: Request) -> Response:
 async def _apply_template(request: Request) -> Response:
     fields = decode(await read_body(request), TemplateRequest)
     model = request.app.state.server.engine(fields.model).model
-    if model.template is None:
-        raise ApiError(400, f"{model.manifest.name} has no chat template")
-    return json_response({"prompt": model.template.render(texts_only(fields.messages))})
+    return json_response({"prompt": template_of(model).render(texts_only(fields.messages))})
 
 
 async def _health(request: Request) -> Response:
