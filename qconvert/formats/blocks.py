@@ -20,6 +20,7 @@ from qconvert.formats.layout import (
     PackedWeight,
     Part,
     as_tensor,
+    for_each,
     is_finite,
     row_ranges,
 )
@@ -155,8 +156,7 @@ def pack(weight: torch.Tensor, fmt: BlockFormat, workers: Executor | None = None
         codes = _round_blocks(values, fmt, scales[part], None if zeros is None else zeros[part])
         data[part] = _pack_bits(codes, fmt.bits)
 
-    for _ in (map if workers is None else workers.map)(pack_rows, row_ranges(weight)):
-        pass  # map is lazy: this waits for each piece and raises its error
+    for_each(row_ranges(weight), pack_rows, workers)
     zero_points = None if zeros is None else _pack_zero_points(zeros, fmt.bits)
     return PackedWeight(data, scales.to(getattr(torch, fmt.scale_dtype)), zero_points)
 

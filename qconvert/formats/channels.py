@@ -20,6 +20,7 @@ from qconvert.formats.layout import (
     PackedWeight,
     Part,
     as_tensor,
+    for_each,
     row_ranges,
 )
 from qconvert.formats.recipe import BlockFormat, ChannelFormat
@@ -59,8 +60,7 @@ def pack_int8_channels(
         data[:, part] = codes.to(torch.int8).t()
         scales[part] = steps
 
-    for _ in (map if workers is None else workers.map)(pack_rows, row_ranges(weight)):
-        pass  # map is lazy: this waits for each piece and raises its error
+    for_each(row_ranges(weight), pack_rows, workers)
     return data, scales
 
 

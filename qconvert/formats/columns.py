@@ -16,6 +16,7 @@ from qconvert.formats.layout import (
     PackedWeight,
     Part,
     as_tensor,
+    for_each,
     row_ranges,
 )
 from qconvert.formats.recipe import BlockFormat
@@ -138,8 +139,7 @@ def pack_int4_columns(
         data[:, part.start // 2 : part.stop // 2] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
         scales[:, part] = steps.t()
 
-    for _ in (map if workers is None else workers.map)(pack_rows, _even(row_ranges(weight), rows)):
-        pass  # map is lazy: this waits for each piece and raises its error
+    for_each(_even(row_ranges(weight), rows), pack_rows, workers)
     return data, scales
 
 

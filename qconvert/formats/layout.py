@@ -5,7 +5,7 @@ Each layout is a file of this folder and a row of the table in ``stored.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -202,6 +202,18 @@ def row_ranges(weight: torch.Tensor) -> Iterator[slice]:
     rows = max(1, PIECE // weight[0].numel())
     for start in range(0, weight.shape[0], rows):
         yield slice(start, min(start + rows, weight.shape[0]))
+
+
+def for_each(pieces: Iterable[slice], work: Callable[[slice], None], workers: Executor | None) -> None:
+    """Call ``work`` with every piece and wait for all of them; an error of one of them is raised.
+
+    Args:
+        pieces: ranges of rows, as ``row_ranges`` gives them.
+        work: is called with one of them.
+        workers: threads that share the pieces (see ``parallel.piece_workers``); None is this thread alone.
+    """
+    for _ in (map if workers is None else workers.map)(work, pieces):
+        pass  # map is lazy: this waits for each piece and raises its error
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:
