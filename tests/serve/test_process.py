@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -90,9 +91,20 @@ def test_what_a_user_types_is_text_unless_the_operator_says_otherwise(tiny_expor
     assert counts[0] - counts[1] == (len("<|im_end|>") - 1 if longer else 0)
 
 
+def test_the_operator_chooses_one_of_several_chat_templates(tiny_export, tmp_path):
+    """chat and generate could, and a server took the default."""
+    folder = Path(shutil.copytree(tiny_export, tmp_path / "model"))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "short.jinja").write_text("{{ messages[0].content }}")
+    asked = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "abc"}]}
+    with server(folder, "--threads", 1, "--chat-template", "short") as (_, address, _log):
+        assert httpx.post(address + CHAT, json=asked).json()["usage"]["prompt_tokens"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--chat-template", "long"], "no chat template is called 'long', only 'default'"),
         (["--host", "0.0.0.0"], "there are no API keys"),
         (["--host", "192.0.2.1", "--no-auth"], "cannot listen on 192.0.2.1"),
         (["--engine", "{folder}"], "two models are called"),

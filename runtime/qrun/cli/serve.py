@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from qrun.cli.options import open_model, opening_options
+from qrun.cli.options import open_model, opening_options, template_option
 from qrun.cli.terminal import note, size
 from qrun.engine import Engine
 from qrun.errors import QrunError
@@ -96,6 +96,7 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     show_default=True,
     help="Time that running answers have to end after SIGTERM.",
 )
+@template_option
 @opening_options
 def serve(
     *,
