@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import partial
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any
@@ -164,8 +163,10 @@ class Engine:
         params, _ = self.model.resolve(sampling)
         if isinstance(prompt, str):
             prompt = await asyncio.to_thread(self.model.tokenizer.encode, prompt, add_special_tokens=True)
-        form = partial(self.model.constraint, schema=schema, regex=regex, grammar=grammar)
-        constraint = await asyncio.to_thread(form)  # compiling would hold up everyone on the event loop
+        # In a thread, since compiling a form would hold up everyone on the event loop.
+        constraint = await asyncio.to_thread(
+            self.model.constraint, schema=schema, regex=regex, grammar=grammar
+        )
         async for event in self.answer(prompt, params, client=client, constraint=constraint):
             yield event
 
@@ -182,8 +183,9 @@ class Engine:
         """Answer a conversation, given as messages with "role" and "content"; see ``Model.generate``."""
         params, _ = self.model.resolve(sampling)
         ids = await asyncio.to_thread(self.model.chat_prompt, messages)
-        form = partial(self.model.constraint, schema=schema, regex=regex, grammar=grammar)
-        constraint = await asyncio.to_thread(form)
+        constraint = await asyncio.to_thread(
+            self.model.constraint, schema=schema, regex=regex, grammar=grammar
+        )
         async for event in self.answer(ids, params, client=client, constraint=constraint):
             yield event
 
