@@ -1,4 +1,4 @@
-"""The ways in which a prompt can go through a session, each a generator of logits in the order of positions.
+"""The ways in which a prompt can go through a session, told as data, and the reader that takes them.
 
 Every path is one that ``qrun`` or another program takes: the prompt at once, in chunks, token by
 token, with a cache that is written in place or one that grows, cut back and continued.
@@ -6,15 +6,15 @@ token, with a cache that is written in place or one that grows, cut back and con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.backends.session import Session
+from qrun.backends.session import LogitsFor, Session
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ Logits = Iterator[NDArray[np.float32]]
 # later boundaries falls on a multiple of a kernel's tile.
 CHUNKS = (64, 1, 30, 97)
 STEPS = 64
-# Steps for paths with one row of logits per step; more than ENOUGH_FOR_SHARES, so that every limit is judged.
+# Steps of paths that have one row of logits a step: more than ENOUGH_FOR_SHARES, so that every limit is judged.
 MANY_STEPS = 128
 # Tokens that are fed, cut off again and replaced.
 TRIMMED = 8
@@ -38,135 +38,125 @@ FILLING = 256
 
 
 @dataclass(frozen=True)
+class Part:
+    """A prompt's next tokens, and how they are fed.
+
+    Attributes:
+        logits: of every position, of the last position of every piece, of the part's last position alone,
+            or none.
+        pieces: how many tokens are fed at once, in turn and over again; none given is all of the part.
+        left: tokens that are left for the parts behind it; one token is read in any case.
+        at_most_half: no more than half of the prompt is left.
+        detour: tokens that do not belong here, fed behind the part and cut off again.
+    """
+
+    logits: Literal["all", "each piece", "end", "none"]
+    pieces: tuple[int, ...] = ()
+    left: int = 0
+    at_most_half: bool = False
+    detour: int = 0
+
+    def stop(self, count: int) -> int:
+        """The position behind the part, in a prompt of so many tokens."""
+        left = min(self.left, count // 2) if self.at_most_half else self.left
+        return max(1, count - left)
+
+    def cut(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of each piece between two positions."""
+        sizes = cycle(self.pieces or (stop - start,))
+        while start < stop:
+            end = min(start + next(sizes), stop)
+            yield start, end
+            start = end
+
+    def wanted(self, *, last_piece: bool) -> LogitsFor:
+        """What a session is asked for."""
+        if self.logits == "end":
+            return "last" if last_piece else "none"
+        return "last" if self.logits == "each piece" else self.logits
+
+
+@dataclass(frozen=True)
 class PromptPath:
     """A way through the session.
 
     Attributes:
         name: for reports.
+        parts: from the first token to the last.
         in_place: the kind of KV cache.
-        feed: yields logits ``[rows, vocab]``, valid until the next one is asked for.
-        first: position of the first row, for a prompt of so many tokens.
     """
 
     name: str
-    in_place: bool
-    feed: Callable[[Session, Sequence[int], bool], Logits]
-    first: Callable[[int], int]
+    parts: tuple[Part, ...]
+    in_place: bool = True
+
+    def feed(self, session: Session, token_ids: Sequence[int]) -> Logits:
+        """Logits ``[rows, vocab]`` in the order of positions, valid until the next ones are asked for."""
+        cache, start = session.new_cache(in_place=self.in_place), 0
+        for part in self.parts:
+            stop = part.stop(len(token_ids))
+            for begin, end in part.cut(start, stop):
+                wanted = part.wanted(last_piece=end == stop)
+                logits = session.forward(_tokens(token_ids[begin:end]), cache, wanted)
+                if wanted != "none":
+                    yield logits[0]
+            if part.detour:
+                room = min(part.detour, len(token_ids) - stop)  # the context may end with the prompt
+                session.forward(_tokens(token_ids[:room]), cache, "none")
+                cache.trim(stop)
+            start = stop
+
+    def first(self, count: int) -> int:
+        """The position of the first row of logits, for a prompt of so many tokens."""
+        start = 0
+        for part in self.parts:
+            stop = part.stop(count)
+            for begin, end in part.cut(start, stop):
+                wanted = part.wanted(last_piece=end == stop)
+                if wanted != "none":
+                    return begin if wanted == "all" else end - 1
+            start = stop
+        raise AssertionError(f"{self.name}: a path has logits")
 
 
 def _tokens(token_ids: Sequence[int]) -> NDArray[np.int64]:
     return np.asarray(token_ids, dtype=np.int64)[None]
 
 
-def _whole(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
-    yield session.forward(_tokens(token_ids), session.new_cache(in_place=in_place), "all")[0]
+_GROWING = ", growing cache"
 
 
-def _last(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
-    yield session.forward(_tokens(token_ids), session.new_cache(in_place=in_place), "last")[0]
+def _growing(path: PromptPath) -> PromptPath:
+    return replace(path, name=path.name + _GROWING, in_place=False)
 
 
-def _chunks(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
-    cache, sizes, start = session.new_cache(in_place=in_place), cycle(CHUNKS), 0
-    while start < len(token_ids):
-        stop = start + next(sizes)
-        yield session.forward(_tokens(token_ids[start:stop]), cache, "all")[0]
-        start = stop
+_ALL = Part("all")
+_ONE_BY_ONE = Part("each piece", pieces=(1,))
+_KEPT = Part("none", left=CONTINUED, detour=TRIMMED)
+_PROMPT = Part("none", pieces=(PROMPT_PIECE,), left=PROMPT_CONTINUED, at_most_half=True)
 
-
-def _steps(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
-    cache, prefilled = session.new_cache(in_place=in_place), _prefilled(len(token_ids))
-    yield session.forward(_tokens(token_ids[:prefilled]), cache, "last")[0]
-    for token in token_ids[prefilled:]:
-        yield session.forward(_tokens([token]), cache, "last")[0]
-
-
-def _prefilled(count: int) -> int:
-    return max(1, count - STEPS)
-
-
-def _trimmed(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
-    cache, kept = session.new_cache(in_place=in_place), _kept(len(token_ids))
-    session.forward(_tokens(token_ids[:kept]), cache, "none")
-    wrong = token_ids[: min(TRIMMED, len(token_ids) - kept)]  # that do not belong here, within the context
-    session.forward(_tokens(wrong), cache, "none")
-    cache.trim(kept)
-    yield session.forward(_tokens(token_ids[kept:]), cache, "all")[0]
-
-
-def _filled(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
-    cache, prefilled = session.new_cache(in_place=in_place), _prefilled(len(token_ids))
-    for start in range(0, prefilled, FILLING):
-        piece = token_ids[start : min(start + FILLING, prefilled)]
-        logits = session.forward(_tokens(piece), cache, "last")
-    yield logits[0]
-    for token in token_ids[prefilled:]:
-        yield session.forward(_tokens([token]), cache, "last")[0]
-
-
-def _prompted(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
-    cache, prompt = session.new_cache(in_place=in_place), prompt_length(len(token_ids))
-    for start in range(0, prompt, PROMPT_PIECE):
-        piece = token_ids[start : min(start + PROMPT_PIECE, prompt)]
-        session.forward(_tokens(piece), cache, "none")
-    yield session.forward(_tokens(token_ids[prompt:]), cache, "all")[0]
+WHOLE = PromptPath("whole", (_ALL,))
+WHOLE_GROWING = _growing(WHOLE)
+LAST = PromptPath("last position only", (Part("end"),))
+CHUNKED = PromptPath("in chunks", (Part("all", pieces=CHUNKS),))
+CHUNKED_GROWING = _growing(CHUNKED)
+STEPPED = PromptPath("token by token", (Part("end", left=STEPS), _ONE_BY_ONE))
+STEPPED_GROWING = _growing(STEPPED)
+TRIMMED_BACK = PromptPath("cut back and continued", (_KEPT, _ALL))
+TRIMMED_BACK_GROWING = _growing(TRIMMED_BACK)
+PROMPTED = PromptPath("prompt by its own graph", (_PROMPT, _ALL))
+FILLED = PromptPath("to the last slot", (Part("end", pieces=(FILLING,), left=STEPS), _ONE_BY_ONE))
+CHUNKED_STEPPED = PromptPath(
+    "in chunks, then token by token",
+    (Part("end", pieces=CHUNKS, left=MANY_STEPS, at_most_half=True), _ONE_BY_ONE),
+)
+TRIMMED_BACK_STEPPED = PromptPath("cut back, then token by token", (_KEPT, _ONE_BY_ONE))
+_ONE_POSITION = {WHOLE.name: LAST, CHUNKED.name: CHUNKED_STEPPED, TRIMMED_BACK.name: TRIMMED_BACK_STEPPED}
 
 
 def prompt_length(count: int) -> int:
     """Tokens that a second graph for prompts reads on the way ``PROMPTED``, and another continues."""
-    return count - min(PROMPT_CONTINUED, count // 2)
-
-
-def _kept(count: int) -> int:
-    return max(1, count - CONTINUED)
-
-
-def _chunked_stepped(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
-    cache, prefilled = session.new_cache(in_place=in_place), _chunked(len(token_ids))
-    sizes, start = cycle(CHUNKS), 0
-    while start < prefilled:
-        piece = token_ids[start : min(start + next(sizes), prefilled)]
-        logits = session.forward(_tokens(piece), cache, "last")
-        start += len(piece)
-    yield logits[0]
-    for token in token_ids[prefilled:]:
-        yield session.forward(_tokens([token]), cache, "last")[0]
-
-
-def _chunked(count: int) -> int:
-    return max(1, count - min(MANY_STEPS, count // 2))
-
-
-def _trimmed_stepped(session: Session, token_ids: Sequence[int], in_place: bool) -> Logits:
-    cache, kept = session.new_cache(in_place=in_place), _kept(len(token_ids))
-    session.forward(_tokens(token_ids[:kept]), cache, "none")
-    session.forward(_tokens(token_ids[: min(TRIMMED, len(token_ids) - kept)]), cache, "none")
-    cache.trim(kept)
-    for token in token_ids[kept:]:
-        yield session.forward(_tokens([token]), cache, "last")[0]
-
-
-WHOLE = PromptPath("whole", True, _whole, lambda count: 0)
-WHOLE_GROWING = PromptPath("whole, growing cache", False, _whole, lambda count: 0)
-LAST = PromptPath("last position only", True, _last, lambda count: count - 1)
-CHUNKED = PromptPath("in chunks", True, _chunks, lambda count: 0)
-CHUNKED_GROWING = PromptPath("in chunks, growing cache", False, _chunks, lambda count: 0)
-STEPPED = PromptPath("token by token", True, _steps, lambda count: _prefilled(count) - 1)
-STEPPED_GROWING = PromptPath(
-    "token by token, growing cache", False, _steps, lambda count: _prefilled(count) - 1
-)
-TRIMMED_BACK = PromptPath("cut back and continued", True, _trimmed, _kept)
-TRIMMED_BACK_GROWING = PromptPath("cut back and continued, growing cache", False, _trimmed, _kept)
-
-
-PROMPTED = PromptPath("prompt by its own graph", True, _prompted, prompt_length)
-FILLED = PromptPath("to the last slot", True, _filled, lambda count: _prefilled(count) - 1)
-CHUNKED_STEPPED = PromptPath(
-    "in chunks, then token by token", True, _chunked_stepped, lambda count: _chunked(count) - 1
-)
-TRIMMED_BACK_STEPPED = PromptPath("cut back, then token by token", True, _trimmed_stepped, _kept)
-_GROWING = ", growing cache"
-_ONE_POSITION = {WHOLE.name: LAST, CHUNKED.name: CHUNKED_STEPPED, TRIMMED_BACK.name: TRIMMED_BACK_STEPPED}
+    return _PROMPT.stop(count)
 
 
 def with_static_cache(path: PromptPath) -> PromptPath:
@@ -191,7 +181,7 @@ class PathReader:
 
     def __init__(self, path: PromptPath, session: Session, token_ids: Sequence[int]) -> None:
         self.path = path
-        self._source = path.feed(session, token_ids, path.in_place)
+        self._source = path.feed(session, token_ids)
         self._rows: NDArray[np.float32] | None = None
         self._position = path.first(len(token_ids))
 

@@ -11,8 +11,9 @@ import pytest
 
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
+from qconvert.proof import paths
 from qconvert.proof.cases import LONG_TOKENS, make_cases
-from qconvert.proof.paths import CHUNKED, CHUNKED_GROWING, LAST, STEPPED, TRIMMED_BACK, PathReader
+from qconvert.proof.paths import PathReader, PromptPath
 from qconvert.proof.report import Answer
 from qconvert.proof.runs import answer_greedily
 from qrun.backends.opening import open_session
@@ -98,11 +99,31 @@ class CountingSession:
         return {"all": rows, "last": rows[-1:], "none": rows[:0]}[logits][None]
 
 
-@pytest.mark.parametrize(
-    ("path", "first"), [(CHUNKED, 0), (CHUNKED_GROWING, 0), (STEPPED, 135), (TRIMMED_BACK, 176), (LAST, 199)]
-)
+# The first position that has logits, for a prompt of 200 tokens.
+FIRST = {
+    paths.WHOLE: 0,
+    paths.WHOLE_GROWING: 0,
+    paths.LAST: 199,
+    paths.CHUNKED: 0,
+    paths.CHUNKED_GROWING: 0,
+    paths.STEPPED: 135,
+    paths.STEPPED_GROWING: 135,
+    paths.TRIMMED_BACK: 176,
+    paths.TRIMMED_BACK_GROWING: 176,
+    paths.PROMPTED: 100,
+    paths.FILLED: 135,
+    paths.CHUNKED_STEPPED: 99,
+    paths.TRIMMED_BACK_STEPPED: 176,
+}
+
+
+def test_every_path_is_tried_here() -> None:
+    assert set(FIRST) == {value for value in vars(paths).values() if isinstance(value, PromptPath)}
+
+
+@pytest.mark.parametrize("path", FIRST, ids=lambda path: path.name)
 def test_a_reader_gives_each_position_its_own_row(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Any, first: int
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: PromptPath
 ) -> None:
     session = CountingSession(Exporter(checkpoint, tmp_path, monkeypatch).export("fp32"))
     reader = PathReader(path, session, list(range(200)))  # type: ignore[arg-type]
@@ -113,4 +134,4 @@ def test_a_reader_gives_each_position_its_own_row(
             begin, rows = taken
             assert rows.argmax(-1).tolist() == list(range(begin, begin + len(rows)))
             seen += rows.argmax(-1).tolist()
-    assert seen == list(range(first, 200))
+    assert seen == list(range(FIRST[path], 200))
