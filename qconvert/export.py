@@ -31,7 +31,7 @@ from qconvert.folder.companions import write_companions
 from qconvert.formats.folding import NO_FOLDING, Folding
 from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import Recipe
-from qconvert.formats.record import write_factors
+from qconvert.formats.record import add_to_record, digest_of, write_factors
 from qconvert.models.families import family_of, rope_tables, spec_of
 from qconvert.models.spec import DecoderSpec
 from qconvert.parallel import piece_workers
@@ -114,6 +114,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                 write_record(folder.path, model, recipe, rounded)
             folding = folding_for(recipe, model, checkpoint.folder, progress) | values
             kv_scales = scales_for(recipe, model, checkpoint.folder, progress, values)
+            add_to_record(folder.path, {name: digest_of(scale) for name, scale in kv_scales.items()})
             with progress.task("writing the graph", parameter_count(spec)) as advance:
                 write_graph(
                     model,
@@ -133,7 +134,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
             folder.write_manifest(facts)
         report = None
         if options.verify:
-            report = prove(folder, facts, model, options, progress)
+            report = prove(folder, facts, (checkpoint, model), options, progress)
         with progress.task("publishing the folder"):
             published = folder.publish()
         if rounded is not None:
@@ -177,7 +178,7 @@ def write_graph(
 def prove(
     folder: ModelFolder,
     facts: dict[str, Any],
-    model: PreTrainedModel,
+    source: tuple[Checkpoint, PreTrainedModel],
     options: ExportOptions,
     progress: Progress,
 ) -> Report:
@@ -190,7 +191,8 @@ def prove(
     from qconvert.proof.report_view import write_report
     from qconvert.proof.verify import verify
 
-    report = verify(folder.path, Reference(model), progress)
+    checkpoint, model = source
+    report = verify(folder.path, checkpoint, Reference(model), progress)
     write_report(report, folder.path)
     folder.write_manifest({**facts, "verification": report.verdict()})
     if not report.passed:

@@ -1,7 +1,8 @@
-"""What a calibration records in a model folder for whoever wants to check its weights.
+"""What a calibration records in a model folder for whoever wants to check what it has determined.
 
-``rounding.json`` has digests of the weights that were rounded on purpose, ``balance.safetensors`` the factors
-that were folded into matrices before (``folding.py``), by the name of the tensor whose rows they divide.
+``rounding.json`` has digests of the weights that were rounded on purpose, and of the scales of an int8 KV cache:
+neither follows from the checkpoint alone. ``balance.safetensors`` has the factors that were folded into matrices
+before (``folding.py``), by the name of the tensor whose rows they divide.
 """
 
 from __future__ import annotations
@@ -35,11 +36,25 @@ class Digest:
         return self._hash.hexdigest()
 
 
+def digest_of(rows: torch.Tensor) -> str:
+    """The digest of a tensor in one piece."""
+    digest = Digest()
+    digest.add(rows)
+    return digest.text
+
+
+def add_to_record(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write digests into a model folder's ``rounding.json``, beside those that it has."""
+    if digests:
+        text = json.dumps({"float32_sha256": {**read_record(folder), **digests}}, indent=1)
+        (folder / RECORD_NAME).write_text(f"{text}\n", encoding="utf-8")
+
+
 def read_record(folder: Path) -> dict[str, str]:
-    """The digests in a model folder's ``rounding.json``; none where all weights are rounded to nearest.
+    """The digests in a model folder's ``rounding.json``; none where no calibration has determined anything.
 
     Raises:
-        QconvertError: the file is not what ``write_record`` writes.
+        QconvertError: the file is not what ``add_to_record`` writes.
     """
     file = folder / RECORD_NAME
     if not file.is_file():
@@ -49,7 +64,7 @@ def read_record(folder: Path) -> dict[str, str]:
         return {str(name): str(digest) for name, digest in digests.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise QconvertError(
-            "the record of rounded weights is damaged", where=file, hint="export again"
+            "the record of the calibration is damaged", where=file, hint="export again"
         ) from error
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qconvert.checkpoint.load import Checkpoint
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
 from qconvert.formats.record import read_factors
@@ -14,7 +15,7 @@ from qconvert.progress import Progress
 from qconvert.proof.cases import CaseSet, make_cases
 from qconvert.proof.exported_weights import ExportedWeights
 from qconvert.proof.head_proof import HeadProof
-from qconvert.proof.kv_proof import KVProof
+from qconvert.proof.kv_proof import ExactKV, KVProof
 from qconvert.proof.limits import limits_name
 from qconvert.proof.prefill_proof import prompt_weights
 from qconvert.proof.report import Answer, GreedyResult, PathResult, TwinResult
@@ -35,13 +36,15 @@ class Evidence:
     Attributes:
         weights, paths, greedy, twins: results for the report, filled in by the proofs.
         head: the share of the logits' second step, collected while paths run.
+        notes: what was not compared, and why.
 
     Raises:
         QrunError: the folder is none.
     """
 
-    def __init__(self, path: Path, reference: Reference, progress: Progress) -> None:
+    def __init__(self, path: Path, checkpoint: Checkpoint, reference: Reference, progress: Progress) -> None:
         self.path = path
+        self.checkpoint = checkpoint
         self.reference = reference
         self.progress = progress
         self.manifest: Manifest = read_manifest(path)
@@ -52,6 +55,7 @@ class Evidence:
         self.greedy: GreedyResult | None = None
         self.twins: list[TwinResult] = []
         self.head = HeadProof()
+        self.notes: list[str] = []
 
     @property
     def method(self) -> str | None:
@@ -112,8 +116,13 @@ class Evidence:
         return prompt_weights(self.manifest.prefill_path, self.reference.model, self.factors)
 
     @cached_property
-    def kv(self) -> KVProof:
+    def int8_kv(self) -> KVProof:
+        """The proof of an int8 KV cache."""
         return KVProof(self.exported, self.manifest.graph_path, self.reference)
+
+    @property
+    def kv(self) -> KVProof | ExactKV:
+        return self.int8_kv if self.has_int8_cache else ExactKV(self.reference)
 
     @cached_property
     def cases(self) -> CaseSet:
@@ -143,10 +152,9 @@ class Evidence:
     @cached_property
     def references(self) -> dict[str, Reference]:
         """PyTorch by the weights that it computes with."""
-        found = {"checkpoint": self.kv.checkpoint if self.has_int8_cache else self.reference}
+        found = {"checkpoint": self.kv.checkpoint}
         if self.rounds:
-            kv = self.kv.rounded if self.has_int8_cache else None
-            found["own weights"] = Reference(self.reference.model, self.exported, kv=kv)
+            found["own weights"] = Reference(self.reference.model, self.exported, kv=self.kv.rounded)
         return found
 
     @cached_property

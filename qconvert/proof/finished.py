@@ -52,7 +52,7 @@ def _verify(path: Path, manifest: Manifest, checkpoint: str, progress: Progress)
     source = open_checkpoint(resolve_source(checkpoint))
     with progress.task("loading the checkpoint"):
         model = load_model(source)
-    return verify(path, Reference(model), progress)
+    return verify(path, source, Reference(model), progress)
 
 
 def _check_plan(path: Path, manifest: Manifest, record: bool) -> None:

@@ -99,20 +99,28 @@ def _same(found: Any, due: Any) -> bool:
 def _cache_faults(node: ir.Node, where: str, due: _Due) -> Iterator[WeightFault]:
     """Attention has to read and write its own layer's keys and values, with their own scales."""
     layer = _layer(node)
-    names = [None if value is None else value.name for value in node.inputs]
     wanted = {3: f"past_key_values.{layer}.key", 4: f"past_key_values.{layer}.value"}
-    quantised = "kv_cache_bit_width" in node.attributes
-    if quantised:
+    if "kv_cache_bit_width" in node.attributes:
         wanted |= {12: kv_scale_name(layer, "key"), 13: kv_scale_name(layer, "value")}
+    elif due.int8_cache:  # a graph for prompts: it attends to what the cache will hold, codes made float
+        wanted |= {1: f"new.{layer}.key", 2: f"new.{layer}.value"}
     for index, name in wanted.items():
-        found = names[index] if index < len(names) else None
-        # A graph for prompts over a cache of 8 bits computes what its attention reads.
-        if found != name and (quantised or not due.int8_cache):
+        found = _source(node.inputs[index]) if index < len(node.inputs) else None
+        if found != name:
             yield WeightFault(where, f"reads {found}, due is {name}")
     for index, part in ((1, "key"), (2, "value")):
         output = node.outputs[index] if index < len(node.outputs) else None
         if output is not None and output.is_graph_output() and output.name != f"present.{layer}.{part}":
             yield WeightFault(where, f"writes {output.name}, due is present.{layer}.{part}")
+
+
+def _source(value: ir.Value | None) -> str | None:
+    """The name of what is read, also where codes are cut to their length and made float on the way."""
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type not in ("Cast", "Mul", "Slice") or value.is_graph_output():
+            break
+        value = producer.inputs[0]
+    return None if value is None else value.name
 
 
 def _layer(node: ir.Node) -> int:
@@ -195,11 +203,11 @@ def _cast(node: ir.Node, due: _Due) -> _Allowed:
 
 
 def _shape(value: ir.Value | None) -> tuple[int, ...]:
-    """The shape of a stored tensor, also behind a ``Cast``; one of nothing where it is none."""
+    """The shape of a stored tensor, also behind a ``Cast``; (-1,) where it is none, or a scalar."""
     while value is not None and value.const_value is None and (producer := value.producer()) is not None:
         value = producer.inputs[0]
     tensor = None if value is None else value.const_value
-    return (-1,) if tensor is None else tuple(tensor.shape.numpy())
+    return (-1,) if tensor is None or not tensor.shape.numpy() else tuple(tensor.shape.numpy())
 
 
 _NONE: _Allowed = {}

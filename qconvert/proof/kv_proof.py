@@ -1,12 +1,14 @@
 """The proof of an int8 KV cache: its scales fit keys and values of texts that the calibration has not seen.
 
 All else about such a cache shows in the logits, and sharply: PyTorch, when it computes with the export's
-own weights, keeps keys and values in the same 8 bits. A wrong scale it would share; hence this.
+own weights, keeps keys and values in the same 8 bits. A wrong scale it would share. So the stored scales have
+to be, to the last bit, those of which the calibration has left a digest; and these have to fit the keys and
+values that PyTorch computes for the texts of the proof.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ import numpy as np
 from qconvert.checkpoint.kv_observers import LARGEST, Observed, Rounded
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
+from qconvert.formats.record import digest_of
 from qconvert.formats.stored import kv_scale_name
 from qconvert.models.family import head_size
 from qconvert.proof.exported_weights import ExportedWeights
@@ -25,6 +28,20 @@ from qconvert.proof.weight_check import WeightCheck, WeightFault
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
+
+
+class ExactKV:
+    """The proof of a cache that keeps keys and values as they are: there is nothing to watch or to round.
+
+    Attributes:
+        checkpoint: the reference itself.
+        rounded: see ``KVProof``.
+    """
+
+    rounded = None
+
+    def __init__(self, reference: Reference) -> None:
+        self.checkpoint = reference
 
 
 class KVProof:
@@ -60,6 +77,17 @@ class KVProof:
             limits: the column of the table of limits.
         """
         return replace(check, faults=(*check.faults, *self._faults(limits)))
+
+    def with_record(self, check: WeightCheck, digests: Mapping[str, str]) -> WeightCheck:
+        """The same for the digests that the calibration has left, by the names of the scales."""
+        faults = [
+            WeightFault(name, "not the scales that the calibration has determined")
+            for name, scale in (
+                (kv_scale_name(*place), scale[None, :, None]) for place, scale in self._scales.items()
+            )
+            if digests.get(name) != digest_of(scale)
+        ]
+        return replace(check, faults=(*check.faults, *faults))
 
     def with_prompts(self, check: WeightCheck, prompts: ExportedWeights, graph: Path) -> WeightCheck:
         """The same for a second graph, which fills the first one's cache."""

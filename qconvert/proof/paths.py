@@ -25,7 +25,7 @@ Logits = Iterator[NDArray[np.float32]]
 # later boundaries falls on a multiple of a kernel's tile.
 CHUNKS = (64, 1, 30, 97)
 STEPS = 64
-# Steps of paths that have one row of logits a step: more than ENOUGH_FOR_SHARES, so that every limit is judged.
+# Steps of paths that have one row of logits a step: more than ENOUGH_FOR_SHARES, so all limits are judged.
 MANY_STEPS = 128
 # Tokens that are fed, cut off again and replaced.
 TRIMMED = 8

@@ -1,8 +1,9 @@
 """The sharp twins of an export's graphs against PyTorch with the stored weights, and the graphs against them.
 
-Few positions are enough: an error that an operator makes, it makes at every token. The twin reads one case
-whole and its last tokens one by one, so that its cache is read as well; a graph for prompts is followed by
-the graph that decodes. What is left between a graph and its twin is rounding alone, and has its own limits.
+Few positions are enough, for an operator that errs does so at every token. The twin reads two texts of
+different lengths side by side, as a batch is read, and their last tokens one by one, so that its cache is
+read as well; a graph for prompts is followed by the graph that decodes. What is left between a graph and its
+twin is rounding alone, and has its own limits.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
     from qconvert.proof.exported_weights import ExportedWeights
 
-# Tokens that a twin reads, and of these those that it reads one by one, at the end.
-TOKENS = 128
+# Tokens of the longer text that a twin reads, and of these those that it reads one by one, at the end.
+TOKENS = 96
 STEPS = 4
 # What the first graph reads behind a prompt that the second one has read, in pieces.
 CONTINUED = 32
@@ -57,17 +58,28 @@ def prove_prompt_twin(seen: Evidence) -> list[Failure]:
 def _prove_decoding(seen: Evidence) -> list[Failure]:
     tokens = _tokens(seen)
     path = seen.graph_path
-    steps = min(STEPS, len(tokens) - 1)
     graph = seen.session.forward(tokens[None], seen.session.new_cache(), "all")[0].copy()
     with seen.progress.task("the sharp twin", len(tokens)) as advance:
         twin = _open(seen, path)
-        cache = twin.empty_cache()
-        rows = [twin.advance(tokens[: len(tokens) - steps], cache, 0)]
-        for position in range(len(tokens) - steps, len(tokens)):
-            rows.append(twin.advance(tokens[position : position + 1], cache, position))
+        texts = [tokens, tokens[len(tokens) // 3 :]] if twin.takes_rows else [tokens]
+        logits = _read_side_by_side(twin, texts)
         advance(len(tokens))
     reference = Reference(seen.reference.model, seen.exported)
-    return _judge(seen, path, reference, tokens, 0, twin=np.concatenate(rows), graph=graph)
+    return _judge(seen, path, reference, texts, 0, twin=logits, graph=graph)
+
+
+def _read_side_by_side(twin: TwinSession, texts: list[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+    """Logits ``[tokens, vocab]`` of every text: most of it at once, the last tokens one by one."""
+    steps = min(STEPS, *(len(text) - 1 for text in texts))
+    cache, filled = twin.empty_cache(len(texts)), [0] * len(texts)
+    pieces = [[text[: len(text) - steps] for text in texts]]
+    pieces += [[text[len(text) - left :][:1] for text in texts] for left in range(steps, 0, -1)]
+    rows: list[list[NDArray[np.float32]]] = [[] for _ in texts]
+    for piece in pieces:
+        for row, found in zip(rows, twin.advance(piece, cache, filled)):
+            row.append(found)
+        filled = [before + len(new) for before, new in zip(filled, piece)]
+    return [np.concatenate(row) for row in rows]
 
 
 def _prove_prompt(seen: Evidence) -> list[Failure]:
@@ -77,10 +89,10 @@ def _prove_prompt(seen: Evidence) -> list[Failure]:
     read = max(1, len(tokens) - min(CONTINUED, len(tokens) // 2))
     with seen.progress.task("the sharp twin of the graph for prompts", len(tokens)) as advance:
         cache = _read_prompt(seen, _open(seen, path), tokens[:read])
-        rows = _open(seen, seen.graph_path).advance(tokens[read:], cache, read)
+        rows = _open(seen, seen.graph_path).advance([tokens[read:]], cache, [read])
         advance(len(tokens))
     mixed = Reference(seen.reference.model, seen.exported, PromptWeights(seen.prompts, read))
-    return _judge(seen, path, mixed, tokens, read, twin=rows, graph=None)
+    return _judge(seen, path, mixed, [tokens], read, twin=rows, graph=None)
 
 
 def _read_prompt(
@@ -91,7 +103,7 @@ def _read_prompt(
     for stop in sorted({*np.cumsum(_PROMPT_PIECES).tolist(), len(tokens)}):
         if stop > len(tokens):
             break
-        found = twin.run(tokens[start:stop], cache, start)
+        found = twin.run([tokens[start:stop]], cache, [start])
         for name, before in cache.items():
             if f"present.{name}" in found:
                 cache[name] = found[f"present.{name}"]
@@ -125,35 +137,43 @@ def _judge(
     seen: Evidence,
     path: Path,
     reference: Reference,
-    tokens: NDArray[np.int64],
+    texts: list[NDArray[np.int64]],
     first: int,
     *,
-    twin: NDArray[np.float32],
+    twin: list[NDArray[np.float32]],
     graph: NDArray[np.float32] | None,
 ) -> list[Failure]:
-    """Compare logits of the positions from ``first`` on."""
+    """Compare logits of every text from the position ``first`` on; the graph has read the first text."""
     import torch
 
     limit = limit_value("twin_difference", seen.limits)
     with _stored_angles(seen.exported, reference):
-        hidden = reference.hidden_states([tokens.tolist()])[0][first:]
-    ours = torch.from_numpy(twin)
-    off = (ours - _logits(reference, hidden, ours, limit)).abs().amax(-1).numpy()
+        hidden = [states[first:] for states in reference.hidden_states([text.tolist() for text in texts])]
+    ours = torch.from_numpy(twin[0])
+    off = np.concatenate(
+        [
+            (found - _logits(reference, states, found, limit)).abs().amax(-1).numpy()
+            for found, states in zip(map(torch.from_numpy, twin), hidden)
+        ]
+    )
+    positions = np.concatenate([first + np.arange(len(found)) for found in twin])
     worst = int(np.nan_to_num(off, nan=np.inf).argmax())
     mean = largest = None
     if graph is not None:
         rows = compare_rows(first, ours, torch.from_numpy(graph), torch.tensor([], dtype=torch.int64))
         mean, largest = float(rows.kl.mean()), float(rows.kl.max())
-    result = TwinResult(path.name, len(off), float(off[worst]), first + worst, mean, largest)
+    result = TwinResult(path.name, len(off), float(off[worst]), int(positions[worst]), mean, largest)
     seen.twins.append(result)
-    return _failures(seen, result, off, first)
+    return _failures(seen, result, off, positions)
 
 
-def _failures(seen: Evidence, twin: TwinResult, off: NDArray[np.float32], first: int) -> list[Failure]:
+def _failures(
+    seen: Evidence, twin: TwinResult, off: NDArray[np.float32], positions: NDArray[np.int64]
+) -> list[Failure]:
     failed, where = [], f"{twin.graph}, sharp twin"
     limit = limit_value("twin_difference", seen.limits)
     if not twin.max_difference <= limit:
-        begins = first + int(np.flatnonzero(~(off <= limit))[0])
+        begins = int(positions[~(off <= limit)].min())
         what = f"logits off by {twin.max_difference:.3g} ({limit:g} at most are due to float32)"
         failed.append(Failure(where, f"{what}, from position {begins} on: an error that rounding would hide"))
     rounding = (

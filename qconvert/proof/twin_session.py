@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from qrun.machine import usable_cores
 
 
 class TwinSession:
-    """One sequence through a twin, from its beginning.
+    """Sequences side by side through a twin, from their beginnings.
 
     Args:
         model: of ``twin.sharp_twin``.
@@ -51,30 +52,46 @@ class TwinSession:
         self._static = manifest.target == "tensorrt"
         facts = manifest.model
         self._length = facts.context_length if self._static else 0
-        self._kv_shape = (1, facts.num_key_value_heads, self._length, facts.head_size)
+        self._heads, self._head_size = facts.num_key_value_heads, facts.head_size
         self._layers = facts.num_hidden_layers
         self.outputs = [output.name for output in self._inference.get_outputs()]
         self._inputs = {entry.name for entry in self._inference.get_inputs()}
 
-    def empty_cache(self) -> dict[str, NDArray[np.float32]]:
-        """Keys and values ``[1, kv_heads, length, head_size]`` of no token yet, by "{layer}.{part}"."""
+    @property
+    def takes_rows(self) -> bool:
+        """Whether sequences of different lengths can go side by side: a cache of one length has no mask."""
+        return not self._static
+
+    def empty_cache(self, rows: int = 1) -> dict[str, NDArray[np.float32]]:
+        """Keys and values ``[rows, kv_heads, length, head_size]`` of no token yet, by "{layer}.{part}"."""
+        shape = (rows, self._heads, self._length, self._head_size)
         return {
-            f"{layer}.{part}": np.zeros(self._kv_shape, dtype=np.float32)
+            f"{layer}.{part}": np.zeros(shape, dtype=np.float32)
             for layer in range(self._layers)
             for part in ("key", "value")
         }
 
     def run(
-        self, token_ids: NDArray[np.int64], cache: dict[str, NDArray[np.float32]], filled: int
+        self,
+        sequences: Sequence[NDArray[np.int64]],
+        cache: dict[str, NDArray[np.float32]],
+        filled: Sequence[int],
     ) -> dict[str, NDArray[np.float32]]:
-        """All outputs for tokens ``[new]`` behind ``filled`` others; logits are for every new one."""
-        new = len(token_ids)
-        given: dict[str, Any] = {"input_ids": token_ids[None]}
+        """All outputs for the next tokens of every row, ``filled`` others of which came before.
+
+        Shorter rows are filled up behind their last token; logits are for every place.
+        """
+        new = max(map(len, sequences))
+        padded = np.zeros((len(sequences), new), dtype=np.int64)
+        for row, tokens in zip(padded, sequences):
+            row[: len(tokens)] = tokens
+        given: dict[str, Any] = {"input_ids": padded}
         if self._static:
-            given["position_ids"] = np.arange(filled, filled + new, dtype=np.int64)[None]
+            given["position_ids"] = np.arange(filled[0], filled[0] + new, dtype=np.int64)[None]
             given["logits_positions"] = np.arange(new, dtype=np.int64)
         else:
-            given["attention_mask"] = np.ones((1, filled + new), dtype=np.int64)
+            totals = np.array([before + len(tokens) for before, tokens in zip(filled, sequences)])
+            given["attention_mask"] = (np.arange(max(filled) + new) < totals[:, None]).astype(np.int64)
         given |= {f"past_key_values.{name}": array for name, array in cache.items()}
         try:
             values = self._inference.run(None, given)
@@ -83,13 +100,15 @@ class TwinSession:
         return dict(zip(self.outputs, values))
 
     def advance(
-        self, token_ids: NDArray[np.int64], cache: dict[str, NDArray[np.float32]], filled: int
-    ) -> NDArray[np.float32]:
-        """Logits ``[new, vocab]``; the cache takes up the new tokens."""
-        found = self.run(token_ids, cache, filled)
+        self,
+        sequences: Sequence[NDArray[np.int64]],
+        cache: dict[str, NDArray[np.float32]],
+        filled: Sequence[int],
+    ) -> list[NDArray[np.float32]]:
+        """Logits ``[new, vocab]`` of every row; the cache takes up the new tokens."""
+        found = self.run(sequences, cache, filled)
         cache.update({name: found[f"present.{name}"] for name in cache})
-        logits: NDArray[np.float32] = found["logits"][0]
-        return logits
+        return [rows[: len(tokens)] for rows, tokens in zip(found["logits"], sequences)]
 
     def _failed(self, what: str, error: Exception, folder: Path) -> QconvertError:
         return QconvertError(

@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from qconvert.checkpoint.load import Checkpoint
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
 from qconvert.formats.record import read_record
 from qconvert.progress import Progress
+from qconvert.proof.companion_proof import prove_companions
 from qconvert.proof.evidence import Evidence
 from qconvert.proof.graph_check import check_graphs
+from qconvert.proof.inventory import check_inventory
 from qconvert.proof.limits import PRECISIONS, limit_value, limits_name
 from qconvert.proof.opening_proof import prove_opening
 from qconvert.proof.prefill_proof import add_weights, prove_prompts
@@ -51,15 +54,21 @@ class Proof:
     find: Callable[[Evidence], list[Failure]]
 
 
-def verify(path: Path, reference: Reference, progress: Progress) -> Report:
+def verify(path: Path, checkpoint: Checkpoint, reference: Reference, progress: Progress) -> Report:
     """Compare a model folder, or a plan in one, with the checkpoint it was made from; nothing is changed.
+
+    Args:
+        path: the folder, or a graph or plan in it.
+        checkpoint: its files.
+        reference: the same checkpoint, loaded.
+        progress: for people.
 
     Raises:
         QconvertError: the reference is another model than the folder's.
         QrunError: the folder cannot be opened.
     """
     started = perf_counter()
-    seen = _evidence(path, reference, progress)
+    seen = _evidence(path, checkpoint, reference, progress)
     failed = [failure for proof in PROOFS if proof.applies(seen) for failure in proof.find(seen)]
     assert seen.greedy is not None
     return Report(
@@ -67,7 +76,7 @@ def verify(path: Path, reference: Reference, progress: Progress) -> Report:
         precision=seen.limits,
         device=seen.device,
         reference=reference.dtype,
-        notes=seen.cases.notes,
+        notes=(*seen.cases.notes, *seen.notes),
         weights=seen.weights,
         paths=tuple(seen.paths),
         greedy=seen.greedy,
@@ -78,17 +87,17 @@ def verify(path: Path, reference: Reference, progress: Progress) -> Report:
 
 
 def failures_one_by_one(
-    path: Path, reference: Reference, progress: Progress
+    path: Path, checkpoint: Checkpoint, reference: Reference, progress: Progress
 ) -> Iterator[tuple[Proof, list[Failure]]]:
     """The same proofs, each with what it finds: for whoever needs to know only which is the first to fail."""
-    seen = _evidence(path, reference, progress)
+    seen = _evidence(path, checkpoint, reference, progress)
     for proof in PROOFS:
         if proof.applies(seen):
             yield proof, proof.find(seen)
 
 
-def _evidence(path: Path, reference: Reference, progress: Progress) -> Evidence:
-    seen = Evidence(path, reference, progress)
+def _evidence(path: Path, checkpoint: Checkpoint, reference: Reference, progress: Progress) -> Evidence:
+    seen = Evidence(path, checkpoint, reference, progress)
     _check_fits(seen)
     return seen
 
@@ -129,6 +138,10 @@ def _wrong_graphs(seen: Evidence) -> list[Failure]:
     return [Failure(fault.tensor, fault.what) for fault in check_graphs(seen.manifest, seen.spec)]
 
 
+def _wrong_inventory(seen: Evidence) -> list[Failure]:
+    return [Failure(fault.tensor, fault.what) for fault in check_inventory(seen.manifest, seen.spec)]
+
+
 def _wrong_weights(seen: Evidence) -> list[Failure]:
     model, limits = seen.reference.model, seen.limits
     moved = None
@@ -153,12 +166,16 @@ def _wrong_prompt_weights(seen: Evidence) -> list[Failure]:
 def _other_scales(seen: Evidence) -> list[Failure]:
     path = seen.manifest.prefill_path
     assert path is not None
-    return _with_faults(seen, seen.kv.with_prompts(seen.weights, seen.prompts, path))
+    return _with_faults(seen, seen.int8_kv.with_prompts(seen.weights, seen.prompts, path))
+
+
+def _unrecorded_scales(seen: Evidence) -> list[Failure]:
+    return _with_faults(seen, seen.int8_kv.with_record(seen.weights, read_record(seen.manifest.folder)))
 
 
 def _wrong_scales(seen: Evidence) -> list[Failure]:
     _ = seen.hidden  # PyTorch's keys and values are watched meanwhile
-    return _with_faults(seen, seen.kv.with_faults(seen.weights, seen.limits))
+    return _with_faults(seen, seen.int8_kv.with_faults(seen.weights, seen.limits))
 
 
 def _missing_second_step(seen: Evidence) -> list[Failure]:
@@ -214,15 +231,18 @@ def _wrong_prompts(seen: Evidence) -> list[Failure]:
 # In the order in which faults explain one another: a wrong attribute or weight, then what follows from it.
 PROOFS = (
     Proof("operators and attributes", _always, _wrong_graphs),
+    Proof("tables and constants", _always, _wrong_inventory),
+    Proof("files beside the graph", _always, prove_companions),
     Proof("stored weights", _always, _wrong_weights),
     Proof(
         "stored weights of the graph for prompts", lambda seen: seen.has_prompt_graph, _wrong_prompt_weights
     ),
     Proof("scales of both graphs", lambda seen: seen.has_prompt_graph and seen.has_int8_cache, _other_scales),
+    Proof("recorded scales of the KV cache", lambda seen: seen.has_int8_cache, _unrecorded_scales),
+    Proof("sharp twin", lambda seen: seen.rounds and not seen.of_plan, prove_twin),
     Proof("scales of the KV cache", lambda seen: seen.has_int8_cache, _wrong_scales),
     Proof("logits on every path", _always, _wrong_paths),
     Proof("greedy answer", _always, _wrong_answer),
-    Proof("sharp twin", lambda seen: seen.rounds and not seen.of_plan, prove_twin),
     Proof("graph for prompts", lambda seen: seen.has_prompt_graph, _wrong_prompts),
     Proof("sharp twin of the graph for prompts", lambda seen: seen.has_prompt_graph, prove_prompt_twin),
     Proof(

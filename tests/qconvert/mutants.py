@@ -66,7 +66,7 @@ class Exporter:
         return self.export_with(precision, "load_model", load_wrongly)
 
     def verify(self, folder: Path) -> Report:
-        return verify(folder, self.reference, QUIET)
+        return verify(folder, open_checkpoint(self.checkpoint), self.reference, QUIET)
 
 
 def wrong_rope_base(config: Any, length: int) -> Any:

@@ -24,7 +24,8 @@ def test_a_broken_chat_template_fails_the_verification(tied: Path, tmp_path: Pat
     folder = export(str(tied), options, QUIET).folder
     (folder / "chat_template.jinja").write_text("{% for message in %}", encoding="utf-8")
     reseal(folder)
-    report = verify(folder, Reference(load_model(open_checkpoint(tied))), QUIET)
+    checkpoint = open_checkpoint(tied)
+    report = verify(folder, checkpoint, Reference(load_model(checkpoint)), QUIET)
     assert "opening the folder as a user does" in report.failures()
     assert "chat_template.jinja" in report.failures()
 

@@ -11,8 +11,6 @@ import onnx
 import pytest
 from rich.console import Console
 
-from qconvert.checkpoint.load import load_model, open_checkpoint
-from qconvert.checkpoint.reference import Reference
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
 from qconvert.proof.exported_weights import ExportedWeights
@@ -20,18 +18,19 @@ from qconvert.proof.prefill_proof import prompt_weights
 from qconvert.proof.report_view import summary
 from qconvert.proof.verify import verify
 from qrun.backends.ort.prefill import PrefillBinding
+from tests.qconvert.planted.table import Subject
 from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Reference, Path]:
+def made(tmp_path_factory) -> tuple[Subject, Path]:
     root = tmp_path_factory.mktemp("prefill")
     source = make_tiny_checkpoint(root / "tiny", tie_word_embeddings=False)
     options = ExportOptions(precision="int4", prefill=True, output=root / "m", verify=False)
     folder = export(str(source), options, QUIET).folder
-    return Reference(load_model(open_checkpoint(source))), folder
+    return Subject.of(source), folder
 
 
 @pytest.fixture
@@ -39,14 +38,14 @@ def broken(made, tmp_path) -> Path:
     return Path(shutil.copytree(made[1], tmp_path / "broken"))
 
 
-def prompt_failures(reference: Reference, folder: Path) -> list[str]:
-    report = verify(folder, reference, QUIET)
+def prompt_failures(subject: Subject, folder: Path) -> list[str]:
+    report = verify(folder, subject.checkpoint, subject.reference, QUIET)
     assert all("own graph" in failure.where or "prefill.onnx" in failure.where for failure in report.failed)
     return [f"{failure.where}: {failure.what}" for failure in report.failed]
 
 
 def test_an_honest_second_graph_passes(made):
-    report = verify(made[1], made[0], QUIET)
+    report = verify(made[1], made[0].checkpoint, made[0].reference, QUIET)
     assert report.passed, report.failures()
     assert [path.case for path in report.paths if path.path == "prompt by its own graph"] == ["long"]
     console = Console(width=80, record=True, file=io.StringIO())
@@ -92,12 +91,15 @@ def test_a_factor_that_its_readers_do_not_have_is_noticed(made, broken, tensor, 
 def test_the_second_graph_is_folded_and_the_first_is_not(made):
     """Else the tests above would hold for factors of 1 alone."""
     graphs = [made[1] / "model.onnx", made[1] / "prefill.onnx"]
-    first, second = ExportedWeights(graphs[0], made[0].model), prompt_weights(graphs[1], made[0].model)
+    first, second = (
+        ExportedWeights(graphs[0], made[0].reference.model),
+        prompt_weights(graphs[1], made[0].reference.model),
+    )
     name = "model.layers.1.mlp.up_proj.weight"
     assert name not in first.folding
     factors = second.folding.divided[name]
     assert float(factors.max() / factors.min()) > 1.5
-    checkpoint = made[0].model.state_dict()[name]
+    checkpoint = made[0].reference.model.state_dict()[name]
     step = checkpoint.abs().amax(-1, keepdim=True) / 127
     assert bool(((second.rows(name, slice(None)) - checkpoint).abs() < 2 * step).all())
 

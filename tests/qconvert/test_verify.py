@@ -11,8 +11,6 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from qconvert.checkpoint.load import load_model, open_checkpoint
-from qconvert.checkpoint.reference import Reference
 from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
@@ -21,7 +19,7 @@ from qconvert.proof.cases import GREEDY_STEPS, LONG_TOKENS
 from qconvert.proof.limits import ENOUGH_FOR_SHARES, LIMITS, limits_table
 from qconvert.proof.paths import STEPS
 from qconvert.proof.report_view import summary, write_report
-from qconvert.proof.verify import Report, verify
+from qconvert.proof.verify import Report
 from qconvert.recipes.precisions import PRECISIONS
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.mutants import Exporter, overwrite
@@ -206,4 +204,4 @@ def test_a_precision_without_limits_is_refused(exporter: Exporter) -> None:
         manifest.read_text(encoding="utf-8").replace('"precision": "fp32"', '"precision": "int2"')
     )
     with pytest.raises(QconvertError, match='no limits for the precision "int2"'):
-        verify(folder, Reference(load_model(open_checkpoint(exporter.checkpoint))), QUIET)
+        exporter.verify(folder)

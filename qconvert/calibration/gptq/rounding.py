@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from qconvert.errors import QconvertError
 from qconvert.formats.blocks import unpack
 from qconvert.formats.layout import NonFiniteWeightError
 from qconvert.formats.recipe import Recipe
-from qconvert.formats.record import RECORD_NAME, Digest
+from qconvert.formats.record import add_to_record, digest_of
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 
@@ -67,9 +66,5 @@ def write_record(folder: Path, model: PreTrainedModel, recipe: Recipe, store: Ro
     for name in store:
         fmt = recipe.format_of(name)
         if fmt is not None and fmt.bits == 4:
-            digest = Digest()
-            digest.add(unpack(store[name], fmt, columns[name]))
-            digests[name] = digest.text
-    (folder / RECORD_NAME).write_text(
-        json.dumps({"float32_sha256": digests}, indent=1) + "\n", encoding="utf-8"
-    )
+            digests[name] = digest_of(unpack(store[name], fmt, columns[name]))
+    add_to_record(folder, digests)
