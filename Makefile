@@ -5,6 +5,7 @@
 #   make test-matrix  every combination of export options, on a vocabulary of real size (10 minutes)
 #   make test-docs every command of README.md and docs/ on the sample model (half an hour)
 #   make test-mutations thousands of damaged checkpoints and exports (make test tries some)
+#   make test-planted every planted error in every kind of export (a quarter of an hour)
 #   make test-gpu  what only an NVIDIA GPU can show; elsewhere each test says why it is skipped
 #   make test-oldest  the runtime with the lowest versions of what it needs; test-newest: all with the newest
 #   make test-schemas the whole JSON-Schema-Test-Suite: each schema enforced or refused (two minutes)
@@ -46,8 +47,8 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 # of France?" leaves 0.06, which int8 arithmetic of another processor may turn).
 QUESTION := Name the capital of France.
 
-.PHONY: demo test test-oldest test-newest test-matrix test-mutations test-docs test-gpu lint interop
-.PHONY: benchmark compare clean test-interleavings test-schemas soak
+.PHONY: demo test test-oldest test-newest test-matrix test-mutations test-planted test-docs test-gpu lint
+.PHONY: interop benchmark compare clean test-interleavings test-schemas soak
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -85,6 +86,9 @@ soak: $(VENV)/.ready
 
 test-docs: $(VENV)/.ready
 	$(VENV)/bin/pytest -m slow_docs tests/docs
+
+test-planted: $(VENV)/.ready
+	$(VENV)/bin/pytest -m planted tests/qconvert/test_planted.py
 
 test-gpu: $(VENV)/.ready
 	QCONVERT_GPU_RESULTS=$(CURDIR)/benchmarks/results/plan.json $(VENV)/bin/pytest -m gpu -rs

@@ -27,7 +27,9 @@ from qrun.backends.session import Session
 from qrun.folder.manifest import Manifest, names_plan, read_manifest
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 
 class Evidence:
@@ -36,6 +38,7 @@ class Evidence:
     Attributes:
         weights, paths, greedy, twins: results for the report, filled in by the proofs.
         head: the share of the logits' second step, collected while paths run.
+        twin_logits: of the first text that the sharp twin of the graph that decodes has read.
         notes: what was not compared, and why.
 
     Raises:
@@ -54,6 +57,7 @@ class Evidence:
         self.paths: list[PathResult] = []
         self.greedy: GreedyResult | None = None
         self.twins: list[TwinResult] = []
+        self.twin_logits: NDArray[np.float32] | None = None
         self.head = HeadProof()
         self.notes: list[str] = []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ _PROMPT_PIECES = (40, 1)
 
 
 def prove_twin(seen: Evidence) -> list[Failure]:
-    """The graph that decodes: its twin, and what rounding costs it."""
+    """The twin of the graph that decodes."""
     try:
         return _prove_decoding(seen)
     except QconvertError as error:  # a graph of which the twin does not know what it is
@@ -55,17 +56,36 @@ def prove_prompt_twin(seen: Evidence) -> list[Failure]:
         return [Failure("prefill.onnx, sharp twin", error.what)]
 
 
+def prove_rounding(seen: Evidence) -> list[Failure]:
+    """What rounding costs the graph that decodes, compared with its twin, which has run before."""
+    import torch
+
+    if seen.twin_logits is None:
+        return []  # there is no twin, which is a failure already
+    tokens = _tokens(seen)
+    graph = seen.session.forward(tokens[None], seen.session.new_cache(), "all")[0]
+    nothing = torch.tensor([], dtype=torch.int64)
+    rows = compare_rows(0, torch.from_numpy(seen.twin_logits), torch.from_numpy(graph), nothing)
+    mean, largest = float(rows.kl.mean()), float(rows.kl.max())
+    seen.twins[0] = replace(seen.twins[0], mean_rounding=mean, max_rounding=largest)
+    where = f"{seen.graph_path.name}, sharp twin"
+    measured = {"mean_rounding": mean, "max_rounding": largest}
+    return [
+        Failure(where, f"rounding costs the graph a KL divergence of {value:.3g} ({most:g} at most)")
+        for value, most in ((value, limit_value(key, seen.limits)) for key, value in measured.items())
+        if not value <= most
+    ]
+
+
 def _prove_decoding(seen: Evidence) -> list[Failure]:
     tokens = _tokens(seen)
-    path = seen.graph_path
-    graph = seen.session.forward(tokens[None], seen.session.new_cache(), "all")[0].copy()
+    # A graph for TensorRT has a cache of one length, and rows of one length.
+    texts = [tokens] if seen.manifest.target == "tensorrt" else [tokens, tokens[len(tokens) // 3 :]]
     with seen.progress.task("the sharp twin", len(tokens)) as advance:
-        twin = _open(seen, path)
-        texts = [tokens, tokens[len(tokens) // 3 :]] if twin.takes_rows else [tokens]
-        logits = _read_side_by_side(twin, texts)
+        logits = _read_side_by_side(_open(seen, seen.graph_path), texts)
         advance(len(tokens))
-    reference = Reference(seen.reference.model, seen.exported)
-    return _judge(seen, path, reference, texts, 0, twin=logits, graph=graph)
+    seen.twin_logits = logits[0]
+    return _judge(seen, seen.graph_path, Reference(seen.reference.model, seen.exported), texts, logits)
 
 
 def _read_side_by_side(twin: TwinSession, texts: list[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
@@ -92,7 +112,7 @@ def _prove_prompt(seen: Evidence) -> list[Failure]:
         rows = _open(seen, seen.graph_path).advance([tokens[read:]], cache, [read])
         advance(len(tokens))
     mixed = Reference(seen.reference.model, seen.exported, PromptWeights(seen.prompts, read))
-    return _judge(seen, path, mixed, [tokens], read, twin=rows, graph=None)
+    return _judge(seen, path, mixed, [tokens], rows)
 
 
 def _read_prompt(
@@ -138,54 +158,37 @@ def _judge(
     path: Path,
     reference: Reference,
     texts: list[NDArray[np.int64]],
-    first: int,
-    *,
     twin: list[NDArray[np.float32]],
-    graph: NDArray[np.float32] | None,
 ) -> list[Failure]:
-    """Compare logits of every text from the position ``first`` on; the graph has read the first text."""
+    """Compare a twin's logits of the last positions of every text with PyTorch's."""
     import torch
 
     limit = limit_value("twin_difference", seen.limits)
     with _stored_angles(seen.exported, reference):
-        hidden = [states[first:] for states in reference.hidden_states([text.tolist() for text in texts])]
-    ours = torch.from_numpy(twin[0])
+        states_of = reference.hidden_states([text.tolist() for text in texts])
+    hidden = [states[-len(found) :] for states, found in zip(states_of, twin)]
     off = np.concatenate(
         [
             (found - _logits(reference, states, found, limit)).abs().amax(-1).numpy()
             for found, states in zip(map(torch.from_numpy, twin), hidden)
         ]
     )
-    positions = np.concatenate([first + np.arange(len(found)) for found in twin])
-    worst = int(np.nan_to_num(off, nan=np.inf).argmax())
-    mean = largest = None
-    if graph is not None:
-        rows = compare_rows(first, ours, torch.from_numpy(graph), torch.tensor([], dtype=torch.int64))
-        mean, largest = float(rows.kl.mean()), float(rows.kl.max())
-    result = TwinResult(path.name, len(off), float(off[worst]), int(positions[worst]), mean, largest)
-    seen.twins.append(result)
-    return _failures(seen, result, off, positions)
-
-
-def _failures(
-    seen: Evidence, twin: TwinResult, off: NDArray[np.float32], positions: NDArray[np.int64]
-) -> list[Failure]:
-    failed, where = [], f"{twin.graph}, sharp twin"
-    limit = limit_value("twin_difference", seen.limits)
-    if not twin.max_difference <= limit:
-        begins = int(positions[~(off <= limit)].min())
-        what = f"logits off by {twin.max_difference:.3g} ({limit:g} at most are due to float32)"
-        failed.append(Failure(where, f"{what}, from position {begins} on: an error that rounding would hide"))
-    rounding = (
-        (twin.mean_rounding, limit_value("mean_rounding", seen.limits)),
-        (twin.max_rounding, limit_value("max_rounding", seen.limits)),
+    positions = np.concatenate(
+        [np.arange(len(text) - len(found), len(text)) for text, found in zip(texts, twin)]
     )
-    for value, most in rounding:
-        if value is not None and not value <= most:
-            failed.append(
-                Failure(where, f"rounding costs the graph a KL divergence of {value:.3g} ({most:g} at most)")
-            )
-    return failed
+    worst = int(np.nan_to_num(off, nan=np.inf).argmax())
+    result = TwinResult(path.name, len(off), float(off[worst]), int(positions[worst]))
+    seen.twins.append(result)
+    if result.max_difference <= limit:
+        return []
+    begins = int(positions[~(off <= limit)].min())
+    what = f"logits off by {result.max_difference:.3g} ({limit:g} at most are due to float32)"
+    return [
+        Failure(
+            f"{path.name}, sharp twin",
+            f"{what}, from position {begins} on: an error that rounding would hide",
+        )
+    ]
 
 
 def _logits(reference: Reference, hidden: torch.Tensor, ours: torch.Tensor, limit: float) -> torch.Tensor:

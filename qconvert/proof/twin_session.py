@@ -36,6 +36,8 @@ class TwinSession:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False
+        # An arena would keep the memory of every dequantised matrix that it has seen.
+        options.enable_cpu_mem_arena = False
         # No constant folding, no prepacking: a dequantised matrix lives as long as its product takes.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -56,11 +58,6 @@ class TwinSession:
         self._layers = facts.num_hidden_layers
         self.outputs = [output.name for output in self._inference.get_outputs()]
         self._inputs = {entry.name for entry in self._inference.get_inputs()}
-
-    @property
-    def takes_rows(self) -> bool:
-        """Whether sequences of different lengths can go side by side: a cache of one length has no mask."""
-        return not self._static
 
     def empty_cache(self, rows: int = 1) -> dict[str, NDArray[np.float32]]:
         """Keys and values ``[rows, kv_heads, length, head_size]`` of no token yet, by "{layer}.{part}"."""

@@ -32,7 +32,7 @@ from qconvert.proof.opening_proof import prove_opening
 from qconvert.proof.prefill_proof import add_weights, prove_prompts
 from qconvert.proof.report import Failure, GreedyResult, Report, greedy_failures, path_failures
 from qconvert.proof.runs import judge_answers, run_case
-from qconvert.proof.twin_proof import prove_prompt_twin, prove_twin
+from qconvert.proof.twin_proof import prove_prompt_twin, prove_rounding, prove_twin
 from qconvert.proof.weight_check import MovedWeights, WeightCheck, check_weights
 from qrun.backends.opening import open_session
 
@@ -243,6 +243,7 @@ PROOFS = (
     Proof("scales of the KV cache", lambda seen: seen.has_int8_cache, _wrong_scales),
     Proof("logits on every path", _always, _wrong_paths),
     Proof("greedy answer", _always, _wrong_answer),
+    Proof("rounding beside the sharp twin", lambda seen: seen.rounds and not seen.of_plan, prove_rounding),
     Proof("graph for prompts", lambda seen: seen.has_prompt_graph, _wrong_prompts),
     Proof("sharp twin of the graph for prompts", lambda seen: seen.has_prompt_graph, prove_prompt_twin),
     Proof(

@@ -9,10 +9,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.qconvert.planted.table import COLUMNS, KINDS, MISSED, Subject, caught_by, to_markdown
-from tests.tiny import make_tiny_checkpoint
-
-TINY = {"vocab_size": 4096, "tie_word_embeddings": False}
+from tests.qconvert.planted.table import (
+    ABSENT,
+    COLUMNS,
+    KINDS,
+    MISSED,
+    Subject,
+    caught_by,
+    make_tiny_subject,
+    to_markdown,
+)
 
 
 def main() -> int:
@@ -26,8 +32,8 @@ def main() -> int:
     results: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        source = arguments.checkpoint or make_tiny_checkpoint(work / "tiny", sliding=True, **TINY)
-        subject = Subject.of(source)
+        given = arguments.checkpoint
+        subject = make_tiny_subject(work / "tiny") if given is None else Subject.of(given)
         for column in arguments.columns:
             made = subject.export(column, work / column.replace(" ", "-"))
             for found in subject.failures(made):
@@ -41,7 +47,7 @@ def main() -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1))
     outcomes = [caught for found in results.values() for caught in found.values()]
-    tried = [caught for caught in outcomes if caught != "-"]
+    tried = [caught for caught in outcomes if caught != ABSENT]
     missed = [caught for caught in tried if caught.startswith(MISSED)]
     print(f"{len(kinds)} kinds, {len(tried)} planted, {len(missed)} missed", file=sys.stderr)
     return int(bool(missed))

@@ -19,6 +19,7 @@ from tests.qconvert.planted.edits import DoesNotApplyError, Plant, in_graph
 from tests.qconvert.planted.files import FILES
 from tests.qconvert.planted.operators import ATTRIBUTES, WIRING
 from tests.qconvert.planted.prompts import PROMPTS
+from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -38,7 +39,9 @@ KINDS: dict[str, Plant] = {
     **FILES,
 }
 MISSED = "MISSED"
-_ABSENT = "-"
+ABSENT = "-"
+# Large enough for logits in two steps; a head of its own, so that neither matrix stands for the other.
+_TINY: dict[str, Any] = {"vocab_size": 4096, "tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Subject:
             yield "refused", error.what
 
 
+def make_tiny_subject(folder: Path) -> Subject:
+    """A tiny random model with windows."""
+    return Subject.of(make_tiny_checkpoint(folder, sliding=True, **_TINY))
+
+
 def planted(made: Path, kind: str, scratch: Path) -> Path:
     """A copy of a folder with one error in it.
 
@@ -85,7 +93,7 @@ def caught_by(subject: Subject, made: Path, kind: str, scratch: Path) -> str:
     try:
         folder = planted(made, kind, scratch)
     except DoesNotApplyError:
-        return _ABSENT
+        return ABSENT
     try:
         return next((check for check, _ in subject.failures(folder)), MISSED)
     except Exception as error:  # a traceback is no finding
