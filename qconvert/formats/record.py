@@ -1,8 +1,8 @@
 """What a calibration records in a model folder for whoever wants to check what it has determined.
 
-``rounding.json`` has digests of the weights that were rounded on purpose, and of the scales of an int8 KV cache:
-neither follows from the checkpoint alone. ``balance.safetensors`` has the factors that were folded into matrices
-before (``folding.py``), by the name of the tensor whose rows they divide.
+``rounding.json`` has digests of the weights that were rounded on purpose, and of the scales of an int8 KV
+cache: neither follows from the checkpoint alone. ``balance.safetensors`` has the factors that were folded
+into matrices before (``folding.py``), by the name of the tensor whose rows they divide.
 """
 
 from __future__ import annotations

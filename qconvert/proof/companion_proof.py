@@ -3,12 +3,11 @@
 They decide on answers as much as the weights do: where an answer ends, in which tokens a prompt is written,
 by which template a conversation is. Each is read as its readers read it, once in the folder and once in the
 checkpoint, so that only what changes the meaning is a difference. What a person has changed since the export
-(its SHA-256 is no longer the manifest's) is that person's wish, and a note.
+is that person's wish, and a note.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from importlib.resources import files
@@ -16,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconvert.checkpoint.config import load_config
-from qconvert.checkpoint.load import sampling_defaults
+from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.checkpoint.tokens import end_tokens
-from qconvert.models.decoder import DecoderSpec
+from qconvert.models.families import spec_of
+from qconvert.models.spec import DecoderSpec
 from qconvert.proof.report import Failure
 from qrun.errors import QrunError
-from qrun.text.tokenizer import Tokenizer, read_json_object, read_tokenizer_config
+from qrun.sampling.params import resolve
+from qrun.text.chat_template import ADDITIONAL_TEMPLATES
+from qrun.text.tokenizer import read_json_object, read_special_tokens, read_tokenizer_config
 
 if TYPE_CHECKING:
     from qconvert.proof.evidence import Evidence
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _TEXTS = ("short.txt", "chinese.txt", "code.txt")
 _TEMPLATE = "chat_template.jinja"
-_NAMED_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ _Claims = Callable[["Evidence"], Iterator[_Claim]]
 
 def prove_companions(seen: Evidence) -> list[Failure]:
     """All files of the folder that change answers."""
-    failed = []
+    failed, edited = [], seen.manifest.edited_files()
     for name, claims in _CLAIMS.items():
-        if _changed_since(seen, name):
+        if name in edited:
             seen.notes.append(
                 f"{name} was changed after the export, and was not compared with the checkpoint's"
             )
@@ -63,14 +64,6 @@ def prove_companions(seen: Evidence) -> list[Failure]:
         except QrunError as error:
             failed.append(Failure(name, f"it cannot be read: {error.what}"))
     return failed
-
-
-def _changed_since(seen: Evidence, name: str) -> bool:
-    path = seen.manifest.folder / name
-    recorded = next((entry.sha256 for entry in seen.manifest.files if entry.path == name), None)
-    if recorded is None or not path.is_file():
-        return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() != recorded
 
 
 def _short(value: Any) -> str:
@@ -88,7 +81,7 @@ def _manifest(seen: Evidence) -> Iterator[_Claim]:
         yield _Claim(f"model.{name}", getattr(manifest.model, name), getattr(spec, name))
     if manifest.target != "tensorrt":  # its cache has the length that was asked for
         yield _Claim("model.context_length", manifest.model.context_length, spec.context_length)
-    facts = manifest.raw["model"]
+    facts = manifest.raw.get("model", {})
     yield _Claim("model.rope", facts.get("rope"), dict(seen.checkpoint.config.rope_parameters))
     windows = list(spec.sliding_windows) if any(spec.sliding_windows) else None
     yield _Claim("model.sliding_windows", facts.get("sliding_windows"), windows)
@@ -98,7 +91,7 @@ def _manifest(seen: Evidence) -> Iterator[_Claim]:
 
 def _config(seen: Evidence) -> Iterator[_Claim]:
     found, due = load_config(seen.manifest.folder), seen.checkpoint.config
-    ours = DecoderSpec.from_config(found)
+    ours = spec_of(found)
     for field in fields(DecoderSpec):
         yield _Claim(field.name, getattr(ours, field.name), getattr(seen.spec, field.name))
     yield _Claim("rope_parameters", dict(found.rope_parameters), dict(due.rope_parameters))
@@ -109,42 +102,40 @@ def _config(seen: Evidence) -> Iterator[_Claim]:
 def _generation_config(seen: Evidence) -> Iterator[_Claim]:
     folder = seen.manifest.folder
     found = read_json_object(folder / "generation_config.json") or None
-    yield _Claim("what it says of sampling", sampling_defaults(folder, found), seen.checkpoint.sampling)
+    yield _Claim("what it says of sampling", resolve({}, found)[0], seen.checkpoint.sampling)
     ends = end_tokens(folder, seen.checkpoint.config, found, seen.spec.vocab_size)
     yield _Claim("what ends an answer", sorted(ends.ids), sorted(seen.checkpoint.ends.ids))
 
 
 def _tokenizer(seen: Evidence) -> Iterator[_Claim]:
-    if not (seen.checkpoint.folder / "tokenizer.json").is_file():
+    found, due = (read_tokenizer(folder) for folder in (seen.manifest.folder, seen.checkpoint.folder))
+    if due is None:
+        return  # nor has the export one
+    if found is None:
+        yield _Claim("its content", None, "the checkpoint's tokenizer")
         return
-    found, due = (Tokenizer.from_folder(folder) for folder in (seen.manifest.folder, seen.checkpoint.folder))
-    # It may know more tokens, such as those that only tokenizer_config.json names.
-    known = max(due.vocab_size, *due.special_ids, 0) + 1
-    for token_id in range(known):
-        if found.token(token_id) != due.token(token_id):
-            yield _Claim(f"token {token_id}", found.token(token_id), due.token(token_id))
-            break
+    ours, theirs = (tokenizer.get_vocab(with_added_tokens=True) for tokenizer in (found, due))
+    wrong = next((token for token, place in theirs.items() if ours.get(token) != place), None)
+    if wrong is not None:
+        yield _Claim(f"the token {wrong!r}", ours.get(wrong), theirs[wrong])
     for name in _TEXTS:
         text = (files("qconvert") / "data" / name).read_text(encoding="utf-8")
-        theirs = due.encode(text)
-        yield _Claim(f"what it makes of {name}", found.encode(text), theirs)
-        yield _Claim(f"what it makes of {name}, read back,", found.decode(theirs), due.decode(theirs))
-    yield _Claim("what it leaves out of answers", due.special_ids - found.special_ids, frozenset())
+        ids = due.encode(text, add_special_tokens=False).ids
+        yield _Claim(f"what it makes of {name}", found.encode(text, add_special_tokens=False).ids, ids)
+        yield _Claim(f"what it makes of {name}, read back,", found.decode(ids), due.decode(ids))
+    special = [
+        {place for place, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        for tokenizer in (found, due)
+    ]
+    yield _Claim("what it leaves out of answers", sorted(special[0]), sorted(special[1]))
 
 
 def _tokenizer_config(seen: Evidence) -> Iterator[_Claim]:
     found, due = (read_tokenizer_config(folder) for folder in (seen.manifest.folder, seen.checkpoint.folder))
-    for name in ("chat_template", "added_tokens_decoder", "eos_token", "bos_token", "pad_token", "unk_token"):
+    for name in ("chat_template", "added_tokens_decoder"):
         yield _Claim(name, found.get(name), due.get(name))
-
-
-def _special_tokens_map(seen: Evidence) -> Iterator[_Claim]:
-    name = "special_tokens_map.json"
-    yield _Claim(
-        "its content",
-        read_json_object(seen.manifest.folder / name),
-        read_json_object(seen.checkpoint.folder / name),
-    )
+    names = (read_special_tokens(folder) for folder in (seen.manifest.folder, seen.checkpoint.folder))
+    yield _Claim("the names of special tokens", *names)
 
 
 def _templates(seen: Evidence) -> Iterator[_Claim]:
@@ -154,11 +145,11 @@ def _templates(seen: Evidence) -> Iterator[_Claim]:
         _text(seen.checkpoint.folder / _TEMPLATE),
     )
     found, due = (
-        {path.name: _text(path) for path in (folder / _NAMED_TEMPLATES).glob("*.jinja")}
+        {path.name: _text(path) for path in (folder / ADDITIONAL_TEMPLATES).glob("*.jinja")}
         for folder in (seen.manifest.folder, seen.checkpoint.folder)
     )
     for name, text in due.items():
-        yield _Claim(f"{_NAMED_TEMPLATES}/{name}", found.get(name), text)
+        yield _Claim(f"{ADDITIONAL_TEMPLATES}/{name}", found.get(name), text)
 
 
 def _text(path: Path) -> str | None:
@@ -172,7 +163,7 @@ def _genai_config(seen: Evidence) -> Iterator[_Claim]:
     raw = read_json_object(seen.manifest.folder / "genai_config.json")
     model, search, spec = raw.get("model", {}), raw.get("search", {}), seen.spec
     decoder, sampling = model.get("decoder", {}), seen.checkpoint.sampling
-    yield _Claim("model.type", model.get("type"), "qwen2")
+    yield _Claim("model.type", model.get("type"), spec.model_type)
     for name in ("vocab_size", "context_length"):
         yield _Claim(f"model.{name}", model.get(name), getattr(spec, name))
     ends = model.get("eos_token_id", [])
@@ -207,7 +198,6 @@ _CLAIMS: dict[str, _Claims] = {
     "generation_config.json": _generation_config,
     "tokenizer.json": _tokenizer,
     "tokenizer_config.json": _tokenizer_config,
-    "special_tokens_map.json": _special_tokens_map,
     _TEMPLATE: _templates,
     "genai_config.json": _genai_config,
 }

@@ -18,11 +18,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qconvert.formats.channels import groups_in_a_part
+from qconvert.formats.graph_file import load_graph
 from qconvert.formats.recipe import ChannelFormat
 from qconvert.formats.shortlist import Shortlist
 from qconvert.formats.stored import joined_name, kv_scale_name
-from qconvert.models.decoder import DecoderSpec, lower_decoder
+from qconvert.models.decoder import lower_decoder
 from qconvert.models.recorder import tensor_groups
+from qconvert.models.spec import DecoderSpec
 from qconvert.proof.weight_check import WeightFault
 from qrun.folder.manifest import Manifest
 
@@ -100,7 +102,9 @@ _CONSTANTS: dict[str, Callable[[_Due], Any]] = {
 
 def check_inventory(manifest: Manifest, spec: DecoderSpec) -> list[WeightFault]:
     """All graphs of a folder; faults have the names of tensors, and of files beside the first."""
-    due = _Due(spec, manifest.model.context_length, manifest.raw["recipe"], manifest.target == "tensorrt")
+    due = _Due(
+        spec, manifest.model.context_length, manifest.raw.get("recipe", {}), manifest.target == "tensorrt"
+    )
     faults = []
     for entry in manifest.files:
         if entry.path.endswith(".onnx"):
@@ -116,12 +120,17 @@ def _check(path: Path, due: _Due) -> Iterator[WeightFault]:
     scales = {
         kv_scale_name(layer, part) for layer in range(due.spec.num_hidden_layers) for part in ("key", "value")
     }
-    for graph in _graphs(ir.load(path).graph):
+    for graph in _graphs(load_graph(path).graph):
         for name, value in graph.initializers.items():
             if value.const_value is None:
                 yield WeightFault(name, "it has no content")
             elif name in constants:
-                yield from _constant_fault(name, value.const_value.numpy(), constants[name](due))
+                try:
+                    wanted = constants[name](due)
+                except (KeyError, TypeError):
+                    yield WeightFault(name, "the manifest's recipe does not say what this constant is")
+                    continue
+                yield from _constant_fault(name, value.const_value.numpy(), wanted)
             elif name in _TABLES:
                 yield from _table_fault(name, tuple(value.const_value.shape.numpy()), due)
             elif name not in scales and not _belongs(name, weights):
@@ -144,10 +153,11 @@ def _belongs(name: str, weights: tuple[str, ...]) -> bool:
 
 def _of_sizes(spec: DecoderSpec) -> dict[str, Callable[[_Due], Any]]:
     """Constants that carry a size of this model in their names."""
-    heads = {
-        f"{count}_heads": [0, 0, count, spec.head_size]
-        for count in (spec.num_attention_heads, spec.num_key_value_heads)
-    }
+    heads: dict[str, Any] = {}
+    for count in (spec.num_attention_heads, spec.num_key_value_heads):
+        split = [0, 0, count, spec.head_size]
+        heads |= {f"{count}_heads": split, f"{count}_split_heads": split}
+        heads[f"{count}_heads_whole"] = [0, 0, count * spec.head_size]
     windows = {f"window_{window}": window for window in spec.sliding_windows if window is not None}
     return {name: lambda due, value=value: value for name, value in (heads | windows).items()}  # type: ignore[misc]
 

@@ -69,10 +69,13 @@ def prove_rounding(seen: Evidence) -> list[Failure]:
     mean, largest = float(rows.kl.mean()), float(rows.kl.max())
     seen.twins[0] = replace(seen.twins[0], mean_rounding=mean, max_rounding=largest)
     where = f"{seen.graph_path.name}, sharp twin"
-    measured = {"mean_rounding": mean, "max_rounding": largest}
+    measured = (
+        (mean, limit_value("mean_rounding", seen.limits)),
+        (largest, limit_value("max_rounding", seen.limits)),
+    )
     return [
         Failure(where, f"rounding costs the graph a KL divergence of {value:.3g} ({most:g} at most)")
-        for value, most in ((value, limit_value(key, seen.limits)) for key, value in measured.items())
+        for value, most in measured
         if not value <= most
     ]
 

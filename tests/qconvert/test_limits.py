@@ -30,9 +30,9 @@ def recipes() -> Iterator[Recipe]:
 
 def asked_of(recipe: Recipe) -> Iterator[str]:
     """The limits that the proof of such an export looks up by name."""
-    yield from ("weight_steps", "near_tie")
-    if column_of(recipe) != "fp32":  # without rounding, nothing can hide behind it: there is no twin
-        yield from ("twin_difference", "mean_rounding", "max_rounding")
+    yield from ("weight_steps", "near_tie", "twin_difference")
+    if column_of(recipe) != "fp32":  # there is no rounding that could cost anything
+        yield from ("mean_rounding", "max_rounding")
     if recipe.calibration is not None:
         yield "moved_steps"
         if recipe.calibration.method == "awq":

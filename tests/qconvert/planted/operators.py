@@ -141,6 +141,8 @@ def matrix_of_next_layer(graph: ir.Graph) -> None:
 def _bias(graph: ir.Graph) -> tuple[ir.Node, int]:
     """Who reads the bias of q, k and v, and as which input."""
     value = initializer(graph, f"model.layers.{LAYER}.self_attn.q_k_v_proj.bias")
+    if value.const_value is None or not value.const_value.numpy().any():
+        raise DoesNotApplyError  # the sample was made of a model without biases
     (use,) = value.uses()
     return use.node, use.idx
 
