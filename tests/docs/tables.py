@@ -61,10 +61,13 @@ NOT_RUN = {
         "another program's command, for a repository or an account of the user's"
     ),
     r"pip (install|uninstall|config) .*": _NETWORK,
-    r"make (test|test-matrix|test-docs|lint|interop|demo|test-schemas)": _CHECK_ALL,
+    r"make (test|test-matrix|test-planted|test-docs|lint|interop|demo|test-schemas)": _CHECK_ALL,
     r"make (benchmark|compare)": _HOURS,
     r"make test-gpu": _GPU,
     r"python -m benchmarks\..*": _HOURS,
+    r"python -m tests\.qconvert\.planted.*": (
+        "prints the table of docs/planted.md: test_planted.py compares each cell with what this would print"
+    ),
     r"python -m tests\.docs\.commands_page": (
         "writes docs/commands.md: test_commands_page.py compares that with what this would write"
     ),
