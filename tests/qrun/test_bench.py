@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
 from qrun.backends.opening import open_session
 from qrun.cli.bench import Measured, Round, Workload, measure, workloads
+from qrun.cli.bench_view import as_table
 from qrun.cli.main import main
 from qrun.errors import QrunError
 from tests.tiny import make_tiny_checkpoint
@@ -55,6 +57,16 @@ def test_rates_are_new_tokens_over_their_own_seconds() -> None:
 def test_a_single_token_has_no_decode_rate() -> None:
     row = Measured(Workload(8, 1), (Round(1.0, 0.1, 1.0),)).to_json()
     assert row["decode_tokens_per_second"] is None
+
+
+def test_figures_of_several_rows_fit_into_80_columns() -> None:
+    rounds = (Round(1.6, 3.3, 2.1), Round(1.66, 3.31, 2.2))
+    measured = [Measured(Workload(2_048, 64, depth=30_720, rows=8), rounds)]
+    console = Console(width=80, file=io.StringIO())
+    console.print(as_table(measured))
+    heads, figures = console.file.getvalue().splitlines()
+    assert heads.split()[-2:] == ["first", "token"]
+    assert figures.split()[4:] == ["10,055", "(9,870-10,240)", "152", "(152-153)", "2,150", "ms"]
 
 
 def test_every_round_does_the_same_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,4 +76,4 @@ def _rate(middle: float | None, found: Sequence[float] | None) -> str:
     if middle is None or found is None:
         return "-"
     digits = 0 if middle >= 100 else 1
-    return f"{middle:,.{digits}f} ({found[0]:,.{digits}f} to {found[1]:,.{digits}f})"
+    return f"{middle:,.{digits}f} ({found[0]:,.{digits}f}-{found[1]:,.{digits}f})"
