@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 import qconvert.calibration.awq
 import qconvert.export
-from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.formats.folding import Folding
 from qconvert.formats.record import FACTORS_NAME, RECORD_NAME, read_factors, write_factors
 from qrun.folder.manifest import read_manifest
+from tests.qconvert.building import run
 from tests.qconvert.mutants import Exporter, overwrite, reseal, stored_at
 from tests.tiny import make_tiny_checkpoint
 
@@ -30,10 +29,6 @@ BOTH = {"prefill": True, "int8_kv_cache": True}
 @pytest.fixture
 def exporter(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exporter:
     return Exporter(tied, tmp_path, monkeypatch)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_the_command_publishes_a_verified_folder_and_nothing_else(

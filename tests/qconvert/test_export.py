@@ -8,27 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from qconvert.cli import main
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
 from qrun.backends.opening import open_session
 from qrun.folder.manifest import read_manifest
+from tests.qconvert.building import refused, run
 
 QUIET = Progress(quiet=True)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def refused(result: Result, *parts: str) -> None:
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit), result.exception  # anything else is a traceback
-    for part in parts:
-        assert part in result.output, result.output
 
 
 def names(folder: Path) -> list[str]:

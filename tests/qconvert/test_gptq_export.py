@@ -10,16 +10,15 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 import qconvert.calibration.gptq.walk
 from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.calibration.text import calibration_text
-from qconvert.cli import main
 from qconvert.formats.blocks import pack
 from qconvert.formats.recipe import BlockFormat, Recipe
 from qconvert.formats.record import RECORD_NAME
 from qrun.folder.manifest import read_manifest
+from tests.qconvert.building import names, run
 from tests.qconvert.mutants import Exporter, overwrite, reseal, stored_at
 from tests.tiny import make_tiny_checkpoint
 
@@ -37,14 +36,6 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def exporter(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exporter:
     return Exporter(tied, tmp_path, monkeypatch)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 @GPTQ

@@ -10,10 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import Qwen2ForCausalLM
 
-from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
 from qconvert.formats.columns import pack_int4_columns, unpack_int4_columns
@@ -23,6 +21,7 @@ from qconvert.progress import Progress
 from qrun.backends.opening import open_session
 from qrun.errors import QrunError
 from qrun.folder.manifest import read_manifest
+from tests.qconvert.building import run
 from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)
@@ -39,10 +38,6 @@ def export_tiny(checkpoint: Path, output: Path, precision: str, length: int = LE
 def pytorch_logits(checkpoint: Path, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return Qwen2ForCausalLM.from_pretrained(checkpoint)(torch.from_numpy(ids)).logits.numpy()
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(

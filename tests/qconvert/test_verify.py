@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from rich.console import Console
 
-from qconvert.cli import main
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
@@ -22,6 +20,7 @@ from qconvert.proof.report_view import summary, write_report
 from qconvert.proof.verify import Report
 from qconvert.recipes.precisions import PRECISIONS
 from qrun.folder.manifest import read_manifest
+from tests.qconvert.building import run
 from tests.qconvert.mutants import Exporter, overwrite
 from tests.tiny import make_tiny_checkpoint
 
@@ -143,10 +142,6 @@ def test_failures_name_the_tensor_first(exporter: Exporter) -> None:
     report = exporter.verify(exporter.export_of_changed_weights("int8", transpose))
     assert report.failures().splitlines()[0].startswith(f"{name}: row 0")
     assert report.verdict()["status"] == "failed"
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_the_command_proves_a_finished_folder_and_leaves_it_alone(exporter: Exporter) -> None:
