@@ -4,7 +4,7 @@ const KEY = "qrun.key";
 export const key = () => sessionStorage.getItem(KEY) ?? "";
 export const setKey = (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY));
 
-/** What the server refused, in its words; `status` 0 where it was not reached. */
+/** A refusal in the server's own words; `status` is 0 where the server was not reached. */
 export class Refused extends Error {
   constructor(status, message) {
     super(message);

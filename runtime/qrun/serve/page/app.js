@@ -82,7 +82,7 @@ function asked() {
 }
 
 async function answer() {
-  const own = chat; // another conversation may be opened before the end
+  const own = chat; // another conversation may be opened before this answer ends
   const body = asked();
   const message = { role: "assistant", content: "" };
   own.messages.push(message);
@@ -111,7 +111,7 @@ async function answer() {
         first ||= performance.now();
         message.seconds = (performance.now() - first) / 1000;
         message.content += choice.delta.content;
-        timer ||= setTimeout(show, 60); // Markdown anew for each token would be slow
+        timer ||= setTimeout(show, 60); // rendering Markdown again for each token would be slow
       }
       if (choice?.finish_reason) message.finish = choice.finish_reason;
       if (chunk.usage) message.tokens = chunk.usage.completion_tokens;

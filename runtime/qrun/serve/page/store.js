@@ -14,12 +14,12 @@ export function all() {
     try {
       const chat = JSON.parse(localStorage.getItem(key));
       if (typeof chat.id === "string" && Array.isArray(chat.messages)) found.push(chat);
-    } catch { /* not of our making */ }
+    } catch { /* an entry of another program */ }
   }
   return found.sort((a, b) => b.changed - a.changed);
 }
 
-/** Keep a conversation; throws an Error in words where there is no room. */
+/** Keep a conversation; where there is no room, throws an Error whose message can be shown. */
 export function save(chat) {
   const key = PREFIX + chat.id;
   const text = JSON.stringify(chat);

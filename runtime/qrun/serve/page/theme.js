@@ -15,7 +15,7 @@
     show();
     document.getElementById("theme")?.addEventListener("click", () => {
       const next = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-      try { localStorage.setItem("qrun.theme", next); } catch { /* it holds for no longer than this page */ }
+      try { localStorage.setItem("qrun.theme", next); } catch { /* storage is off: the choice lasts as long as this page */ }
       show();
     });
   });

@@ -1,12 +1,12 @@
-// From conversations to nodes. What a model or a user wrote becomes markup by way of DOMPurify alone.
+// From conversations to nodes. What a model or a user wrote becomes markup only through DOMPurify.
 const TAGS = ("a b blockquote br code del em h1 h2 h3 h4 h5 h6 hr i li ol p pre s span strong sub sup " +
   "table tbody td th thead tr ul").split(" ");
 
-// HTML in an answer is text, as the model wrote it: the sanitiser behind it is the second lock, not the only one.
+// HTML in an answer is shown as text, as the model wrote it. If this failed, the sanitiser would still remove it.
 const ESCAPED = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
 globalThis.marked?.use({ renderer: { html: ({ text }) => text.replace(/[&<>"]/g, (each) => ESCAPED[each]) } });
 
-/** An element with properties and children; texts are texts. */
+/** An element with properties and children; strings become text nodes. */
 export function make(tag, properties = {}, ...children) {
   const found = Object.assign(document.createElement(tag), properties);
   found.append(...children);
@@ -54,7 +54,7 @@ export function markdown(text) {
   return nodes;
 }
 
-/** What is told below an answer. */
+/** The figures below an answer. */
 export function figures(message) {
   if (message.error) return message.error;
   const parts = [];
