@@ -239,6 +239,18 @@ def test_nothing_overflows_on_a_desk_or_a_phone(browser, address, theme, size):
 
 
 @browser_needed
+def test_the_page_of_the_api_tells_each_field_and_which_change_nothing(browser, address):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(f"{address}/docs")
+    route = page.locator("details", has=page.locator("summary", has_text="/v1/completions"))
+    route.locator("summary").click()
+    assert route.locator("tr", has_text="prompt_cache_key").inner_text().endswith("changes nothing.")
+    assert "(required)" in route.locator("tr", has_text="model").inner_text()
+    context.close()
+
+
+@browser_needed
 def test_a_key_is_asked_for_and_forgotten_with_the_tab(browser, served_tokenizer):
     with serving({"m": fake_model(served_tokenizer, lambda seen: 5)}, keys=("secret",)) as address:
         context = browser.new_context()

@@ -11,7 +11,8 @@ function kind(schema) {
 function fields(schema) {
   const rows = Object.entries(schema.properties ?? {}).map(([name, each]) => {
     const needed = schema.required?.includes(name) ? " (required)" : "";
-    return make("tr", {}, make("td", {}, make("code", {}, name)), make("td", {}, kind(each) + needed));
+    const meaning = [kind(each) + needed, each.description].filter(Boolean).join(". ");
+    return make("tr", {}, make("td", {}, make("code", {}, name)), make("td", {}, meaning));
   });
   return make("table", {}, make("tbody", {}, ...rows));
 }
