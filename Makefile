@@ -126,7 +126,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(OLDEST_VENV)/.ready: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST_VENV)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[cpu,grammar]' \
-	    hypothesis jsonschema onnx pexpect psutil pytest pytest-timeout
+	    hypothesis jsonschema onnx pexpect psutil pyte pytest pytest-timeout
 	@touch $@
 
 # The newest of everything but torch, of which pip might take a build of some gigabytes.

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from qrun.cli.console import ChatConsole
-from tests.fakes import fake_manifest, fake_model, scripted, tiny_tokenizer
+from tests.fakes import IM_START, fake_manifest, fake_model, scripted, tiny_tokenizer
 
 
 def main() -> None:
@@ -20,6 +20,8 @@ def main() -> None:
         start = starts[-1] + len(header)
         if answers[len(starts) - 1] == "endless":
             return la[(len(seen) - start) % 3]
+        if answers[len(starts) - 1] == "silent":  # tokens that have no text, without an end
+            return IM_START
         # What an interrupted answer came to is not known beforehand, so only the last one is checked.
         return scripted(tokenizer, [answers[len(starts) - 1]])(seen[starts[-1] :])
 

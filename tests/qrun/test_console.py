@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pexpect
+import pyte
 import pytest
 
 from qrun.cli.console import PrefillLine
@@ -25,10 +27,10 @@ def state(tmp_path) -> Path:
 
 @pytest.fixture
 def terminal(state, tmp_path):
-    """Starts a chat with a fake model in a terminal of 80 columns."""
+    """Starts a chat with a fake model in a terminal, of 80 columns if nothing else is said."""
     running: list[pexpect.spawn] = []
 
-    def start(*answers: str) -> pexpect.spawn:
+    def start(*answers: str, columns: int = 80, command: Sequence[str] = (sys.executable,)) -> pexpect.spawn:
         variables = {
             "XDG_STATE_HOME": str(state),
             "TERM": "xterm",
@@ -36,10 +38,10 @@ def terminal(state, tmp_path):
             "PROMPT_TOOLKIT_NO_CPR": "1",  # nothing here answers the query for the cursor's position
         }
         process = pexpect.spawn(
-            sys.executable,
-            [str(CHATTING), str(tmp_path), *answers],
+            command[0],
+            [*command[1:], str(CHATTING), str(tmp_path), *answers],
             env={**os.environ, **variables},
-            dimensions=(24, 80),
+            dimensions=(24, columns),
             encoding="utf-8",
             timeout=15,
         )
@@ -84,6 +86,71 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal):
     process.send("Italy?\r")
     process.expect_exact("Rome.\r\n")
     leave(process)
+
+
+@pytest.mark.parametrize("answer", ["endless", "silent"])
+def test_ctrl_d_while_an_answer_comes_stops_it_and_leaves(terminal, answer):
+    process = terminal(answer)
+    process.send("France?\r")
+    if answer == "endless":
+        process.expect_exact("la la la")
+    else:
+        process.expect_exact("France?\x1b")  # the line editor has let go of the line
+    process.sendeof()
+    process.expect_exact("(stopped")
+    process.expect(pexpect.EOF)
+    process.close()
+    assert (process.exitstatus, process.signalstatus) == (0, None)
+
+
+def test_ctrl_d_right_behind_a_question_is_none_of_the_next_line(terminal):
+    """The line editor itself reads both keys, before there is an answer to stop."""
+    process = terminal("endless")
+    process.send("France?\r\x04")
+    process.expect_exact("(stopped")
+    process.expect(pexpect.EOF)
+    process.close()
+    assert (process.exitstatus, process.signalstatus) == (0, None)
+
+
+def test_what_is_typed_while_an_answer_comes_is_the_next_line(terminal):
+    process = terminal("endless", "Rome.", "Bern.")
+    process.send("France?\r")
+    process.expect_exact("la la la")
+    process.send("Itali\x7fy?\rSchweiz, übrigens")
+    process.expect_exact("la la la")
+    process.sendintr()
+    process.expect_exact("(stopped)")
+    assert "Ital" not in process.before, "keys are shown amid the answer"
+    process.expect_exact("> Italy?")
+    process.expect_exact("Rome.\r\n")
+    process.expect_exact("> Schweiz, übrigens")
+    process.send("\r")
+    process.expect_exact("Bern.\r\n")
+    leave(process)
+
+
+def test_what_was_typed_before_ctrl_d_is_told_and_does_not_reach_the_shell(terminal):
+    process = terminal("endless", command=("sh", "-c", '"$0" "$@"; cat', sys.executable))
+    process.send("France?\r")
+    process.expect_exact("la la la")
+    process.send("Itali\x7fy?\rrm -r x\r\x04")
+    process.expect_exact("(typed and not sent: Italy?\r\nrm -r x)")
+    process.sendline("and now cat reads")
+    process.sendeof()
+    process.expect(pexpect.EOF)
+    assert process.before.count("and now cat reads") == 2, "once as it is typed, once by cat"
+    assert "rm -r" not in process.before, "cat got it"
+
+
+def test_the_terminal_is_left_as_it_was(terminal):
+    script = 'before=$(stty -g); "$0" "$@"; test "$before" = "$(stty -g)" && echo the same'
+    process = terminal("endless", command=("sh", "-c", script, sys.executable))
+    process.send("France?\r")
+    process.expect_exact("la la la")
+    process.sendeof()
+    process.expect(pexpect.EOF)
+    assert process.before.endswith("the same\r\n")
 
 
 def test_ctrl_c_at_an_empty_prompt_says_how_to_leave(terminal):
@@ -163,6 +230,47 @@ def test_a_second_line_is_begun_with_alt_enter(terminal):
     leave(process)
     history = (Path(process.env["XDG_STATE_HOME"]) / "qrun" / "history").read_text()
     assert "+one\n+two" in history
+
+
+# Lines that are longer than the terminal (see test_wrapping)
+
+LONG = "The quick brown fox jumps over the lazy dog and then, 中文没有空格, 🙂 it sleeps extraordinarily."
+
+
+def screen(shown: str, columns: int) -> list[str]:
+    """Rows of a terminal that got this."""
+    terminal = pyte.Screen(columns, 24)
+    pyte.Stream(terminal).feed(shown)
+    return [row.rstrip() for row in terminal.display]
+
+
+def test_an_answer_is_wrapped_at_the_terminals_width(terminal):
+    process = terminal(LONG, columns=40)
+    process.send("go\r")
+    process.expect("(?s)The quick.*ily\\.\r\n")
+    assert screen(process.after, 40)[:4] == [
+        "The quick brown fox jumps over the lazy",
+        "dog and then, 中文没有空格, 🙂 it sleeps",
+        "extraordinarily.",
+        "",
+    ]
+    leave(process)
+
+
+def test_a_new_size_of_the_terminal_is_taken_up_while_the_answer_comes(terminal):
+    process = terminal("endless")
+    process.send("go\r")
+    process.expect_exact("la la la")
+    for columns in (31, 60):
+        process.setwinsize(24, columns)
+        # The two rows in which the change falls are laid out half and half.
+        process.expect("(?s)(.*?\r\n){4}")
+        process.expect("(?s)(.*?\r\n){8}")
+        expected = " ".join(["la"] * (columns // 3 + (columns % 3 == 2)))
+        assert screen(process.after, columns)[:8] == [expected] * 8
+    process.sendintr()
+    process.expect_exact("(stopped)")
+    leave(process)
 
 
 # What reaches a terminal

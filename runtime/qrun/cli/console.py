@@ -6,12 +6,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Event as Flag
+from threading import Thread
 from types import FrameType
 
 from qrun.answer import Answer, Piece
 from qrun.chat import Chat
 from qrun.cli.lines import LineReader, keys_unseen, line_reader
-from qrun.cli.terminal import complain, note, show, size
+from qrun.cli.terminal import complain, note, size
+from qrun.cli.wrapping import Shown
 from qrun.decoding.generate import PREFILL_CHUNK, Prefilled
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes
@@ -21,8 +24,9 @@ HELP = """\
 /system TEXT  change the system message (/system alone shows it)
 /stats        tokens, times and memory so far
 /help         this list
-/exit         leave (so does Ctrl-D)
+/exit         leave (so does Ctrl-D, also while an answer comes)
 Ctrl-C stops an answer; Alt-Enter starts a new line."""
+WATCH_SECONDS = 0.05  # between two looks at the keyboard while an answer comes
 
 
 class ChatConsole:
@@ -36,6 +40,8 @@ class ChatConsole:
     def __init__(self, chat: Chat, reader: LineReader | None = None) -> None:
         self.chat = chat
         self._reader = reader or line_reader()
+        self._stopped = False  # the running answer, by Ctrl-C or Ctrl-D
+        self._leaving = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
             "/system": self._system,
@@ -45,8 +51,16 @@ class ChatConsole:
 
     def run(self) -> None:
         """Until Ctrl-D, /exit or the end of a pipe. Ctrl-C in a pipe ends it as KeyboardInterrupt."""
-        self._banner()
-        while True:
+        with ExitStack() as terminal:
+            if sys.stdin.isatty():
+                terminal.enter_context(keys_unseen())
+            self._banner()
+            self._converse()
+            if unsent := self._reader.unsent().strip():
+                note(f"(typed and not sent: {unsent})")
+
+    def _converse(self) -> None:
+        while not self._leaving:
             try:
                 line = self._reader.read().strip()
                 if line in ("/exit", "/quit"):
@@ -72,33 +86,61 @@ class ChatConsole:
             self.answer(line)
 
     def answer(self, line: str) -> None:
-        """One turn: print the answer while it comes; Ctrl-C ends it.
+        """One turn: print the answer while it comes; Ctrl-C ends it, and Ctrl-D the chat too.
 
         Raises:
             QrunError: see ``Chat.send``.
         """
-        progress = PrefillLine()
-        printed = ""
+        progress, shown = PrefillLine(), Shown()
+        self._stopped = False
         with ExitStack() as terminal:
             if sys.stdin.isatty():
-                terminal.enter_context(_interrupts(self.chat.cancel))
-                terminal.enter_context(keys_unseen())
+                terminal.enter_context(_interrupts(self._stop))
+                terminal.enter_context(self._watched())
             try:
                 for event in self.chat.send(line):
+                    if self._stopped:  # also when it was asked for before there was anything to cancel
+                        self.chat.cancel()
                     if isinstance(event, Prefilled):
                         progress.update(event)
                     elif isinstance(event, Piece):
                         progress.clear()
-                        show(event.text)
-                        printed = event.text
+                        shown.show(event.text)
                     else:
-                        self._end(event, printed)
+                        shown.end()
+                        self._end(event)
             finally:
                 progress.clear()
 
-    def _end(self, answer: Answer, printed: str) -> None:
-        if not printed.endswith("\n"):
-            show("\n")
+    def _stop(self) -> None:
+        self._stopped = True
+        self.chat.cancel()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Ctrl-D stops the answer, and the chat ends behind it.
+
+        A thread looks for it: a long prompt, and tokens without text, bring no event for a while.
+        """
+        ended = Flag()
+
+        def watch() -> None:
+            while not ended.is_set():
+                if self._reader.left():
+                    self._leaving = True
+                    self._stop()
+                    return
+                ended.wait(WATCH_SECONDS)
+
+        thread = Thread(target=watch, name="qrun-keys", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _end(self, answer: Answer) -> None:
         if answer.finish_reason == "cancelled":
             note("(stopped)" if answer.text else "(stopped before it began: the message is forgotten)")
         elif answer.finish_reason == "length":

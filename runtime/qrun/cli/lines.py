@@ -13,6 +13,7 @@ from qrun.folder.paths import own_folder
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyPress
 
 
 class LineReader(Protocol):
@@ -28,6 +29,14 @@ class LineReader(Protocol):
 
     def pending(self) -> str:
         """What was typed when ``read`` was interrupted."""
+        ...
+
+    def left(self) -> bool:
+        """Whether Ctrl-D was pressed since the last ``read``. Other keys begin the next line."""
+        ...
+
+    def unsent(self) -> str:
+        """What was typed since the last ``read``, which no ``read`` returns any more."""
         ...
 
 
@@ -46,6 +55,12 @@ class PlainLines:
         return decode_input(line)
 
     def pending(self) -> str:
+        return ""
+
+    def left(self) -> bool:
+        return False
+
+    def unsent(self) -> str:
         return ""
 
 
@@ -72,6 +87,36 @@ class EditedLines:
 
     def pending(self) -> str:
         return self._session.default_buffer.text
+
+    def left(self) -> bool:
+        from prompt_toolkit.input.typeahead import store_typeahead
+        from prompt_toolkit.keys import Keys
+
+        keys = self._typed()
+        store_typeahead(self._session.input, keys)
+        return self._session.input.closed or any(press.key is Keys.ControlD for press in keys)
+
+    def unsent(self) -> str:
+        from prompt_toolkit.keys import Keys
+
+        text = ""
+        for press in self._typed():
+            if press.key is Keys.Backspace:
+                text = text[:-1]
+            elif not isinstance(press.key, Keys):
+                text += press.key
+            elif press.key in (Keys.Enter, Keys.ControlJ):
+                text += "\n"
+        return text
+
+    def _typed(self) -> list[KeyPress]:
+        """All keys that no ``read`` has seen."""
+        from prompt_toolkit.input.typeahead import get_typeahead
+
+        keys = get_typeahead(self._session.input)
+        while more := self._session.input.read_keys():
+            keys += more
+        return keys
 
 
 def _history() -> History:
@@ -107,15 +152,21 @@ def decode_input(data: bytes) -> str:
 
 @contextmanager
 def keys_unseen() -> Iterator[None]:
-    """Do not show what is typed while an answer is printed (``^C`` too); the next line begins with it."""
+    """Do not show what is typed while the line editor does not read, and keep it as the editor would get it.
+
+    In a terminal's ordinary mode Ctrl-D would come out as a zero byte. Ctrl-C is still a signal, which keeps
+    what was typed before.
+    """
     try:
         import termios
     except ImportError:  # not on Windows
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    silent = [*before]
-    silent[3] = before[3] & ~termios.ECHO
+    silent = [*before[:6], [*before[6]]]
+    silent[0] &= ~termios.ICRNL
+    silent[3] = before[3] & ~(termios.ECHO | termios.ICANON | termios.IEXTEN) | termios.NOFLSH
+    silent[6][termios.VMIN], silent[6][termios.VTIME] = 1, 0
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     try:
         yield

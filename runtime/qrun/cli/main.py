@@ -33,7 +33,8 @@ from qrun.cli.options import (
 )
 from qrun.cli.plan_info import check_plan, describe_plan, plan_lines
 from qrun.cli.serve import serve
-from qrun.cli.terminal import note, printable, show, size, working
+from qrun.cli.terminal import note, printable, size, working
+from qrun.cli.wrapping import Shown
 from qrun.decoding.generate import Prefilled
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest
@@ -60,7 +61,8 @@ def main() -> None:
 def chat(system: str | None, literal: bool, **options: Any) -> None:
     """Talk with the model, several turns.
 
-    Lines come from a pipe or a terminal; /help lists the commands.
+    Lines come from a pipe or a terminal; /help lists the commands. In a terminal words wrap at its width,
+    Ctrl-C stops an answer, and Ctrl-D leaves, also while an answer comes.
     """
     sampling = take_sampling(options)
     # The graph for prompts is opened while the user types the first question.
@@ -126,7 +128,9 @@ def generate(
     if options["verbose"]:
         params, sources = model.resolve(sampling)
         tell_sampling(params, sources | ({"max_tokens": DEFAULT} if ours else {}))
-    answer = _follow(events, model, quiet=as_json, verbose=options["verbose"])
+    # A text that is continued may be code, and a form's own line breaks matter.
+    shown = None if as_json else Shown(wrap=templated and schema is None and regex is None)
+    answer = _follow(events, model, shown, verbose=options["verbose"])
     if as_json:
         click.echo(json.dumps(answer.to_json(), ensure_ascii=False))
 
@@ -265,11 +269,10 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return text
 
 
-def _follow(events: Any, model: Model, *, quiet: bool, verbose: bool) -> Answer:
+def _follow(events: Any, model: Model, shown: Shown | None, *, verbose: bool) -> Answer:
     """Print the pieces while they come; returns the last event."""
     progress = PrefillLine()
     event: Event | None = None
-    printed = ""
     try:
         for event in events:
             if isinstance(event, Prefilled):
@@ -278,15 +281,14 @@ def _follow(events: Any, model: Model, *, quiet: bool, verbose: bool) -> Answer:
                     verbose = False
                     tokens = f"{event.total:,} tokens of prompt"
                     note(f"{tokens}: {size(forecast_bytes(model.manifest, event.total))} of KV cache")
-            elif isinstance(event, Piece) and not quiet:
+            elif isinstance(event, Piece) and shown:
                 progress.clear()
-                printed = event.text  # before printing: Ctrl-C may come while it is printed
-                show(event.text)
+                shown.show(event.text)
     finally:
         progress.clear()
         # Also after Ctrl-C, so that the shell's prompt begins on a line of its own.
-        if printed and not printed.endswith("\n"):
-            show("\n")
+        if shown and shown.begun:
+            shown.end()
     assert isinstance(event, Answer), "the last event is the answer"
     return event
 
