@@ -1,1 +1,1 @@
-"""The proof that comes with an export: it reads what was written, and owes nothing to whoever wrote it."""
+"""The proof that comes with an export: it reads what was written, by none of the code that wrote it."""

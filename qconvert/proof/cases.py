@@ -108,7 +108,7 @@ def make_cases(
 
 
 def _prompts(encoded: Sequence[tuple[int, ...]], length: int) -> tuple[tuple[int, ...], ...]:
-    """The short text, then pieces of the others in turn; one for each step, should every answer be empty."""
+    """The short text, then pieces of the others in turn: one a step, since every answer may be empty."""
     first, *others = encoded
     starts = range(0, max(map(len, others)) - length + 1, length)
     pieces = (text[start : start + length] for start in starts for text in others)

@@ -1,9 +1,9 @@
 """The small files beside the graph: what each of them says is what the checkpoint says.
 
-They decide on answers as much as the weights do: where an answer ends, in which tokens a prompt is written,
-by which template a conversation is. Each is read as its readers read it, once in the folder and once in the
-checkpoint, so that only what changes the meaning is a difference. What a person has changed since the export
-is that person's wish, and a note.
+They decide on answers as much as the weights do: where an answer ends, how a prompt becomes tokens, by which
+template a conversation is rendered. Each file is read as the programs that use it read it, once in the folder
+and once in the checkpoint, so that only what changes the meaning is a difference. What a person has edited
+since the export is not compared, and a note says so.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _generation_config(seen: Evidence) -> Iterator[_Claim]:
 def _tokenizer(seen: Evidence) -> Iterator[_Claim]:
     found, due = (read_tokenizer(folder) for folder in (seen.manifest.folder, seen.checkpoint.folder))
     if due is None:
-        return  # nor has the export one
+        return  # the checkpoint has no tokenizer, so the export has none either
     if found is None:
         yield _Claim("its content", None, "the checkpoint's tokenizer")
         return
@@ -153,7 +153,7 @@ def _templates(seen: Evidence) -> Iterator[_Claim]:
 
 
 def _text(path: Path) -> str | None:
-    """A file's text without its byte order mark, with which an export does not copy it."""
+    """A file's text without a byte order mark, which an export leaves out of its copy."""
     return path.read_bytes().decode("utf-8-sig", errors="replace") if path.is_file() else None
 
 

@@ -42,7 +42,7 @@ class Evidence:
         notes: what was not compared, and why.
 
     Raises:
-        QrunError: the folder is none.
+        QrunError: it is not a model folder.
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint, reference: Reference, progress: Progress) -> None:
@@ -66,7 +66,7 @@ class Evidence:
         """How a calibration has rounded weights, "gptq" or "awq"; None where there was none.
 
         Raises:
-            QconvertError: by a way that this version does not know.
+            QconvertError: a method that this version does not know.
         """
         method = self.manifest.recipe.method
         if method not in (None, "gptq", "awq"):
@@ -93,7 +93,7 @@ class Evidence:
 
     @property
     def rounds(self) -> bool:
-        """Whether the graph rounds anything: else the checkpoint's logits are its own to the last digits."""
+        """Whether the graph rounds anything; if not, its logits must be those of the checkpoint."""
         return self.exported.rounded or self.has_int8_cache
 
     @property

@@ -49,12 +49,12 @@ class ExportedWeights:
 
     Attributes:
         folding: between the checkpoint's weights and the stored ones.
-        recovered: tensors from which its factors were taken, so that they say nothing of themselves.
+        recovered: tensors from which its factors were taken, so that they cannot be checked by these factors.
         description: for people.
 
     Raises:
         QconvertError: a tensor of the checkpoint is not in the graph, or has another shape there; or a
-            recorded factor is none.
+            recorded factor cannot be one.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class ExportedWeights:
 
 
 def _usable(factors: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether such factors can have been folded; NaN is none."""
+    """Whether such factors can have been folded: within bounds (so no NaN), and one for each row."""
     if tuple(factors.shape) != shape:
         return False
     return float(factors.min()) >= 1 / LARGEST_FACTOR and float(factors.max()) <= LARGEST_FACTOR

@@ -1,9 +1,9 @@
 """The proof of an int8 KV cache: its scales fit keys and values of texts that the calibration has not seen.
 
 All else about such a cache shows in the logits, and sharply: PyTorch, when it computes with the export's
-own weights, keeps keys and values in the same 8 bits. A wrong scale it would share. So the stored scales have
-to be, to the last bit, those of which the calibration has left a digest; and these have to fit the keys and
-values that PyTorch computes for the texts of the proof.
+own weights, keeps keys and values in the same 8 bits. But it takes the scales from the export, so a wrong one
+would not show. So the stored scales have to be, to the last bit, those of which the calibration has left a
+digest; and they have to fit the keys and values that PyTorch computes for the texts of the proof.
 """
 
 from __future__ import annotations

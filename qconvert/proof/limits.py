@@ -16,7 +16,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 CALIBRATED = "int4 gptq"
 BALANCED = "int4 awq"
 FOUR_BITS = ("int4", BALANCED, CALIBRATED)
-# With exact weights, what the cache's 8 bits cost is all there is. Elsewhere the weights cost more.
+# The column for fp32 with an int8 KV cache: only the cache rounds. In other precisions weights cost more.
 FP32_INT8_KV = "fp32, int8 KV"
 COLUMNS = (*PRECISIONS, BALANCED, CALIBRATED, FP32_INT8_KV)
 # Where fewer positions are compared, one token decides over a share, a perplexity or a mean.

@@ -62,7 +62,7 @@ def sharp_twin(path: Path, *, half: bool) -> ir.Model:
         half: its activations are float16 or bfloat16.
 
     Raises:
-        QconvertError: an operator, or a use of one, of which nobody knows what it is without rounding.
+        QconvertError: an operator, or a use of one, whose exact counterpart is not known.
     """
     model = load_graph(path)
     _Rewrite(path, model.graph, half).run()
@@ -186,7 +186,7 @@ class _Rewrite:
         weights = self._before(node, "DequantizeLinear", [matrix, scales], {"axis": 1})
         self._replace(node, self._before(node, "MatMul", [states, weights]))
 
-    # Pieces of them.
+    # Helpers of the rules.
 
     def _raise_inputs(self, node: ir.Node) -> None:
         """Half weights become float32: an embedding behind its look-up, everything else where it is read."""

@@ -44,7 +44,7 @@ def prove_twin(seen: Evidence) -> list[Failure]:
     """The twin of the graph that decodes."""
     try:
         return _prove_decoding(seen)
-    except QconvertError as error:  # a graph of which the twin does not know what it is
+    except QconvertError as error:  # the graph has an operator whose exact counterpart is not known
         return [Failure(f"{seen.graph_path.name}, sharp twin", error.what)]
 
 

@@ -89,7 +89,7 @@ def verify(path: Path, checkpoint: Checkpoint, reference: Reference, progress: P
 def failures_one_by_one(
     path: Path, checkpoint: Checkpoint, reference: Reference, progress: Progress
 ) -> Iterator[tuple[Proof, list[Failure]]]:
-    """The same proofs, each with what it finds: for whoever needs to know only which is the first to fail."""
+    """The same proofs, each with what it finds, as they are done: a caller may stop at the first failure."""
     seen = _evidence(path, checkpoint, reference, progress)
     for proof in PROOFS:
         if proof.applies(seen):

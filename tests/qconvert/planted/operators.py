@@ -178,7 +178,7 @@ def _reordered(graph: ir.Graph, what: str) -> None:
 
 
 def lengths_of_the_longest_row(graph: ir.Graph) -> None:
-    """Every row is as long as the longest one, as if nobody looked at the mask."""
+    """Every row is as long as the longest one, as if the mask had no effect."""
     rows = node_of(graph, "ReduceSum", "").outputs[0]
     largest = insert(graph, "ReduceMax", [rows])
     zeros = insert(graph, "Sub", [rows, rows])
