@@ -85,7 +85,7 @@ soak: $(VENV)/.ready
 	$(VENV)/bin/python -m tests.serve.soak
 
 test-docs: $(VENV)/.ready
-	$(VENV)/bin/pytest -m slow_docs tests/docs
+	$(VENV)/bin/pytest -m slow_docs tests/docs tests/qconvert/test_verify.py
 
 test-planted: $(VENV)/.ready
 	$(VENV)/bin/pytest -m planted tests/qconvert/test_planted.py

@@ -73,6 +73,7 @@ def test_an_honest_export_passes(
     assert sum(len(answer.tokens) for answer in report.greedy.answers) == GREEDY_STEPS
 
 
+@pytest.mark.slow_docs  # what the pages say of the sample: `make test-docs`
 def test_the_sample_keeps_what_is_promised(sample_checkpoint: Path, tmp_path: Path) -> None:
     made = export(str(sample_checkpoint), ExportOptions("int8", output=tmp_path / "model"), QUIET)
     assert made.report is not None
