@@ -64,7 +64,7 @@ class Target(Protocol):
 
 
 class OnnxRuntimeTarget:
-    """One graph whose KV cache grows, for ONNX Runtime and whoever reads optimum's names."""
+    """One graph whose KV cache grows, for ONNX Runtime and for programs that use optimum's names."""
 
     name = "onnxruntime"
     folder_name = "onnx"

@@ -16,7 +16,7 @@ _STATUS_STYLES = {"whole": "green", "missing": "yellow"}
 
 
 def render(inspection: Inspection, console: Console) -> None:
-    """Prints facts, costs and files, and last what is wrong, where the eye ends up."""
+    """Prints facts, costs and files, and at the end, where it is seen first, what is wrong."""
     console.print(
         f"[bold]{escape(inspection.name)}[/]  {inspection.parameters / 1e6:,.1f} million parameters"
     )

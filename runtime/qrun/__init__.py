@@ -1,4 +1,4 @@
-"""qrun: runs what qconvert made. Needs numpy, tokenizers and ONNX Runtime; no torch, no transformers.
+"""qrun: runs what qconvert made. Needs ONNX Runtime, tokenizers and NumPy; no torch, no transformers.
 
     import qrun
 

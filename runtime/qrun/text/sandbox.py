@@ -38,7 +38,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own ``tojson`` escapes HTML, which no prompt wants."""
+    """As ``json.dumps`` writes it: Jinja's own ``tojson`` escapes HTML, which would be wrong in a prompt."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
