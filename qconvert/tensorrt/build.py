@@ -45,9 +45,9 @@ def build_plan(
 ) -> Built:
     """Parse ``graph`` and write its plan to ``output`` as TensorRT makes it.
 
-    Ctrl-C asks TensorRT to stop at its next step, waits for that, and goes on as KeyboardInterrupt.
-    TensorRT runs in a thread of its own: Python raises KeyboardInterrupt in the first thread only, and
-    TensorRT would swallow it in any of its calls back to us.
+    Ctrl-C and SIGTERM ask TensorRT to stop at its next step; once it has, their exception goes on. TensorRT
+    runs in a thread of its own: Python raises such exceptions in the first thread only, and TensorRT would
+    swallow them in any of its calls back to us.
 
     Raises:
         QconvertError: the parser or the builder refuses the graph, in their words and with node names.
@@ -56,14 +56,14 @@ def build_plan(
     monitor = _monitor(backend.module, advance)
     with ThreadPoolExecutor(1, thread_name_prefix="TensorRT") as worker:
         building = worker.submit(_build, backend, graph, settings, output, monitor)
-        interrupted = False
+        interruption: BaseException | None = None
         while not building.done():
             try:
                 wait([building], 0.1)
-            except (KeyboardInterrupt, SystemExit):
-                interrupted = monitor.cancelled = True
-    if interrupted:
-        raise KeyboardInterrupt
+            except (KeyboardInterrupt, SystemExit) as error:
+                interruption, monitor.cancelled = error, True
+    if interruption is not None:
+        raise interruption
     return building.result()
 
 

@@ -155,7 +155,11 @@ def test_a_full_disk_leaves_the_old_plan(folder: Path, monkeypatch: pytest.Monke
 
 
 @needs_rtx
-def test_ctrl_c_ends_a_build_cleanly(exported: TinyExports, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "exit_code", "said"), [("SIGINT", 130, True), ("SIGTERM", 143, False)])
+def test_ctrl_c_and_sigterm_end_a_build_cleanly(
+    exported: TinyExports, tmp_path: Path, how: str, exit_code: int, said: bool
+) -> None:
+    """SIGTERM ended it with the exit code of Ctrl-C."""
     folder = Path(
         shutil.copytree(exported("bf16", num_hidden_layers=24, vocab_size=1000), tmp_path / "model")
     )
@@ -171,8 +175,8 @@ def test_ctrl_c_ends_a_build_cleanly(exported: TinyExports, tmp_path: Path) -> N
     )
     while ".model.plan.tmp" not in names(folder) and child.poll() is None:
         time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.Signals[how])
     _, message = child.communicate(timeout=120)
-    assert (child.returncode, "interrupted" in message) == (130, True), message
+    assert (child.returncode, "interrupted" in message) == (exit_code, said), message
     assert "Traceback" not in message
     assert names(folder) == before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -39,3 +41,27 @@ def test_interrupted_exports_clean_up_after_themselves(tied: Path, tmp_path: Pat
     states = kill(tied, tmp_path / "out" / "model", 10, how)
     assert states["complete killed"] >= 2, states
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+
+
+def test_sigterm_ends_the_command_with_its_own_code_and_leaves_nothing(tied: Path, tmp_path: Path) -> None:
+    """As a shutdown, a container's stop or ``timeout`` ends a command."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "qconvert.cli",
+        "export",
+        str(tied),
+        "--output",
+        str(out / "model"),
+        "-q",
+    ]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 120
+        while not list(out.glob(".model.tmp-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(120) == 128 + signal.SIGTERM
+    assert not out.exists()
