@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,17 @@ def check_graphs(manifest: Manifest, spec: DecoderSpec) -> list[WeightFault]:
         accuracy_level=manifest.recipe.accuracy_level,
         static=manifest.target == "tensorrt",
     )
+    return faults_of_graphs(manifest, lambda path: _check(path, due))
+
+
+def faults_of_graphs(manifest: Manifest, check: Callable[[Path], Iterable[WeightFault]]) -> list[WeightFault]:
+    """What ``check`` finds in each graph of a folder; beside the first graph, names begin with the file's."""
     faults = []
     for entry in manifest.files:
         if entry.path.endswith(".onnx"):
             path = manifest.folder / entry.path
             prefix = "" if path == manifest.graph_path else f"{path.name}: "
-            faults += [WeightFault(prefix + fault.tensor, fault.what) for fault in _check(path, due)]
+            faults += [WeightFault(prefix + fault.tensor, fault.what) for fault in check(path)]
     return faults
 
 

@@ -25,6 +25,7 @@ from qconvert.formats.stored import joined_name, kv_scale_name
 from qconvert.models.decoder import lower_decoder
 from qconvert.models.recorder import tensor_groups
 from qconvert.models.spec import DecoderSpec
+from qconvert.proof.graph_check import faults_of_graphs
 from qconvert.proof.weight_check import WeightFault
 from qrun.folder.manifest import Manifest
 
@@ -105,13 +106,7 @@ def check_inventory(manifest: Manifest, spec: DecoderSpec) -> list[WeightFault]:
     due = _Due(
         spec, manifest.model.context_length, manifest.raw.get("recipe", {}), manifest.target == "tensorrt"
     )
-    faults = []
-    for entry in manifest.files:
-        if entry.path.endswith(".onnx"):
-            path = manifest.folder / entry.path
-            prefix = "" if path == manifest.graph_path else f"{path.name}: "
-            faults += [WeightFault(prefix + fault.tensor, fault.what) for fault in _check(path, due)]
-    return faults
+    return faults_of_graphs(manifest, lambda path: _check(path, due))
 
 
 def _check(path: Path, due: _Due) -> Iterator[WeightFault]:
