@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from qconvert.errors import QconvertError
 from qconvert.tensorrt.backends import Backend, known_compute_capabilities
+from qrun.backends.trt.log import error_log
 from qrun.folder.plan import Profile
 
 _TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
@@ -69,7 +70,7 @@ def build_plan(
 
 def _build(backend: Backend, graph: Path, settings: BuilderSettings, output: BinaryIO, monitor: Any) -> Built:
     trt = backend.module
-    logger = _logger(trt)
+    logger = error_log(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(0)  # networks are always strongly typed
     parser = trt.OnnxParser(network, logger)
@@ -164,21 +165,6 @@ def _refusal(backend: Backend, graph: Path, messages: list[str]) -> QconvertErro
         where=graph,
         hint="update TensorRT and qconvert; if that does not help, report it with these lines",
     )
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Collects errors for our message; TensorRT's warnings are about its own conversions."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(" ".join(message.split()))
-
-    return Logger()
 
 
 def _monitor(trt: Any, advance: Callable[..., None]) -> Any:

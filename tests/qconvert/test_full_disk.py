@@ -92,18 +92,8 @@ def test_the_number_of_a_systems_error_is_found_in_the_words_of_safetensors(tmp_
 
 
 def test_a_limit_to_the_size_of_files(tied: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "qconvert.cli",
-        "export",
-        str(tied),
-        "--output",
-        str(tmp_path / "m"),
-        "-q",
-    ]
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "qconvert.cli", "export", str(tied), "-q", "--output", str(tmp_path / "m")],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),

@@ -52,9 +52,9 @@ def test_sigterm_ends_the_command_with_its_own_code_and_leaves_nothing(tied: Pat
         "qconvert.cli",
         "export",
         str(tied),
+        "-q",
         "--output",
         str(out / "model"),
-        "-q",
     ]
     with subprocess.Popen(command) as process:
         deadline = time.monotonic() + 120

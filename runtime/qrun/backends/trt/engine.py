@@ -6,6 +6,7 @@ import mmap
 from typing import Any
 
 from qrun.backends.trt.cuda import Stream
+from qrun.backends.trt.log import error_log
 from qrun.errors import QrunError
 from qrun.folder.plan import PlanFacts, Tensor
 
@@ -29,7 +30,7 @@ class Engine:
     def __init__(self, facts: PlanFacts, module: Any) -> None:
         self.facts = facts
         self._module = module
-        self._logger = _logger(module)
+        self._logger = error_log(module)
         self._runtime = module.Runtime(self._logger)
         with (
             facts.path.open("rb") as file,
@@ -148,18 +149,3 @@ class Engine:
             where=self.facts.path,
             hint=f"build it again: {self.facts.build_again}",
         )
-
-
-def _logger(module: Any) -> Any:
-    class Logger(module.ILogger):  # type: ignore[misc]
-        """Keeps errors for our own message."""
-
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
-                self.errors.append(" ".join(message.split()))
-
-    return Logger()
