@@ -103,7 +103,7 @@ def test_ctrl_d_while_an_answer_comes_stops_it_and_leaves(terminal, answer):
     assert (process.exitstatus, process.signalstatus) == (0, None)
 
 
-def test_ctrl_d_right_behind_a_question_is_none_of_the_next_line(terminal):
+def test_ctrl_d_right_after_a_question_stops_its_answer_and_leaves(terminal):
     """The line editor itself reads both keys, before there is an answer to stop."""
     process = terminal("endless")
     process.send("France?\r\x04")
@@ -263,7 +263,7 @@ def test_a_new_size_of_the_terminal_is_taken_up_while_the_answer_comes(terminal)
     process.expect_exact("la la la")
     for columns in (31, 60):
         process.setwinsize(24, columns)
-        # The two rows in which the change falls are laid out half and half.
+        # The rows in which the width changes are laid out for both widths, so they are not looked at.
         process.expect("(?s)(.*?\r\n){4}")
         process.expect("(?s)(.*?\r\n){8}")
         expected = " ".join(["la"] * (columns // 3 + (columns % 3 == 2)))

@@ -107,7 +107,7 @@ def test_a_piece_is_shown_at_once_and_not_held_until_its_word_ends() -> None:
 
 
 def test_copied_text_has_no_space_too_many() -> None:
-    """The line break stands for the space; what is cut by the terminal has no line break in it at all."""
+    """A line break takes the place of a space; what the terminal itself cuts has no line break in it."""
     assert Wrapping().feed(PROSE, 20) == "The quick brown fox\njumps over the lazy\ndog"
     for whole in ("abcdefghijklmnopqrstuvwxyz", "中文没有空格所以可以在任何字之间换行"):
         assert Wrapping().feed(whole, 20) == whole
@@ -138,12 +138,12 @@ def test_a_new_width_counts_from_the_next_word_on() -> None:
 
 
 def test_a_word_that_a_resize_has_moved_is_not_taken_back() -> None:
-    """Where it stands by then is the terminal's affair: going back would delete something else."""
+    """Only the terminal knows where the word stands now: going back could delete something else."""
     wrapping = Wrapping()
     assert wrapping.feed("The quick brown f", 20) == "The quick brown f"
     assert wrapping.feed("oxes", 10) == "oxes"
     assert wrapping.feed(" jump", 10) == "\njump"
-    # A row that fits both widths is as it was.
+    # A row that fits both widths has not moved.
     wrapping = Wrapping()
     assert wrapping.feed("The quick brown f", 20) == "The quick brown f"
     assert wrapping.feed("ox", 18) == "\x1b[2D\x1b[K\nfox"

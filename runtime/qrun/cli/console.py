@@ -40,7 +40,7 @@ class ChatConsole:
     def __init__(self, chat: Chat, reader: LineReader | None = None) -> None:
         self.chat = chat
         self._reader = reader or line_reader()
-        self._stopped = False  # the running answer, by Ctrl-C or Ctrl-D
+        self._stopped = False  # whether Ctrl-C or Ctrl-D has stopped the running answer
         self._leaving = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
@@ -118,9 +118,9 @@ class ChatConsole:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Ctrl-D stops the answer, and the chat ends behind it.
+        """Ctrl-D stops the answer, and the chat ends after it.
 
-        A thread looks for it: a long prompt, and tokens without text, bring no event for a while.
+        A thread looks for the key, because a long prompt and tokens without text bring no event for a while.
         """
         ended = Flag()
 

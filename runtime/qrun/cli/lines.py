@@ -36,7 +36,7 @@ class LineReader(Protocol):
         ...
 
     def unsent(self) -> str:
-        """What was typed since the last ``read``, which no ``read`` returns any more."""
+        """What was typed since the last ``read``. It is asked for when no further ``read`` will return it."""
         ...
 
 

@@ -41,7 +41,7 @@ class Shown:
         return bool(self._text)
 
     def show(self, text: str) -> None:
-        """Print a piece at once. What is no terminal gets it as it is."""
+        """Print a piece at once. A pipe or a file gets it unchanged."""
         self._text = text or self._text  # before printing: Ctrl-C may come while it is printed
         width = columns() if self._wrapping else 0
         if self._wrapping and width:
@@ -58,7 +58,7 @@ class Shown:
 
 
 def columns() -> int:
-    """Cells in a line of the terminal; 0 where stdout is none, or one that cannot take back what it shows."""
+    """Cells in a line of the terminal; 0 where stdout is none, or one that cannot erase what it shows."""
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown"):
         return 0
     try:
@@ -70,14 +70,13 @@ def columns() -> int:
 class Wrapping:
     """Turns pieces of text into what a terminal should get, so that no line ends inside of a word.
 
-    Text is never held back but for spaces: a word that turns out to be too long for its line is taken
-    back from there and stands on the next one. The line break takes the place of the spaces before it, and
-    nothing is ever padded, so text that is copied from the terminal has no space too many. A word longer
-    than a line, and Chinese and Japanese without spaces, are cut by the terminal itself: copied they are
-    whole.
+    Only spaces are held back. A word that turns out to be too long for its line is erased there and printed
+    again on the next one. The line break takes the place of the spaces before it and nothing is padded, so
+    text that is copied from the terminal has no space too many. A word longer than a line, and Chinese and
+    Japanese without spaces, are cut by the terminal itself, so that they are whole when they are copied.
 
-    Left to the terminal as they are: code in fences, indented code, and lines from where several spaces or
-    a tab stand together, for instance tables.
+    Code in fences, indented code, and the rest of a line after several spaces or a tab (as in tables) are
+    printed as they are.
     """
 
     def __init__(self) -> None:
@@ -101,16 +100,18 @@ class Wrapping:
         self._line = ""  # its beginning
         self._several_spaces = False
         self._gap = ""  # spaces that are not printed yet: a line break may take their place
-        self._last = ""  # the character before; none behind a space
+        self._last = ""  # the character before the next one; empty after a space
         self._begin_row()
 
     def _begin_row(self) -> None:
-        """A new line of the terminal, by a line break of the text's or ours."""
-        self._cells = 0  # since the line break
+        """A new row of the terminal, after a line break of the text or one of ours."""
+        self._cells = 0  # printed since that line break
         self._column = 0  # where the cursor is; at the width, the next character goes to the next row
         self._column_known = True
         self._word = ""
-        self._taken_back = 0  # cells to go back to the end of the word before; 0: the word stays where it is
+        # Cells to go back to where the word before ends, if this word has to move to the next row; 0 if it
+        # may not move.
+        self._taken_back = 0
 
     def _put(self, part: str) -> str:
         if part == "\n":
@@ -130,7 +131,8 @@ class Wrapping:
         lead = ""
         if self._column and not self._stays():
             fits = len(self._gap) + cell_len(part) <= room
-            # Where the terminal begins a new row anyway, it needs no line break that would be copied.
+            # Where the terminal begins a new row by itself, a line break of ours would only be copied with
+            # the text.
             if not self._column_known or (not fits and (self._gap or room)):
                 self._gap = ""
                 self._begin_row()
@@ -144,7 +146,7 @@ class Wrapping:
 
     def _continue_word(self, part: str) -> str:
         if self._taken_back and self._column + cell_len(part) > self._width and not self._stays():
-            # Behind the last cell the cursor still stands on it, though the next character would go further.
+            # After a character in the last cell the cursor stays on that cell until the next one is printed.
             back = self._taken_back - (self._column == self._width)
             return_to = f"\x1b[{back}D" if back else "\x1b[D\x1b[C"
             word = self._word + part
@@ -194,9 +196,10 @@ class Wrapping:
         return cut
 
     def _resize(self, width: int) -> None:
-        """Some terminals lay out a row again that no longer fits, others cut it off.
+        """Go on with another width.
 
-        So the column is unknown then, and the next word begins a row.
+        A row that no longer fits is laid out again by some terminals and cut off by others. So the cursor's
+        column is unknown then, and the next word begins a row.
         """
         if self._cells > min(self._width, width):
             self._column_known = False
@@ -221,8 +224,8 @@ def _units(text: str) -> list[str]:
 def _may_break(before: str, after: str) -> bool:
     """Whether a line may end between two characters that are no spaces.
 
-    It may beside Chinese and Japanese characters and emoji, though not before closing punctuation or
-    behind opening one (Unicode's UAX #14 in short).
+    It may beside Chinese and Japanese characters and emoji, though not before closing punctuation or after
+    an opening bracket or quote (a short form of Unicode's UAX #14).
     """
     if not (_stands_alone(before) or _stands_alone(after)):
         return False

@@ -180,7 +180,7 @@ def _moved(tensor: ir.ExternalTensor, name: str | None, by: int = 0) -> ir.Exter
 
 
 def embedding_one_row_late(graph: ir.Graph) -> None:
-    """What look-ups read begins one row behind the embedding's first."""
+    """Each look-up reads the row after its own: the table begins one row too late in the data file."""
     name = next(
         (
             name

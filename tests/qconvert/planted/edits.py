@@ -200,7 +200,7 @@ def insert(
 
 
 def use_instead(old: ir.Value, new: ir.Value, but: ir.Value | None = None) -> None:
-    """Let all that read a value read another one, except for the node that makes ``but``."""
+    """Let all readers of a value read another one instead, except for the node that makes ``but``."""
     spared = None if but is None else but.producer()
     for use in list(old.uses()):
         if use.node is not spared:

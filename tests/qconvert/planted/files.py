@@ -53,7 +53,7 @@ def no_special_token(tokenizer: dict[str, Any]) -> None:
 
 
 def another_template(folder: Path) -> None:
-    """Who speaks is written otherwise, in whichever file the template stands."""
+    """The template marks the speakers otherwise, in whichever file it stands."""
     if (folder / "chat_template.jinja").is_file():
         in_text("chat_template.jinja", lambda text: text.replace("<|im_start|>", "<|im_end|>", 1))(folder)
     else:

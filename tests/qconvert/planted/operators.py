@@ -213,7 +213,7 @@ def head_of_the_embedding(graph: ir.Graph) -> None:
 
 
 def second_step(op_type: str) -> Edit:
-    """What the lower halves add to the logits, twice (Add) or not at all (Sub)."""
+    """The lower halves of the head are counted twice (Add) or not at all (Sub)."""
 
     def plant(graph: ir.Graph) -> None:
         node = node_of(graph, "ScatterElements", "lm_head")
