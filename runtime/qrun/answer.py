@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
+from collections.abc import Sequence as Tokens
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
-from qrun.decoding.generate import Context, FinishReason, Prefilled, Token, generate
+from qrun.decoding.generate import Context, FinishReason, Prefilled, Token, run
+from qrun.decoding.sequence import Sequence
 from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 from qrun.text.streaming import IncrementalDetokenizer, StopStrings
@@ -40,6 +42,8 @@ class Answer:
         prefill_seconds: until the first logits.
         decode_seconds: from there to the end, including whatever the caller did between the events.
         stop: the stop string that ended it, if one did.
+        guessed_tokens: tokens that were tried in steps of several tokens (``speculate``).
+        accepted_tokens: those of them that are part of the answer.
     """
 
     text: str
@@ -51,6 +55,8 @@ class Answer:
     prefill_seconds: float
     decode_seconds: float
     stop: str | None = None
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -84,7 +90,7 @@ class Wording:
         stop: the stop string that has come, if one has; nothing after it is text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Tokens[str]) -> None:
         self.text = ""
         self.token_ids: list[int] = []
         self.stop: str | None = None
@@ -121,14 +127,14 @@ class Answering:
         self,
         context: Context,
         tokenizer: Tokenizer,
-        prompt_ids: Sequence[int],
+        prompt_ids: Tokens[int],
         params: SamplingParams,
         constraint: Constraint | None = None,
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self._wording = Wording(tokenizer, params.stop)
-        self._prompt_ids = prompt_ids
-        self._tokens = generate(context, prompt_ids, params, constraint=constraint)
+        self._sequence = Sequence(prompt_ids, params, context.cache.limit, constraint)
+        self._tokens = run(context, self._sequence)
         self._cancelled = False
 
     @property
@@ -175,12 +181,14 @@ class Answering:
             self.text,
             tuple(self.token_ids),
             self.finish_reason,
-            len(self._prompt_ids),
+            len(self._sequence.prompt_ids),
             reused or 0,
             len(self.token_ids),
             prefilled - started,
             ended - prefilled,
             self._wording.stop,
+            self._sequence.guessed,
+            self._sequence.accepted,
         )
 
     def _show(self, text: str) -> Generator[Piece, None, None]:

@@ -48,6 +48,7 @@ class Model:
         template: the checkpoint's chat template, or None if it has none (a base model).
         generation_config: the checkpoint's sampling defaults, in transformers' names; may be empty.
         literal: whether special tokens that are written out in messages stay text in ``chat_prompt``.
+        speculate: whether new contexts try several tokens in one step where the text repeats itself.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Model:
         self.template = template
         self.generation_config = generation_config or {}
         self.literal = False
+        self.speculate = False
         self._grammars = Grammars(self._vocabulary)
 
     @classmethod
@@ -109,7 +111,7 @@ class Model:
 
     def new_context(self) -> Context:
         """An empty KV cache. Prompts that are given the same one share their common beginning."""
-        return Context(self.session)
+        return Context(self.session, speculate=self.speculate)
 
     def constraint(
         self, *, schema: Schema | None = None, regex: str | None = None, grammar: str | None = None

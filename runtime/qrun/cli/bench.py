@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequences
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -48,11 +48,15 @@ class Round:
     Several rows: prompts are read one after the other while the answers before them go on, so that
     prefill ends with the last first token; decode counts steps of all rows together; a row waits for its
     first token for ``first_token_seconds`` on average.
+
+    ``guessed`` tokens were tried in steps of several, and ``accepted`` of them came true.
     """
 
     prefill_seconds: float
     decode_seconds: float
     first_token_seconds: float
+    guessed: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,18 @@ class Measured:
             "decode_range": [min(decode), max(decode)] if decode else None,
             "seconds_per_output_token": self.workload.rows / median(decode) if decode else None,
             "time_to_first_token": median(each.first_token_seconds for each in self.rounds),
+            "guessed_tokens": median(each.guessed for each in self.rounds),
+            "accepted_tokens": median(each.accepted for each in self.rounds),
         }
 
 
 def measure(
-    session: Session, workload: Workload, *, repetitions: int, chunk: int = PREFILL_CHUNK
+    session: Session,
+    workload: Workload,
+    *,
+    repetitions: int,
+    chunk: int = PREFILL_CHUNK,
+    speculate: bool = False,
 ) -> Iterator[Measured]:
     """Run a workload once to warm up and then ``repetitions`` times; yields after each counted round.
 
@@ -99,7 +110,11 @@ def measure(
         QrunError: the workload does not fit into the model's context.
     """
     _check(session.manifest, workload, chunk)
-    one_round = (_Alone if workload.rows == 1 else _Together)(session, workload, chunk)
+    one_round: Callable[[], Round]
+    if workload.rows == 1:
+        one_round = _Alone(session, workload, chunk, speculate=speculate)
+    else:
+        one_round = _Together(session, workload, chunk)
     rounds: list[Round] = []
     for number in range(repetitions + 1):
         found = one_round()
@@ -111,10 +126,10 @@ def measure(
 class _Alone:
     """A round with one row, through ``generate``."""
 
-    def __init__(self, session: Session, workload: Workload, chunk: int) -> None:
+    def __init__(self, session: Session, workload: Workload, chunk: int, *, speculate: bool) -> None:
         self._workload, self._chunk = workload, chunk
         self._ids = _prompts(session, workload)[0]
-        self._context = Context(session)
+        self._context = Context(session, speculate=speculate)
         _fill(self._context.slots, [self._ids], workload.depth, chunk)
 
     def __call__(self) -> Round:
@@ -128,7 +143,8 @@ class _Alone:
                 first = perf_counter() - started
         assert isinstance(last, Finished), "the loop ends with its summary"
         assert last.completion_tokens == workload.generated_tokens
-        return Round(last.prefill_seconds, last.decode_seconds, first)
+        guesses = last.guessed_tokens, last.accepted_tokens
+        return Round(last.prefill_seconds, last.decode_seconds, first, *guesses)
 
 
 class _Together:

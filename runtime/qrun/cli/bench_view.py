@@ -35,6 +35,13 @@ def as_table(measured: Sequence[Measured]) -> RenderableType:
     return table
 
 
+def as_guesses(measured: Sequence[Measured]) -> str:
+    """How many guesses came true, in all counted rounds together."""
+    rounds = [each for one in measured for each in one.rounds]
+    guessed, accepted = (sum(getattr(each, name) for each in rounds) for name in ("guessed", "accepted"))
+    return f"guessed in steps of several tokens: {guessed:,} tokens, {accepted:,} came true"
+
+
 def as_csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line for each workload, ranges as two columns."""
     flat = [

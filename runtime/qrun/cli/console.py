@@ -226,6 +226,8 @@ def statistics(chat: Chat) -> list[str]:
             f"last answer   {last.completion_tokens:,} tokens "
             f"{_timing(last.decode_seconds, last.decode_tokens_per_second)}",
         ]
+        if chat.context.speculation is not None:
+            lines.append(f"  guessed     {last.guessed_tokens:,} tokens, {last.accepted_tokens:,} came true")
     generated = sum(answer.completion_tokens for answer in chat.answers)
     seconds = sum(answer.prefill_seconds + answer.decode_seconds for answer in chat.answers)
     full = forecast_bytes(chat.model.manifest, cache.limit)

@@ -15,7 +15,7 @@ from qrun import __version__
 from qrun.answer import Answer, Event, Piece
 from qrun.chat import Chat
 from qrun.cli.bench import Measured, conditions, measure, workloads
-from qrun.cli.bench_view import as_csv_text, as_lines, as_table
+from qrun.cli.bench_view import as_csv_text, as_guesses, as_lines, as_table
 from qrun.cli.console import ChatConsole, PrefillLine
 from qrun.cli.group import CommandGroup
 from qrun.cli.info import check, describe, lines
@@ -27,6 +27,7 @@ from qrun.cli.options import (
     open_model,
     read_schema,
     sampling_options,
+    speculate_option,
     take_sampling,
     tell_sampling,
     template_option,
@@ -56,6 +57,7 @@ def main() -> None:
 @model_options
 @sampling_options
 @template_option
+@speculate_option
 @click.option("--literal", is_flag=True, help="Special tokens in what is typed stay text.")
 @click.option("--system", help="The system message. [default: what the chat template says]")
 def chat(system: str | None, literal: bool, **options: Any) -> None:
@@ -85,6 +87,7 @@ def chat(system: str | None, literal: bool, **options: Any) -> None:
 )
 @click.option("--system", help="The system message of a chat.")
 @template_option
+@speculate_option
 @click.option("--literal", is_flag=True, help="Special tokens in the prompt stay text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option("--schema", type=click.Path(path_type=Path), help="A JSON schema that the answer fits.")
@@ -196,6 +199,7 @@ def info(path: Path, check_hashes: bool, as_json: bool) -> None:
     show_default=True,
     help="Prompts at once. Rates are of all of them together.",
 )
+@speculate_option
 @click.option(
     "-r",
     "--repetitions",
@@ -213,6 +217,7 @@ def bench(
     depths: tuple[int, ...],
     rows: tuple[int, ...],
     repetitions: int,
+    speculate: bool,
     as_json: bool,
     as_csv: bool,
     **options: Any,
@@ -224,6 +229,8 @@ def bench(
     """
     if as_json and as_csv:
         raise click.UsageError("Give either --json or --csv.")
+    if speculate and rows != (1,):
+        raise click.UsageError("--speculate is for one answer at a time: --rows 1.")
     started = perf_counter()
     session = open_engine(**options)
     load_seconds = perf_counter() - started
@@ -234,7 +241,7 @@ def bench(
             + (f", rows {workload.rows}" if workload.rows > 1 else "")
         )
         with working(f"measuring: {what}"):
-            *_, result = measure(session, workload, repetitions=repetitions)
+            *_, result = measure(session, workload, repetitions=repetitions, speculate=speculate)
         measured.append(result)
     facts = conditions(session, load_seconds)
     common = {name: facts[name] for name in ("load_seconds", "peak_rss_bytes")}
@@ -245,6 +252,8 @@ def bench(
         click.echo(as_csv_text(results), nl=False)
     else:
         Console().print(as_table(measured))
+        if speculate:
+            click.echo(as_guesses(measured))
         for line in as_lines(facts):
             click.echo(printable(line))
 

@@ -122,6 +122,15 @@ def template_option(command: Command) -> Command:
     )(command)
 
 
+def speculate_option(command: Command) -> Command:
+    """--speculate, for commands that decode one answer at a time."""
+    return click.option(
+        "--speculate/--no-speculate",
+        default=False,
+        help="Try several tokens in one step where the text repeats itself. [default: no]",
+    )(command)
+
+
 def sampling_options(command: Command) -> Command:
     """What the sampler may be asked; what is not given comes from the model's generation_config.json."""
     return _decorated(command, _SAMPLING_OPTIONS)
@@ -188,7 +197,12 @@ def open_engine(*, engine: Path, verbose: bool, **options: Unpack[Opening]) -> S
 
 
 def open_model(
-    *, engine: Path, verbose: bool, chat_template: str | None = None, **options: Unpack[Opening]
+    *,
+    engine: Path,
+    verbose: bool,
+    chat_template: str | None = None,
+    speculate: bool = False,
+    **options: Unpack[Opening],
 ) -> Model:
     """Open what the model options name, and tell about it where that was asked.
 
@@ -198,6 +212,7 @@ def open_model(
     opening = _opening(engine, options)
     with working(f"opening {engine}"):
         model = Model.open(engine, chat_template=chat_template, **opening)
+    model.speculate = speculate
     for name, value in unsupported_settings(model.generation_config).items():
         warn(f"generation_config.json asks for {name}={value!r}, which qrun does not do")
     if edited := model.manifest.edited_files():

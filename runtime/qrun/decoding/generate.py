@@ -21,6 +21,7 @@ from qrun.decoding.sequence import (
     check_prompt,
 )
 from qrun.decoding.slots import Slots
+from qrun.decoding.speculation import Speculation
 from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 
@@ -41,11 +42,20 @@ Event = Prefilled | Token | Finished
 
 
 class Context:
-    """One row: a KV cache and the token ids whose keys and values it holds."""
+    """One row: a KV cache and the token ids whose keys and values it holds.
 
-    def __init__(self, session: Session) -> None:
+    Args:
+        session: runs the model.
+        speculate: try several tokens in one step where the text repeats itself.
+
+    Attributes:
+        speculation: what has been learnt of that; None without it.
+    """
+
+    def __init__(self, session: Session, *, speculate: bool = False) -> None:
         self.session = session
         self.slots = Slots(session)
+        self.speculation = Speculation() if speculate else None
 
     @property
     def cache(self) -> KVCache:
@@ -93,7 +103,7 @@ def generate(
 
 def run(context: Context, sequence: Sequence, *, chunk: int = PREFILL_CHUNK) -> Iterator[Event]:
     """Step one sequence to its end; see ``generate``."""
-    scheduler = Scheduler(context.slots, chunk=chunk, grain=None)
+    scheduler = Scheduler(context.slots, chunk=chunk, grain=None, speculation=context.speculation)
     scheduler.add(sequence)
     while scheduler.busy:
         for _, event in scheduler.step():

@@ -10,6 +10,7 @@ while scheduler.busy:
 from __future__ import annotations
 
 from collections import deque
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.sequence import Event, Failed, Sequence
 from qrun.decoding.slots import Slots
+from qrun.decoding.speculation import Speculation
 from qrun.errors import QrunError
 
 # Longer pieces are no faster, and the memory for activations grows with them.
@@ -44,6 +46,8 @@ class Scheduler:
             begins with, which suits a single conversation: its answers need not be read again, but their keys
             and values come from single steps and may differ in the last bits from those of a prompt.
         prefixes: where beginnings of prompts are kept when their rows are needed for others.
+        speculation: tries several tokens of an answer in one step, while it is the only one that decodes.
+            With more rows a step's weights are shared already.
     """
 
     def __init__(
@@ -53,12 +57,14 @@ class Scheduler:
         chunk: int = PREFILL_CHUNK,
         grain: int | None = GRAIN,
         prefixes: PrefixCache | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         assert prefixes is None or prefixes.grain == grain, "blocks are kept in the size that is reused"
         self._slots = slots
         self._chunk = chunk
         self._grain = grain if grain is None else min(grain, chunk)
         self._prefixes = prefixes
+        self._speculation = speculation
         self._waiting: deque[Sequence] = deque()
         self._reading: Sequence | None = None
         self._decoding: list[Sequence] = []
@@ -102,6 +108,9 @@ class Scheduler:
     def _decode(self, events: Events) -> None:
         if not self._decoding:
             return
+        if self._speculation is not None and len(self._decoding) == 1:
+            self._decode_alone(self._decoding[0], self._speculation, events)
+            return
         try:
             logits = self._slots.step([sequence.token_ids[-1] for sequence in self._decoding])
         except QrunError as error:  # all rows take part in one step, so its failure is that of all
@@ -116,6 +125,31 @@ class Scheduler:
         ]
         for row in reversed(over):  # from the last one on, so that only rows that go on are moved
             self._retire(row)
+
+    def _decode_alone(self, sequence: Sequence, speculation: Speculation, events: Events) -> None:
+        """One step of one sequence, over its last token and what may follow it."""
+        guesses = speculation.guess(sequence)
+        fed = [sequence.token_ids[-1], *guesses]
+        held, before, started = len(self._slots.token_ids[0]), sequence.accepted, perf_counter()
+        try:
+            logits = self._slots.feed(0, fed, logits="all") if guesses else self._slots.step(fed)
+        except QrunError as error:
+            events.append((sequence, Failed(error)))
+            self._retire(0)
+            return
+        seconds = perf_counter() - started
+        sequence.guessed += len(guesses)
+        goes_on = self._choose(sequence, logits[0], events)
+        for guess, following in zip(guesses, logits[1:]):
+            if not goes_on or sequence.token_ids[-1] != guess:
+                break
+            sequence.accepted += 1
+            goes_on = self._choose(sequence, following, events)
+        came_true = sequence.accepted - before
+        speculation.learn(guesses, came_true, seconds)
+        self._slots.trim(0, held + 1 + came_true)
+        if not goes_on:
+            self._retire(0)
 
     def _read(self, events: Events) -> None:
         sequence = self._reading

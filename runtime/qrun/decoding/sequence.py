@@ -47,7 +47,8 @@ class Token:
 class Finished:
     """The last event. Times are in seconds; ``prefill_seconds`` ends with the first logits.
 
-    ``reused_tokens`` of the ``prompt_tokens`` were in the KV cache already.
+    ``reused_tokens`` of the ``prompt_tokens`` were in the KV cache already. ``guessed_tokens`` were tried in
+    steps of several tokens, and ``accepted_tokens`` of them are part of the answer.
     """
 
     reason: FinishReason
@@ -56,6 +57,8 @@ class Finished:
     completion_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class Sequence:
         read: tokens of the prompt that are in the cache.
         finish_reason: None until the answer has come to its end.
         cancelled: whether somebody has asked it to end.
+        guessed, accepted: tokens that were tried in steps of several tokens, and those that came true.
 
     Args:
         prompt_ids: token ids.
@@ -118,6 +122,7 @@ class Sequence:
         self.read = 0
         self.finish_reason: FinishReason | None = None
         self.cancelled = False
+        self.guessed = self.accepted = 0
         self._params = params
         self._constraint = constraint
         self._sampler: Sampler | None = None
@@ -150,6 +155,11 @@ class Sequence:
             cut = (total - 1) // grain * grain
             end = cut if cut > self.read else total
         return self.prompt_ids[self.read : end]
+
+    @property
+    def room(self) -> int:
+        """How many more tokens the answer may have."""
+        return self._budget - len(self.token_ids)
 
     @property
     def is_read(self) -> bool:
@@ -200,4 +210,6 @@ class Sequence:
             len(self.token_ids),
             self._prefilled - self._started,
             perf_counter() - self._prefilled,
+            self.guessed,
+            self.accepted,
         )
