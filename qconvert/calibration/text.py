@@ -142,7 +142,7 @@ def _own_texts() -> list[str]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise QconvertError(
             f"the calibration text cannot be read: {error.strerror}",

@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 # Others (dynamic, longrope) change the frequencies with the length of the sequence.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # How a program ran the model, and no property of it: a kernel that is not installed here is no reason to
-# refuse the checkpoint.
+# refuse the checkpoint, and what a call returns is for us to say.
 _NOT_THE_MODELS = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("_attn_implementation_autoset", "experts_implementation", "_experts_implementation"),
+    *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript"),
+    *("use_cache", "tp_plan", "base_model_tp_plan", "base_model_pp_plan"),
 )
+# Where null means that the key is not given, and transformers takes it for a value.
+_NULL_IS_ABSENT = ("head_dim", "tie_word_embeddings", "use_sliding_window")
 ADAPTER = "adapter_config.json"
 # Far above any model, and small enough that nothing is counted or laid out for hours.
 _MOST_LAYERS = 1_000
@@ -104,9 +108,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     _check_before(raw, path)
     try:
         with quiet_transformers():
-            config = family.transformers_class("Config").from_dict(
-                {key: raw[key] for key in raw if key not in _NOT_THE_MODELS}
-            )
+            config = family.transformers_class("Config").from_dict(_of_the_model(raw))
     except Exception as error:  # transformers has no error class of its own for a bad value
         reason = " ".join(str(error).split())
         raise QconvertError(f"transformers refuses this configuration: {reason}", where=path) from error
@@ -119,6 +121,14 @@ def load_config(folder: Path) -> PreTrainedConfig:
         config.pad_token_id = None  # no effect on an export; transformers refuses to build such a model
     config._attn_implementation = "sdpa"
     return config
+
+
+def _of_the_model(raw: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in raw.items()
+        if key not in _NOT_THE_MODELS and not (value is None and key in _NULL_IS_ABSENT)
+    }
 
 
 def _check_identity(raw: dict[str, Any], path: Path) -> Family:
@@ -154,6 +164,8 @@ def _check_sizes(config: PreTrainedConfig, path: Path) -> None:
         value = getattr(config, key, None)
         if type(value) is not int or not 1 <= value <= _LARGEST:
             _refuse(path, key, value, "a positive whole number is needed")
+    if config.max_position_embeddings < 2:
+        _refuse(path, "max_position_embeddings", 1, "a prompt and an answer need a context of two tokens")
     _check_number(config, "rms_norm_eps", path)
     if type(config.tie_word_embeddings) is not bool:
         _refuse(path, "tie_word_embeddings", config.tie_word_embeddings, "true or false is needed")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from qconvert.errors import QconvertError
+from qrun.folder.paths import user_path
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -26,8 +27,9 @@ def resolve_source(source: str, *, hub: Hub = "huggingface", revision: str | Non
 
     Raises:
         QconvertError: no such folder, repository or revision; no access; no network.
+        QrunError: see ``user_path``.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if source and path.exists():  # Path("") would be the current folder
         if revision is not None:
             raise QconvertError(f"A revision ({revision}) has no meaning for a folder.", where=source)

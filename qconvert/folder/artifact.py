@@ -225,6 +225,12 @@ def _check_output(output: Path, force: bool, marker: Marker) -> None:
         return
     if force or not output.is_dir():
         check_replaceable(output, marker)
+        if not os.access(output, os.W_OK):  # what is in it would stay, under a hidden name
+            raise QconvertError(
+                f"{output} is read-only, and --force would delete what is in it",
+                where=output,
+                hint="make it writable, or choose another output folder",
+            )
         with only_changer(output):
             pass
     else:

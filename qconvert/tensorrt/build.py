@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -103,7 +104,7 @@ def _build(backend: Backend, graph: Path, settings: BuilderSettings, output: Bin
 
 def _write_timings(cache: Path, content: bytes) -> None:
     """Replace the file by one rename: what a killed build leaves is the older one."""
-    cache = cache.resolve()
+    cache = Path(os.path.realpath(cache))
     written = cache.with_name(f".{cache.name}.new")
     try:
         written.write_bytes(content)

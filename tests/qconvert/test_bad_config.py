@@ -52,6 +52,7 @@ def test_malformed_config(tied: Path, text: str, message: str) -> None:
         ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "Qwen3ForCausalLM"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
         ({"model_type": None}, "model_type None"),
+        ({"max_position_embeddings": 1}, "a prompt and an answer need a context of two tokens"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "method gptq"),
         ({"quantization_config": {"quant_method": "awq"}}, "method awq"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type = 'spiral'"),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qconvert.checkpoint.load import load_model, open_checkpoint
+from qconvert.checkpoint.reference import Reference
 from qconvert.checkpoint.weights import CheckpointWeights
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.breaking import edit_json, edit_weights, refusal
@@ -48,11 +49,15 @@ def test_weights_are_not_rounded_to_the_type_that_the_config_names(
         {"attn_implementation": "flash_attention_3"},
         {"pad_token_id": 99_999},
         {"pad_token_id": -1},
+        {"return_dict": False},  # "'tuple' object has no attribute 'last_hidden_state'"
+        {"output_attentions": True, "output_hidden_states": True},
+        {"use_cache": None, "tp_plan": "auto", "base_model_tp_plan": 7},
+        {"head_dim": None, "use_sliding_window": None},  # null is no value, of which powers could be taken
     ],
 )
 def test_a_config_that_names_what_is_not_here_still_loads(tied: Path, change: dict[str, Any]) -> None:
     edit_json(tied / "config.json", lambda config: config.update(change))
-    load_model(open_checkpoint(tied))
+    assert Reference(load_model(open_checkpoint(tied))).logits([1, 2, 3]).shape == (3, 320)
 
 
 def test_adapter_files_beside_merged_weights_are_not_read(tied: Path) -> None:

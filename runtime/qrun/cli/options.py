@@ -176,7 +176,7 @@ def read_schema(path: Path) -> Any:
         QrunError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise QrunError(f"the schema cannot be read: {error.strerror}", where=path) from error
     except (ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ from qrun.cli.terminal import note, size
 from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest
+from qrun.folder.paths import user_path
 
 KEYS_VARIABLE = "QRUN_API_KEYS"
 
@@ -167,7 +168,7 @@ def _named(engines: tuple[str, ...]) -> dict[str, Path]:
         name, equals, path = each.partition("=")
         if not equals or "/" in name:  # a path may hold an equals sign
             path = each
-            whole = Path(path)
+            whole = user_path(path)
             name = (whole.parent if whole.suffix in (".onnx", ".plan") else whole).resolve().name
         if not name or not path:
             raise QrunError(f"--engine {each} names nothing", hint="give PATH, or NAME=PATH")
@@ -181,7 +182,7 @@ def _read_keys(file: Path | None) -> tuple[str, ...]:
     if file is None:
         lines = os.environ.get(KEYS_VARIABLE, "").split(",")
     else:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if file is not None and not keys:
         raise QrunError("the file holds no API key", where=file, hint="write one key on each line")

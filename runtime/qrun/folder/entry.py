@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -46,11 +47,18 @@ class FileEntry:
             Whether the file is unchanged; False only for an editable one that was edited.
 
         Raises:
-            QrunError: it is missing, truncated or altered.
+            QrunError: it is missing, closed to this user, truncated or altered.
         """
         path = folder / self.path
         if not path.is_file():
             raise QrunError(f"{self.path} {_why_no_file(path)}", where=path, hint=_COPY_AGAIN)
+        if not os.access(path, os.R_OK):
+            # ONNX Runtime's own words would be "SystemError : 13".
+            raise QrunError(
+                f"{self.path} may not be read",
+                where=path,
+                hint="check the permissions of the file and of the folders above it",
+            )
         size = path.stat().st_size
         if self.editable:
             return size == self.size and sha256_of(path, progress) == self.sha256

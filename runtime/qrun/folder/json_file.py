@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from qrun.errors import QrunError
+from qrun.errors import QrunError, as_refusal
 
 T = TypeVar("T")
 _UPDATE = "update it: pip install -U qconvert"
@@ -38,6 +38,8 @@ class JsonReader:
         """
         try:
             raw = json.loads(file.read_text(encoding="utf-8-sig"))
+        except PermissionError as error:
+            raise cast(QrunError, as_refusal(error)) from error
         except (OSError, ValueError, RecursionError) as error:
             raise QrunError(f"{title} cannot be read: {error}", where=file, hint=remake) from error
         if not isinstance(raw, dict) or raw.get("format") != file_format:

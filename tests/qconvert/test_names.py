@@ -1,0 +1,44 @@
+"""If these fail, a name behind which nothing can be ends a command of qconvert in a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.qconvert.building import run
+
+NAMES = ("~nosuchuser/m", "loop", "n" * 300, "file/m", "\udcff\udce9", "")
+# Where a command takes a name, all others being right. None of them may get as far as the work.
+PLACES: dict[str, Callable[[str, Path], tuple[object, ...]]] = {
+    "inspect": lambda name, _: ("inspect", name),
+    "export": lambda name, _: ("export", name),
+    "output": lambda name, tied: ("export", tied, "--output", name, "--no-verify"),
+    "calibrate": lambda name, tied: ("export", tied, "--precision", "int4", "--calibrate", name),
+    "verify": lambda name, tied: ("verify", name, "--reference", tied),
+    "build": lambda name, _: ("build", name),
+    "sample": lambda name, tied: ("sample", name, "--wheel", tied / "config.json"),
+    "wheel": lambda name, tied: ("sample", tied.parent / "sample", "--wheel", name),
+}
+GOOD_OUTPUTS = ("\udcff\udce9", "")  # not UTF-8, which is a name; the folder's own
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(place, name) for place in PLACES for name in NAMES if not (place == "output" and name in GOOD_OUTPUTS)],
+)
+def test_a_name_behind_which_nothing_can_be_is_told(
+    place: str, name: str, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # RuntimeError of a home or of links in a circle, which are no errors of the system for Python.
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = run(*PLACES[place](name, tied))
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code in (1, 2)
+    assert done.output.lower().count("error:") == 1, done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
