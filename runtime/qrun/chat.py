@@ -95,6 +95,7 @@ class Chat:
         self, model: Speaker, system: str | None = None, *, literal: bool = False, **sampling: Any
     ) -> None:
         self._template = template_of(model)
+        _check_text(system, "the system message", or_none=True)
         model.resolve(sampling)  # a bad value is refused now, not at the first turn
         self.model = model
         self.messages: list[dict[str, str]] = []
@@ -115,6 +116,7 @@ class Chat:
 
     def system(self, text: str | None) -> None:
         """Change the system message. Turns so far stay; the next one computes all of them again."""
+        _check_text(text, "the system message", or_none=True)
         self._system = text
 
     def reset(self) -> None:
@@ -181,6 +183,7 @@ class Chat:
 
     def _prompt(self, user: dict[str, str]) -> tuple[str, list[int]]:
         """The conversation with one more message: as text, and as token ids."""
+        _check_text(user["content"], "the message")
         if not user["content"].strip():
             raise QrunError("the message is empty", hint="say something")
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
@@ -223,3 +226,11 @@ class Chat:
 def _has_begun(answering: Answering) -> bool:
     """Whether there is an answer to keep: not one that was cancelled before it had any text."""
     return bool(answering.text) or answering.finish_reason not in (None, "cancelled")
+
+
+def _check_text(value: object, what: str, *, or_none: bool = False) -> None:
+    if not (isinstance(value, str) or (or_none and value is None)):
+        raise QrunError(
+            f"{what} must be text, not {value!r:.60}",
+            hint='of a message as other programs have it, give what is under its "content"',
+        )

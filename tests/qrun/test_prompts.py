@@ -50,6 +50,12 @@ def test_a_tensor_of_torch_is_taken(model):
         np.array([True]),
         np.array(72),
         [72, 1.0],
+        b"hi",  # the bytes of a text, which are whole numbers too
+        bytearray(b"hi"),
+        memoryview(b"hi"),
+        {72, 105},
+        {72: 1},
+        [2**70],
     ],
 )
 def test_what_is_no_list_of_token_ids_is_refused(prompt, model):
@@ -99,3 +105,15 @@ def test_a_byte_order_mark_is_no_part_of_a_schema_or_a_key(tmp_path):
     assert _read_keys(file) == ("sk-one", "sk-two")
     file.write_bytes(BOM + b"# ours\nsk-one\n")
     assert _read_keys(file) == ("sk-one",)
+
+
+@pytest.mark.parametrize("message", [5, None, b"hi", ["hi"], {"role": "user", "content": "hi"}])
+def test_a_message_that_is_no_text_is_refused(message, model):
+    chat = model.chat(max_tokens=1)
+    with pytest.raises(QrunError, match="the message must be text"):
+        list(chat.send(message))
+    assert chat.messages == []
+    if message is not None:  # which leaves the system message to the template
+        for set_it in (chat.system, lambda text: model.chat(system=text)):
+            with pytest.raises(QrunError, match="the system message must be text"):
+                set_it(message)

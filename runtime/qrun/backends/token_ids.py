@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.errors import QrunError
+
+# Python gives out whole numbers of these too: the bytes of a text that was not decoded, say.
+_NOT_IDS = (bytes, bytearray, memoryview, set, frozenset, Mapping)
 
 
 def as_token_ids(prompt: Iterable[object]) -> list[int]:
@@ -18,6 +21,8 @@ def as_token_ids(prompt: Iterable[object]) -> list[int]:
         QrunError: there is something else in it; fractions and truth values are not token ids.
     """
     try:
+        if isinstance(prompt, _NOT_IDS):
+            raise TypeError(f"a {type(prompt).__name__} holds no token ids in an order")
         given = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
         ids = [_whole(each) for each in given]
     except TypeError as error:
@@ -32,7 +37,10 @@ def as_token_ids(prompt: Iterable[object]) -> list[int]:
 def _whole(value: object) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{value!r} is no token id")
-    return value.__index__()
+    number = value.__index__()
+    if number.bit_length() > 63:
+        raise TypeError("no vocabulary has so many tokens")
+    return number
 
 
 def check_token_ids(token_ids: NDArray[np.int64], vocab_size: int) -> None:
