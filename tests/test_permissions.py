@@ -51,7 +51,7 @@ def test_a_checkpoint_s_file_that_may_not_be_read(made: tuple[Path, Path], tmp_p
 
 
 def test_an_export_s_file_that_may_not_be_read(made: tuple[Path, Path], tmp_path: Path) -> None:
-    # "ONNX Runtime cannot open the graph: SystemError : 13", with the advice to update it.
+    # It was "ONNX Runtime cannot open the graph: SystemError : 13", with the advice to update it.
     copies = copies_with_one_file_closed(made[1], tmp_path)
     assert len(copies) >= 7
     lines = [
@@ -109,8 +109,8 @@ def test_folders_that_are_closed_or_read_only(made: tuple[Path, Path], tmp_path:
     assert "is read-only, and --force would delete what is in it" in ended[5].output
 
 
-def test_these_tests_may_read_no_more_than_anybody(tmp_path: Path) -> None:
-    """As root nothing is closed, and the tests above would see nothing."""
+def test_these_tests_may_read_no_more_than_an_ordinary_user(tmp_path: Path) -> None:
+    """Root may read every file, so as root the tests above would show nothing."""
     (tmp_path / "closed").write_text("x")
     (tmp_path / "closed").chmod(CLOSED)
     (done,) = commands(("qrun", "generate", "--engine", tmp_path, "--prompt-file", tmp_path / "closed"))

@@ -40,7 +40,7 @@ def commands(*lines: Sequence[object]) -> list[Done]:
 
 
 def _drop() -> None:
-    # Without effect for an ordinary user, who has none of it.
+    # Without effect for an ordinary user, who has no such capabilities.
     libc = ctypes.CDLL(None)
     for capability in (_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH):
         libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 # transformers computes these once, from the config alone, so a table of cosines can stand in a graph.
 # Others (dynamic, longrope) change the frequencies with the length of the sequence.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# How a program ran the model, and no property of it: a kernel that is not installed here is no reason to
-# refuse the checkpoint, and what a call returns is for us to say.
+# These keys say how a program ran the model, and are no properties of it: a kernel that is not installed here
+# is no reason to refuse the checkpoint, and what a call returns is decided by the caller.
 _NOT_THE_MODELS = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("_attn_implementation_autoset", "experts_implementation", "_experts_implementation"),
     *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript"),
     *("use_cache", "tp_plan", "base_model_tp_plan", "base_model_pp_plan"),
 )
-# Where null means that the key is not given, and transformers takes it for a value.
+# In these keys null means that nothing is given, while transformers would take it for a value.
 _NULL_IS_ABSENT = ("head_dim", "tie_word_embeddings", "use_sliding_window")
 ADAPTER = "adapter_config.json"
 # Far above any model, and small enough that nothing is counted or laid out for hours.

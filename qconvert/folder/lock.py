@@ -79,7 +79,7 @@ def only_user(file: Path | None) -> Iterator[None]:
     if file is None:
         yield
         return
-    file = Path(os.path.realpath(file))  # Path.resolve has an error of its own for links in a circle
+    file = Path(os.path.realpath(file))  # Path.resolve raises a RuntimeError for links in a circle
     busy = QconvertError(
         f"another qconvert is using {file}",
         where=file,

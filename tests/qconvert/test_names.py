@@ -1,4 +1,4 @@
-"""If these fail, a name behind which nothing can be ends a command of qconvert in a traceback."""
+"""If these fail, a name that leads nowhere (no such home, links in a circle) ends qconvert in a traceback."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ GOOD_OUTPUTS = ("\udcff\udce9", "")  # not UTF-8, which is a name; the folder's 
     ("place", "name"),
     [(place, name) for place in PLACES for name in NAMES if not (place == "output" and name in GOOD_OUTPUTS)],
 )
-def test_a_name_behind_which_nothing_can_be_is_told(
+def test_a_name_that_leads_to_no_file_is_refused_in_one_message(
     place: str, name: str, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # RuntimeError of a home or of links in a circle, which are no errors of the system for Python.
+    # For a home that does not exist and for links in a circle, Python raises RuntimeError and not OSError.
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)

@@ -152,7 +152,7 @@ def test_an_error_in_a_step_of_several_tokens_ends_the_answer() -> None:
 # Whether it is tried.
 
 
-def test_a_dear_step_is_not_taken() -> None:
+def test_the_cost_of_a_step_is_measured_and_estimated_where_it_is_not() -> None:
     costs = StepCosts()
     costs.took(1, 0.010)
     assert costs.of(3) == pytest.approx(1.5)
@@ -164,7 +164,7 @@ def test_a_dear_step_is_not_taken() -> None:
     assert costs.of(2) == pytest.approx(1.1, rel=0.05)
 
 
-def test_dear_steps_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_cost_more_than_they_gain_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a plan, which takes a pass for each position whose logits are asked for."""
     now = [0.0]
     session = FakeSession(quoting)
@@ -193,7 +193,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_real_sessions_choose_what_they_choose_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripted guesses, true and wrong ones: what is chosen may differ in near ties alone."""
+    """Guesses are given, right and wrong ones: what is chosen may differ only where two tokens nearly tie."""
     session = open_session(folder)
     prompt = np.random.default_rng(1).integers(0, 4096, 40).tolist()
     params = SamplingParams(max_tokens=48, ignore_eos=True)

@@ -49,7 +49,7 @@ class Context:
         speculate: try several tokens in one step where the text repeats itself.
 
     Attributes:
-        speculation: what has been learnt of that; None without it.
+        speculation: what was learnt about guesses and steps so far; None if none are tried.
     """
 
     def __init__(self, session: Session, *, speculate: bool = False) -> None:

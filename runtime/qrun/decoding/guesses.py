@@ -1,4 +1,4 @@
-"""What a text may go on with, taken from the text itself: what followed when its end stood there before.
+"""How a text may go on, guessed from the text itself: what followed where its last tokens stood before.
 
 Source: Saxena 2023, "Prompt Lookup Decoding" (github.com/apoorvumang/prompt-lookup-decoding); the longest
 match first, as in Hu et al. 2024, "SAM Decoding" (arXiv:2411.10666).
@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 # Tokens that must agree before anything is guessed: one alone agrees by chance.
 _LEAST = 2
-# Longer matches say no more than this.
+# Tokens of a match that are compared at most: longer ones make no guess more likely.
 _MOST = 32
-# Places where the same tokens stood that are compared, the latest ones.
+# Of the places where the last two tokens stood before, so many of the latest are compared.
 _PLACES = 8
 
 
@@ -32,7 +32,7 @@ class TextGuesses:
         """Go on with the text."""
         ids = self.token_ids
         for token_id in token_ids:
-            # The pair that ends the text is entered when its successor is known: it is no match of itself.
+            # A pair is entered when its successor is known, so the end of the text does not match itself.
             if len(ids) >= _LEAST:
                 places = self._places.setdefault((ids[-2], ids[-1]), [])
                 places.append(len(ids))

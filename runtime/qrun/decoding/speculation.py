@@ -1,6 +1,6 @@
 """Several tokens in one step: guesses that the model checks all at once, and how many are worth a try.
 
-A step over a token and k guesses behind it costs less than k + 1 steps, since the weights are read once.
+A step over a token and k guesses after it costs less than k + 1 steps, since the weights are read once.
 The sequence takes its tokens from the step's logits one after the other, as from single steps, and goes on
 as long as its own choice is the guess: so an answer does not depend on what was guessed, sampled ones
 included, but for the last bits in which logits of several positions differ from those of one
@@ -19,23 +19,23 @@ from collections.abc import Sequence as Tokens
 from qrun.decoding.guesses import TextGuesses
 from qrun.decoding.sequence import Sequence
 
-# Guesses of one step that are considered.
+# How many guesses a step may have.
 _COUNTS = (1, 2, 3, 5, 7, 11, 15)
-# A step of n tokens is thought to take 1 + (n - 1) * this many steps of one, until it has been measured.
+# Until it is measured, a step of n tokens is taken to last as long as 1 + (n - 1) * _SHARE steps of one.
 _SHARE = 0.25
-# A guess must promise to gain so much.
+# Guesses are tried where so many times the tokens are expected that single steps give in the same time.
 _WORTH = 1.05
-# The share of guesses that come true is thought to be this, as if seen so many times: a text has to show
-# first that it repeats itself.
+# Before anything is seen, this share of the guesses is taken to come true, with the weight of so many
+# observations. It is too little for a try: a text has to show first that it repeats itself.
 _HOPE, _SEEN = 0.25, 3.0
-# What was seen counts this much less with each new guess.
+# Each observation multiplies the weight of the earlier ones by this.
 _FADING = 0.95
-# Matches up to so many tokens are judged together: long ones come true more often.
+# Guesses are judged by the length of their match, which makes them more likely: up to 2 tokens, up to 4, ...
 _LENGTHS = (2, 4, 8, 16)
 
 
 class _Share:
-    """How often guesses behind matches of some length came true, the latest counting most."""
+    """How often guesses after matches of some length came true, the latest counting most."""
 
     def __init__(self) -> None:
         self._true, self._all = _HOPE * _SEEN, _SEEN
@@ -58,7 +58,8 @@ class StepCosts:
     def took(self, count: int, seconds: float) -> None:
         """A step of ``count`` tokens was measured."""
         before = self._seconds.get(count)
-        # One slow step among many is the machine's: a step counts at most twice what its kind took so far.
+        # A single slow step mostly has a cause outside of the model, so none counts for more than twice what
+        # steps of this many tokens took so far.
         self._seconds[count] = seconds if before is None else 0.8 * before + 0.2 * min(seconds, 2 * before)
 
     def of(self, count: int) -> float:
@@ -91,7 +92,7 @@ class Speculation:
         self._watched: tuple[int, _Share] | None = None
 
     def guess(self, sequence: Sequence) -> list[int]:
-        """Tokens to try behind the last one of an answer; none where they would not pay.
+        """Tokens to try after the last one of an answer; none where they would not pay.
 
         The answer has at least one token. ``learn`` is told what became of them, before the next step.
         """
@@ -112,7 +113,7 @@ class Speculation:
         """What became of a step.
 
         Args:
-            guesses: what was tried in it, behind the last token.
+            guesses: what was tried in it, after the last token.
             came_true: how many of them were the sequence's choice, from the first one on.
             seconds: that the model took.
         """
@@ -122,7 +123,7 @@ class Speculation:
         if self._watched is None or self._of is None:
             return
         first, share = self._watched
-        if not guesses:  # what would have been
+        if not guesses:  # nothing was tried, but it can be seen whether the guess was right
             share.see(self._of.token_ids[self._taken :][:1] == [first])
             return
         for _ in range(came_true):
@@ -131,7 +132,7 @@ class Speculation:
             share.see(False)
 
     def _worth(self, share: float, available: int) -> int:
-        """How many guesses gain most, if each comes true this often behind others that did; 0 for none."""
+        """How many guesses gain most, if each comes true this often after others that did; 0 for none."""
         best, gain = 0, _WORTH
         for count in _COUNTS:
             if count > available:
