@@ -75,7 +75,7 @@ def test_a_response_is_streamed_in_the_originals_order(client):
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
-        ({"tools": []}, "tools"),
+        ({"reasoning": {"effort": "low"}}, "reasoning"),
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),

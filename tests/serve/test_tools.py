@@ -10,37 +10,10 @@ import pytest
 import tokenizers
 
 from qrun.text.tokenizer import Tokenizer
-from tests.assets import qwen_tokenizer_folder
 from tests.fakes import fake_manifest, fake_model, scripted
 from tests.serve.serving import serving
+from tests.serve.tooling import OSLO, QWEN_TEMPLATE, TIME, USER, WEATHER, call
 from tests.tiny import write_tiny_tokenizer
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "How it is outside",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"enum": ["Oslo", "Rome"]},
-                "days": {"type": "integer", "minimum": 0, "maximum": 9},
-            },
-            "required": ["city", "days"],
-            "additionalProperties": False,
-        },
-    },
-}
-TIME = {"type": "function", "function": {"name": "get_time"}}
-USER = [{"role": "user", "content": "How is it in Oslo?"}]
-
-
-def call(name: str, arguments: object) -> str:
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
-
-
-QWEN_TEMPLATE = json.loads((qwen_tokenizer_folder() / "tokenizer_config.json").read_text())["chat_template"]
-OSLO = {"city": "Oslo", "days": 1}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +117,16 @@ def test_a_call_is_enforced_against_the_schema_of_its_tool(client, choice, strea
             assert json.loads(arguments)["days"] <= 9
         else:
             assert json.loads(arguments) == {}
+
+
+def test_a_tool_may_have_the_name_of_a_choice(client):
+    """A tool named "auto" that had to be called was taken for tool_choice "auto": the answer was free."""
+    tools = [TIME, {"type": "function", "function": {"name": "auto"}}]
+    asked = {"model": "long", "messages": USER, "tools": tools, "parallel_tool_calls": False}
+    choice = {"type": "function", "function": {"name": "auto"}}
+    found = client.chat.completions.create(**asked, tool_choice=choice, max_tokens=200)
+    (one,) = found.choices[0].message.tool_calls
+    assert one.function.name == "auto"
 
 
 def test_a_length_may_cut_a_call_off(client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -151,7 +152,8 @@ async def _messages(request: Request) -> Response:
 async def _count_tokens(request: Request) -> Response:
     fields = decode(await read_body(request), CountRequest)
     engine = request.app.state.server.engine(fields.model)
-    return json_response({"input_tokens": len(prompt_of(engine, fields))})
+    prompt, _ = await asyncio.to_thread(prompt_of, engine, fields)
+    return json_response({"input_tokens": len(prompt)})
 
 
 async def _metrics(request: Request) -> Response:

@@ -137,24 +137,46 @@ def texts_only(messages: list[dict[str, Any]], where: str = "messages") -> list[
     """
     if not messages:
         raise ApiError(400, f"{where} is empty: there is nothing to answer", param=where)
-    return [_with_text(message, f"{where}[{index}]") for index, message in enumerate(messages)]
+    return [with_text(message, f"{where}[{index}]") for index, message in enumerate(messages)]
 
 
-def _with_text(message: dict[str, Any], where: str) -> dict[str, Any]:
+def with_text(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """One message whose content is a string; ``where`` is its place in the request.
+
+    Raises:
+        ApiError: see ``texts_only``.
+    """
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise ApiError(400, f"{where}.role must be a string", param=f"{where}.role")
     if role == "developer":  # OpenAI's newer word
         role = "system"
-    if content is None or isinstance(content, str):
+    if content is None:
         return {**message, "role": role}
+    return {**message, "role": role, "content": text_of(content, f"{where}.content")}
+
+
+def text_of(content: Any, where: str) -> str:
+    """A content as one string, whose parts must all be text.
+
+    Raises:
+        ApiError: 400, with the part.
+    """
+    if isinstance(content, str):
+        return content
     if not isinstance(content, list):
-        raise ApiError(400, f"{where}.content must be a string or a list of parts", param=f"{where}.content")
-    texts: list[str] = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-            place = f"{where}.content[{index}]"
-            raise ApiError(400, f"{place} is {kind!r}: this model reads text only", param=place)
-        texts.append(part["text"])
-    return {**message, "role": role, "content": "".join(texts)}
+        raise ApiError(400, f"{where} must be a string or a list of parts", param=where)
+    return "".join(part_text(part, f"{where}[{index}]") for index, part in enumerate(content))
+
+
+def part_text(part: Any, where: str) -> str:
+    """The text of one part of a content.
+
+    Raises:
+        ApiError: 400: it is another kind of part.
+    """
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        raise ApiError(400, f"{where} is {kind!r}: this model reads text only", param=where)
+    text: str = part["text"]
+    return text

@@ -19,10 +19,12 @@ from qrun.serve import streams
 from qrun.serve.asking import Asked, ask_chat, ask_completion
 from qrun.serve.errors import ApiError, from_qrun
 from qrun.serve.fields import ChatRequest, CompletionRequest, decode
-from qrun.serve.messages import MessageReply, MessagesRequest, ask_messages
+from qrun.serve.message_reply import MessageReply
+from qrun.serve.messages import MessagesRequest, ask_messages
 from qrun.serve.replies import CompletionReply
 from qrun.serve.reply import Chunk, Reply
-from qrun.serve.responses import ResponseReply, ResponsesRequest, ask_responses
+from qrun.serve.response_reply import ResponseReply
+from qrun.serve.responses import ResponsesRequest, ask_responses
 from qrun.serve.state import ServerState, client_of, json_response, note, read_body
 
 Happened = tuple[int, "Piece | Answer | Prefilled"]

@@ -1,31 +1,23 @@
-"""Anthropic's API: ``POST /v1/messages`` and ``/v1/messages/count_tokens``.
+"""Anthropic's API: what ``POST /v1/messages`` and ``/v1/messages/count_tokens`` ask.
 
-Source: "Messages" and "Streaming Messages" in Anthropic's API documentation.
+Source: "Messages" and "Tool use" in Anthropic's API documentation.
 """
 
 from __future__ import annotations
 
-import uuid
+import json
 from typing import Any
 
 import msgspec
 
-from qrun.answer import Answer, Piece
 from qrun.engine import Engine
 from qrun.errors import QrunError
-from qrun.serve import streams
 from qrun.serve.asking import Asked, check_length
 from qrun.serve.errors import ApiError, from_qrun
-from qrun.serve.fields import texts_only
-from qrun.serve.reply import Chunk, Reply
+from qrun.serve.fields import part_text, text_of
+from qrun.serve.tools import Choice, Places, Tools, prompt_with_tools, tools_of
 
-_REASONS = {
-    "eos": "end_turn",
-    "stop": "stop_sequence",
-    "length": "max_tokens",
-    "context": "max_tokens",
-    "cancelled": "end_turn",
-}
+_PLACES = Places("tools[{}]", "input_schema")
 
 
 class CountRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -34,6 +26,8 @@ class CountRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest, kw_only=True):
@@ -49,22 +43,18 @@ class MessagesRequest(CountRequest, kw_only=True):
     service_tier: Any = None
 
 
-def prompt_of(engine: Engine, request: CountRequest) -> list[int]:
-    """The prompt's token ids.
+def prompt_of(engine: Engine, request: CountRequest) -> tuple[list[int], Tools | None]:
+    """The prompt's token ids, and the tools that may be called.
 
     Raises:
         ApiError: 400, with the field.
     """
-    messages = texts_only(request.messages)
-    for index, message in enumerate(messages):
-        if message["role"] not in ("user", "assistant"):
-            place = f"messages[{index}].role"
-            raise ApiError(400, f"{place} must be user or assistant, not {message['role']!r}", param=place)
+    messages = _messages(request.messages)
     if request.system:
-        system = texts_only([{"role": "system", "content": request.system}], "system")
-        messages = [*system, *messages]
+        messages.insert(0, {"role": "system", "content": text_of(request.system, "system")})
+    tools = _tools(request)
     try:
-        return engine.model.chat_prompt(messages)
+        return prompt_with_tools(engine.model, messages, tools), tools
     except QrunError as error:
         raise from_qrun(error) from None
 
@@ -75,7 +65,7 @@ def ask_messages(engine: Engine, request: MessagesRequest) -> Asked:
     Raises:
         ApiError: 400, with the field.
     """
-    prompt = prompt_of(engine, request)
+    prompt, tools = prompt_of(engine, request)
     check_length(engine, prompt)
     sampling = {
         "max_tokens": request.max_tokens,
@@ -92,74 +82,112 @@ def ask_messages(engine: Engine, request: MessagesRequest) -> Asked:
         name = next((name for name in sampling if error.what.startswith(name)), None)
         refusal.param = named.get(name or "", name)
         raise refusal from None
-    return Asked([prompt], [params], [""])
+    constraint = None if tools is None else tools.constraint(engine.model)
+    return Asked([prompt], [params], [""], [constraint], tools)
 
 
-class MessageReply(Reply):
-    """One message."""
+def _tools(request: CountRequest) -> Tools | None:
+    functions = []
+    for index, tool in enumerate(request.tools or ()):
+        if tool.get("type") not in (None, "custom"):
+            place = f"tools[{index}].type"
+            raise ApiError(400, f"{place} {tool['type']!r} is not supported here", param=place)
+        if "parameters" in tool:
+            place = f"tools[{index}].parameters"
+            raise ApiError(400, f"{place} is not supported here: it is called input_schema", param=place)
+        if not isinstance(tool.get("input_schema"), dict):
+            place = f"tools[{index}].input_schema"
+            raise ApiError(400, f"{place} must be a JSON schema", param=place)
+        function = {**tool, "parameters": tool["input_schema"]}
+        for name in ("input_schema", "type", "cache_control"):
+            function.pop(name, None)
+        functions.append(function)
+    choice, parallel = _choice(request.tool_choice)
+    return tools_of(functions, choice, parallel, _PLACES)
 
-    done = b""  # the event message_stop ends a stream
 
-    def __init__(self, engine: Engine, fields: MessagesRequest, asked: Asked) -> None:
-        super().__init__(engine, fields.model, asked)
-        self.id = f"msg_{uuid.uuid4().hex}"
+_MODES = {"auto": "auto", "any": "required", "tool": "required", "none": "none"}
 
-    def whole(self) -> Chunk:
-        answer = self.answers[0]
-        content = [{"type": "text", "text": answer.text}]
-        return self._message(content, answer) | {"usage": self._usage(answer)}
 
-    def opening(self) -> list[Chunk]:
-        start = self._message([], None) | {"usage": self._usage(None)}
-        block = {"type": "text", "text": ""}
-        return [
-            {"type": "message_start", "message": start},
-            {"type": "content_block_start", "index": 0, "content_block": block},
-            {"type": "ping"},
-        ]
+def _choice(given: dict[str, Any] | None) -> tuple[Choice, bool]:
+    """What may be called, and whether several calls may."""
+    if given is None:
+        return Choice(), True
+    kind = given.get("type")
+    known = ("type", "disable_parallel_tool_use", *(["name"] if kind == "tool" else []))
+    extra = next((name for name in given if name not in known), None)
+    if extra is not None:
+        raise ApiError(400, f"tool_choice.{extra} is not supported here", param=f"tool_choice.{extra}")
+    if not isinstance(kind, str) or kind not in _MODES:
+        text = f"tool_choice.type must be auto, any, tool or none, not {kind!r}"
+        raise ApiError(400, text, param="tool_choice.type")
+    if kind == "tool" and not isinstance(given.get("name"), str):
+        raise ApiError(400, "tool_choice.name must be a string", param="tool_choice.name")
+    alone = given.get("disable_parallel_tool_use", False)
+    if not isinstance(alone, bool):
+        place = "tool_choice.disable_parallel_tool_use"
+        raise ApiError(400, f"{place} must be true or false", param=place)
+    return Choice(_MODES[kind], given.get("name")), not alone
 
-    def piece(self, index: int, piece: Piece) -> list[Chunk]:
-        delta = {"type": "text_delta", "text": piece.text}
-        return [{"type": "content_block_delta", "index": 0, "delta": delta}]
 
-    def ended(self, index: int, answer: Answer) -> list[Chunk]:
-        usage = {
-            key: value for key, value in self._usage(answer).items() if key != "cache_creation_input_tokens"
-        }
-        return [
-            {"type": "content_block_stop", "index": 0},
-            {"type": "message_delta", "delta": self._end(answer), "usage": usage},
-        ]
+def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation in the form of chat completions, in which results of tools are messages of their own."""
+    if not given:
+        raise ApiError(400, "messages is empty: there is nothing to answer", param="messages")
+    found: list[dict[str, Any]] = []
+    called: set[str] = set()
+    for index, message in enumerate(given):
+        where, role = f"messages[{index}]", message.get("role")
+        if role not in ("user", "assistant"):
+            text = f"{where}.role must be user or assistant, not {role!r}"
+            raise ApiError(400, text, param=f"{where}.role")
+        if (extra := next((name for name in message if name not in ("role", "content")), None)) is not None:
+            raise ApiError(400, f"{where}.{extra} is not supported here", param=f"{where}.{extra}")
+        content = message.get("content")
+        if not isinstance(content, list):
+            found.append({"role": role, "content": text_of(content, f"{where}.content")})
+            continue
+        said: dict[str, Any] = {"role": role, "content": ""}
+        for number, block in enumerate(content):
+            place = f"{where}.content[{number}]"
+            kind = block.get("type") if isinstance(block, dict) else None
+            if kind == "tool_use" and role == "assistant":
+                call = _call(block, place)
+                called.add(call["id"])
+                said.setdefault("tool_calls", []).append(call)
+            elif kind == "tool_result" and role == "user":
+                if said["content"]:
+                    found.append(said)
+                    said = {"role": role, "content": ""}
+                found.append(_result(block, place, called))
+            else:
+                said["content"] += part_text(block, place)
+        if said["content"] or "tool_calls" in said or not content:
+            found.append(said)
+    return found
 
-    def closing(self) -> list[Chunk]:
-        return [{"type": "message_stop"}]
 
-    def refusal(self, error: ApiError) -> Chunk:
-        return error.to_anthropic()
+def _call(block: dict[str, Any], place: str) -> dict[str, Any]:
+    for name in ("id", "name"):
+        if not isinstance(block.get(name), str):
+            raise ApiError(400, f"{place}.{name} must be a string", param=f"{place}.{name}")
+    if not isinstance(block.get("input"), dict):
+        raise ApiError(400, f"{place}.input must be an object", param=f"{place}.input")
+    arguments = json.dumps(block["input"], ensure_ascii=False)
+    return {
+        "id": block["id"],
+        "type": "function",
+        "function": {"name": block["name"], "arguments": arguments},
+    }
 
-    def encode(self, chunk: Chunk) -> bytes:
-        return streams.event(chunk, chunk["type"])
 
-    def _message(self, content: list[Chunk], answer: Answer | None) -> Chunk:
-        return {
-            "id": self.id,
-            "type": "message",
-            "role": "assistant",
-            "model": self.model,
-            "content": content,
-            **(self._end(answer) if answer else {"stop_reason": None, "stop_sequence": None}),
-        }
-
-    def _end(self, answer: Answer) -> Chunk:
-        return {"stop_reason": _REASONS[answer.finish_reason], "stop_sequence": answer.stop}
-
-    def _usage(self, answer: Answer | None) -> Chunk:
-        """Token counts; in Anthropic's API ``input_tokens`` leaves out those that were in the cache."""
-        prompt = len(self.asked.prompts[0])
-        cached = answer.reused_tokens if answer else 0
-        return {
-            "input_tokens": prompt - cached,
-            "cache_read_input_tokens": cached,
-            "cache_creation_input_tokens": 0,
-            "output_tokens": answer.completion_tokens if answer else 0,
-        }
+def _result(block: dict[str, Any], place: str, called: set[str]) -> dict[str, Any]:
+    key, content, failed = block.get("tool_use_id"), block.get("content"), block.get("is_error", False)
+    if not isinstance(key, str) or key not in called:
+        text = f"{place}.tool_use_id: no tool_use before it has the id {key!r}"
+        raise ApiError(400, text, param=f"{place}.tool_use_id")
+    if failed not in (None, True, False):
+        raise ApiError(400, f"{place}.is_error must be true or false", param=f"{place}.is_error")
+    text = "" if content is None else text_of(content, f"{place}.content")
+    # Templates have no mark for a tool that failed, so the model is told in words.
+    return {"role": "tool", "tool_call_id": key, "content": f"Error: {text}" if failed else text}

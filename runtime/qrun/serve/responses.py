@@ -5,17 +5,16 @@ Source: "Responses" and "Streaming events" in OpenAI's API reference.
 
 from __future__ import annotations
 
-import time
-import uuid
+from collections.abc import Mapping
 from typing import Any
 
-from qrun.answer import Answer, Piece
 from qrun.engine import Engine
-from qrun.serve import streams
 from qrun.serve.asking import Asked, for_each
 from qrun.serve.errors import ApiError
-from qrun.serve.fields import Common, Harmless, texts_only
-from qrun.serve.reply import Chunk, Reply
+from qrun.serve.fields import Common, Harmless, text_of, with_text
+from qrun.serve.tools import Choice, Places, Tools, arguments_of, prompt_with_tools, tools_of
+
+_PLACES = Places("tools[{}]")
 
 
 class ResponsesRequest(Harmless, kw_only=True):
@@ -29,6 +28,9 @@ class ResponsesRequest(Harmless, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     text: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     background: bool = False
     previous_response_id: str | None = None
     conversation: Any = None
@@ -52,7 +54,8 @@ def ask_responses(engine: Engine, request: ResponsesRequest) -> Asked:
     if request.max_output_tokens is not None and request.max_output_tokens < 1:
         raise ApiError(400, "max_output_tokens must be a whole number from 1 up", param="max_output_tokens")
     system = [{"role": "system", "content": request.instructions}] if request.instructions else []
-    prompt = engine.model.chat_prompt([*system, *_messages(request.input)])
+    tools = _tools(request)
+    prompt = prompt_with_tools(engine.model, [*system, *_messages(request.input)], tools)
     common = Common(
         model=request.model,
         temperature=request.temperature,
@@ -60,7 +63,8 @@ def ask_responses(engine: Engine, request: ResponsesRequest) -> Asked:
         response_format=_response_format(request.text or {}),
     )
     try:
-        return for_each(engine, common, [prompt], [""], {"max_tokens": request.max_output_tokens})
+        own = {"max_tokens": request.max_output_tokens}
+        return for_each(engine, common, [prompt], [""], own, tools=tools)
     except ApiError as error:
         if error.param is not None and error.param.startswith("response_format"):
             error.param = "text.format"
@@ -85,118 +89,66 @@ def _response_format(text: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def _tools(request: ResponsesRequest) -> Tools | None:
+    functions = []
+    for index, tool in enumerate(request.tools or ()):
+        if tool.get("type") != "function":
+            place = f"tools[{index}].type"
+            raise ApiError(400, f"{place} {tool.get('type')!r} is not supported here", param=place)
+        functions.append({name: value for name, value in tool.items() if name != "type"})
+    return tools_of(
+        functions, _choice(request.tool_choice), request.parallel_tool_calls is not False, _PLACES
+    )
+
+
+def _choice(choice: str | dict[str, Any] | None) -> Choice:
+    if choice is None or choice in ("auto", "none", "required"):
+        return Choice("auto" if choice is None else str(choice))
+    if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("name"), str):
+        return Choice("required", choice["name"])
+    raise ApiError(400, "tool_choice must be auto, none, required or a function", param="tool_choice")
+
+
 def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items of a conversation in the form of chat completions."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
+    if not given:
+        raise ApiError(400, "input is empty: there is nothing to answer", param="input")
+    found: list[dict[str, Any]] = []
+    called: set[str] = set()
     for index, item in enumerate(given):
-        if item.get("type", "message") != "message":
-            place = f"input[{index}].type"
-            raise ApiError(400, f"{place} {item.get('type')!r} is not supported here", param=place)
-    kept = [{key: value for key, value in item.items() if key in ("role", "content")} for item in given]
-    return texts_only(kept, "input")
+        where, kind = f"input[{index}]", item.get("type", "message")
+        if kind == "message":
+            kept = {key: value for key, value in item.items() if key in ("role", "content")}
+            found.append(with_text(kept, where))
+        elif kind == "function_call":
+            call = _call(item, where)
+            called.add(call["id"])
+            if not found or found[-1]["role"] != "assistant":
+                found.append({"role": "assistant", "content": ""})
+            # Calls that follow each other, or a text, are one message of the assistant.
+            found[-1].setdefault("tool_calls", []).append(call)
+        elif kind == "function_call_output":
+            key = _text(item, "call_id", where)
+            if key not in called:
+                text = f"{where}.call_id: no function_call before it has the id {key!r}"
+                raise ApiError(400, text, param=f"{where}.call_id")
+            content = text_of(item.get("output"), f"{where}.output")
+            found.append({"role": "tool", "tool_call_id": key, "content": content})
+        else:
+            raise ApiError(400, f"{where}.type {kind!r} is not supported here", param=f"{where}.type")
+    return found
 
 
-class ResponseReply(Reply):
-    """One response with one message in it."""
-
-    done = b""  # the event response.completed, or response.incomplete, ends a stream
-
-    def __init__(self, engine: Engine, fields: ResponsesRequest, asked: Asked) -> None:
-        super().__init__(engine, fields.model, asked)
-        self._fields = fields
-        self._id, self._item_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._events = 0
-
-    def whole(self) -> Chunk:
-        return self._response(self.answers[0])
-
-    def opening(self) -> list[Chunk]:
-        part = self._part("")
-        return [
-            self._event("response.created", response=self._response(None)),
-            self._event("response.in_progress", response=self._response(None)),
-            self._event("response.output_item.added", output_index=0, item=self._item(None)),
-            self._event("response.content_part.added", **self._place(), part=part),
-        ]
-
-    def piece(self, index: int, piece: Piece) -> list[Chunk]:
-        return [self._event("response.output_text.delta", **self._place(), delta=piece.text, logprobs=[])]
-
-    def ended(self, index: int, answer: Answer) -> list[Chunk]:
-        text = answer.text
-        return [
-            self._event("response.output_text.done", **self._place(), text=text, logprobs=[]),
-            self._event("response.content_part.done", **self._place(), part=self._part(text)),
-            self._event("response.output_item.done", output_index=0, item=self._item(answer)),
-        ]
-
-    def closing(self) -> list[Chunk]:
-        response = self._response(self.answers[0])
-        return [self._event(f"response.{response['status']}", response=response)]
-
-    def refusal(self, error: ApiError) -> Chunk:
-        found = error.to_json()["error"]
-        return self._event("error", code=found["code"], message=found["message"], param=found["param"])
-
-    def encode(self, chunk: Chunk) -> bytes:
-        return streams.event(chunk, chunk["type"])
-
-    def _event(self, kind: str, **content: Any) -> Chunk:
-        number, self._events = self._events, self._events + 1
-        return {"type": kind, "sequence_number": number, **content}
-
-    def _place(self) -> Chunk:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    def _part(self, text: str) -> Chunk:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    def _item(self, answer: Answer | None) -> Chunk:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": "in_progress" if answer is None else _status(answer),
-            "content": [] if answer is None else [self._part(answer.text)],
-        }
-
-    def _response(self, answer: Answer | None) -> Chunk:
-        fields, cut = self._fields, answer is not None and _status(answer) == "incomplete"
-        return {
-            "id": self._id,
-            "object": "response",
-            "created_at": self._created,
-            "status": "in_progress" if answer is None else _status(answer),
-            "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "instructions": fields.instructions,
-            "max_output_tokens": fields.max_output_tokens,
-            "model": self.model,
-            "output": [] if answer is None else [self._item(answer)],
-            "parallel_tool_calls": False,
-            "previous_response_id": None,
-            "store": False,
-            "temperature": self.asked.params[0].temperature,
-            "text": {"format": (fields.text or {}).get("format") or {"type": "text"}},
-            "tool_choice": "none",
-            "tools": [],
-            "top_p": self.asked.params[0].top_p,
-            "truncation": "disabled",
-            "usage": None if answer is None else self._usage(),
-            "metadata": fields.metadata or {},
-        }
-
-    def _usage(self) -> Chunk:
-        counts = self.counts()
-        return {
-            "input_tokens": counts.prompt,
-            "input_tokens_details": {"cached_tokens": counts.cached},
-            "output_tokens": counts.completion,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": counts.prompt + counts.completion,
-        }
+def _call(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+    function = {name: _text(item, name, where) for name in ("name", "arguments")}
+    arguments_of(function["arguments"], f"{where}.arguments")
+    return {"id": _text(item, "call_id", where), "type": "function", "function": function}
 
 
-def _status(answer: Answer) -> str:
-    return "incomplete" if answer.finish_reason in ("length", "context") else "completed"
+def _text(item: Mapping[str, Any], name: str, where: str) -> str:
+    found = item.get(name)
+    if not isinstance(found, str):
+        raise ApiError(400, f"{where}.{name} must be a string", param=f"{where}.{name}")
+    return found

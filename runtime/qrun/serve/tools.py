@@ -20,18 +20,50 @@ _EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
+class Places:
+    """How an API names the parts of a tool, for refusals.
+
+    Attributes:
+        function: the place of the n-th one.
+        parameters: its word for the schema.
+    """
+
+    function: str = "tools[{}].function"
+    parameters: str = "parameters"
+
+    def of(self, index: int, name: str) -> str:
+        """The place of one field of a tool."""
+        return f"{self.function.format(index)}.{self.parameters if name == 'parameters' else name}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tools may be called.
+
+    Attributes:
+        mode: "auto", "none" or "required".
+        only: with "required", the name of the one that must be called; None for any.
+    """
+
+    mode: str = "auto"
+    only: str | None = None
+
+
+@dataclass(frozen=True)
 class Tools:
     """The tools of a request.
 
     Attributes:
         given: as the chat template takes them.
-        choice: "auto", "required", or the name of one.
+        choice: which may be called; its mode is "auto" or "required".
         parallel: whether an answer may hold several calls.
+        places: how they are named in refusals.
     """
 
     given: tuple[Mapping[str, Any], ...]
-    choice: str
+    choice: Choice
     parallel: bool
+    places: Places
 
     @property
     def names(self) -> list[str]:
@@ -41,7 +73,7 @@ class Tools:
     @property
     def forced(self) -> bool:
         """Whether the answer must be a call."""
-        return self.choice != "auto"
+        return self.choice.mode == "required"
 
     def parser(self) -> ToolCallParser:
         """For one answer."""
@@ -63,7 +95,7 @@ class Tools:
         picked = [
             (index, tool["function"])
             for index, tool in enumerate(self.given)
-            if self.choice in ("auto", "required", tool["function"]["name"])
+            if self.choice.only in (None, tool["function"]["name"])
         ]
         rules = [] if self.forced else ["start: TEXT? calls?", r"TEXT: /(.|\n)+/"]
         more = f'("\\n" call){{0,{_MOST_CALLS - 1}}}' if self.parallel else ""
@@ -81,59 +113,79 @@ class Tools:
                 # Each schema is compiled alone before the whole grammar is, so that a refusal names its tool.
                 model.constraint(grammar=f"start: {parameters}")
             except QrunError as error:
-                place = f"tools[{index}].function.parameters"
+                place = self.places.of(index, "parameters")
                 text = error.what.replace("grammar cannot", "schema cannot")
                 raise ApiError(400, f"{place}: {text}", param=place) from None
         return model.constraint(grammar="\n".join(rules))
 
 
 def read_tools(tools: Any, choice: Any, parallel: bool | None) -> Tools | None:
-    """The tools of a request in OpenAI's form; None where none may be called.
+    """The tools of a chat completion; None where none may be called.
 
     Raises:
         ApiError: 400, with the field.
     """
-    if not tools:
-        if choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice needs tools", param="tool_choice")
-        if parallel is not None:
-            raise ApiError(400, "parallel_tool_calls needs tools", param="parallel_tool_calls")
-        return None
-    given = tuple(_checked(tool, f"tools[{index}]") for index, tool in enumerate(tools))
+    functions = []
+    for index, tool in enumerate(tools or ()):
+        place = f"tools[{index}]"
+        if tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+            text = f"{place} must be a function, as {{type: function, function: ...}}"
+            raise ApiError(400, text, param=place)
+        functions.append(tool["function"])
+    if not functions and parallel is not None:
+        raise ApiError(400, "parallel_tool_calls needs tools", param="parallel_tool_calls")
+    return tools_of(functions, _choice(choice), parallel is not False, Places())
+
+
+def tools_of(
+    functions: Sequence[Mapping[str, Any]], choice: Choice, parallel: bool, places: Places
+) -> Tools | None:
+    """Tools in the form in which templates take them; None where none may be called.
+
+    Args:
+        functions: each with name, description, parameters and strict.
+        choice: which may be called.
+        parallel: whether an answer may hold several calls.
+        places: how the API names their fields.
+
+    Raises:
+        ApiError: 400, with the field.
+    """
+    given = tuple(_checked(function, index, places) for index, function in enumerate(functions))
     names = [tool["function"]["name"] for tool in given]
     if len(set(names)) < len(names):
         raise ApiError(400, "tools: two of them have the same name", param="tools")
-    chosen = _choice(choice, names)
-    return None if chosen == "none" else Tools(given, chosen, parallel is not False)
+    if choice.mode == "required" and not given:
+        raise ApiError(400, "tool_choice needs tools", param="tool_choice")
+    if choice.only is not None and choice.only not in names:
+        raise ApiError(400, f"tool_choice: there is no tool {choice.only!r}", param="tool_choice")
+    return Tools(given, choice, parallel, places) if given and choice.mode != "none" else None
 
 
-def _checked(tool: Any, place: str) -> Mapping[str, Any]:
-    if tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
-        raise ApiError(400, f"{place} must be a function, as {{type: function, function: ...}}", param=place)
-    function, where = tool["function"], f"{place}.function"
+def _checked(function: Mapping[str, Any], index: int, places: Places) -> Mapping[str, Any]:
     known = {"name": str, "description": str, "parameters": dict, "strict": bool}
     for name, value in function.items():
+        place = places.of(index, name)
         if name not in known:
-            raise ApiError(400, f"{where}.{name} is not supported here", param=f"{where}.{name}")
+            raise ApiError(400, f"{place} is not supported here", param=place)
         if value is not None and not isinstance(value, known[name]):
-            raise ApiError(400, f"{where}.{name} has the wrong type", param=f"{where}.{name}")
+            raise ApiError(400, f"{place} has the wrong type", param=place)
     if not _NAME.fullmatch(function.get("name") or ""):
-        text = f"{where}.name must be 1 to 64 letters, digits, dots, dashes or underscores"
-        raise ApiError(400, text, param=f"{where}.name")
+        place = places.of(index, "name")
+        text = f"{place} must be 1 to 64 letters, digits, dots, dashes or underscores"
+        raise ApiError(400, text, param=place)
     kept = {name: value for name, value in function.items() if value is not None}
     return {"type": "function", "function": kept}
 
 
-def _choice(choice: Any, names: Sequence[str]) -> str:
+def _choice(choice: Any) -> Choice:
     if choice is None or choice in ("auto", "none", "required"):
-        return choice or "auto"
+        return Choice(choice or "auto")
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(choice, dict) or choice.get("type") != "function" or not isinstance(name, str):
         raise ApiError(400, "tool_choice must be auto, none, required or a function", param="tool_choice")
-    if name not in names:
-        raise ApiError(400, f"tool_choice: there is no tool {name!r}", param="tool_choice")
-    return name
+    return Choice("required", name)
 
 
 def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -180,12 +232,21 @@ def _with_calls(message: dict[str, Any], place: str) -> dict[str, Any]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ApiError(400, f"{where}.function must have a name", param=f"{where}.function")
-        try:
-            arguments = json.loads(function.get("arguments") or "{}")
-        except (TypeError, ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            text = f"{where}.function.arguments must be a JSON object as text"
-            raise ApiError(400, text, param=f"{where}.function.arguments")
+        arguments = arguments_of(function.get("arguments"), f"{where}.function.arguments")
         found.append({**call, "function": {**function, "arguments": arguments}})
     return {**message, "tool_calls": found}
+
+
+def arguments_of(text: Any, place: str) -> dict[str, Any]:
+    """The arguments of an earlier call, which come as text.
+
+    Raises:
+        ApiError: 400: they are no JSON object.
+    """
+    try:
+        arguments = json.loads(text or "{}")
+    except (TypeError, ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ApiError(400, f"{place} must be a JSON object as text", param=place)
+    return arguments
