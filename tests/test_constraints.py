@@ -1,12 +1,15 @@
-"""If this fails, `make test-oldest` no longer installs the lowest versions that pyproject.toml allows."""
+"""If these fail, `make test-oldest` cannot run, or not with the lowest versions of pyproject.toml."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import tomllib
 
 from tests.fakes import REPOSITORY
+from tests.test_imports import BLOCK
 
 EXTRAS = ("cpu", "grammar")
 
@@ -23,3 +26,24 @@ def test_the_oldest_versions_are_those_of_the_bounds() -> None:
     assert pinned.keys() == wanted.keys()
     for name, bound in wanted.items():
         assert re.fullmatch(rf"{re.escape(bound)}(\.0)*", pinned[name]), f"{name}: {bound}, {pinned[name]}"
+
+
+def test_its_tests_are_collected_where_nothing_that_converts_is_installed() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    (patterns,) = re.findall(r"^OLDEST_TESTS \?= \$\(filter-out ([^,]+),", makefile, re.MULTILINE)
+    left_out = tuple(pattern.removeprefix("%") for pattern in patterns.split())
+    files = [
+        str(file)
+        for file in sorted((REPOSITORY / "tests" / "qrun").glob("test_*.py"))
+        if not file.name.endswith(left_out)
+    ]
+    assert len(files) > 20
+    code = f"{BLOCK}\nimport pytest\nsys.exit(pytest.main(['--collect-only', '-q', *sys.argv[1:]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-p", "no:cacheprovider", *files],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,6 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qconvert.export import ExportOptions, export
-from qconvert.progress import Progress
 from qrun.backends.opening import open_session
 from qrun.cli.main import main
 from qrun.decoding.generate import Context, Event, Finished, Token, generate
@@ -20,7 +19,6 @@ from qrun.decoding.speculation import Speculation, StepCosts
 from qrun.errors import QrunError
 from qrun.sampling.params import SamplingParams
 from tests.fakes import FakeSession, fake_manifest
-from tests.tiny import make_tiny_checkpoint
 
 QUOTED = [5, 9, 2, 7, 30, 31, 8, 4]
 
@@ -185,11 +183,8 @@ def test_steps_that_cost_more_than_they_gain_are_given_up(monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("speculation")
-    make_tiny_checkpoint(root / "checkpoint", vocab_size=4096)
-    options = ExportOptions(request.param, output=root / "model", verify=False)
-    return export(str(root / "checkpoint"), options, Progress(quiet=True)).folder
+def folder(request: pytest.FixtureRequest, exporter: Callable[..., Path]) -> Path:
+    return exporter(request.param, vocab_size=4096)
 
 
 def test_real_sessions_choose_what_they_choose_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
