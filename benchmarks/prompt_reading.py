@@ -36,7 +36,7 @@ DECODED = 24
 
 
 def read_prompt(session: Session, tokens: list[int], piece: int) -> float:
-    """Seconds from an empty cache to the logits behind the last token."""
+    """Seconds from an empty cache to the logits after the last token."""
     context = Context(session)
     context.cache.reserve(len(tokens))
     started = perf_counter()
@@ -47,7 +47,7 @@ def read_prompt(session: Session, tokens: list[int], piece: int) -> float:
 
 
 def decode(session: Session, tokens: list[int]) -> float:
-    """Seconds a token, decoded behind a prompt."""
+    """Seconds a token, decoded after a prompt."""
     context = Context(session)
     context.feed(tokens, logits="last")
     started = perf_counter()

@@ -92,7 +92,7 @@ def split(session: OrtSession, calls: list[tuple[float, float]]) -> dict[str, fl
 
 
 def measure(folder: Path, threads: int, prompt: int, steps: int) -> dict[str, dict[str, float]]:
-    """Seconds of each share for one prompt (the median of three), and for one token behind it."""
+    """Seconds of each share for one prompt (the median of three), and for one token after it."""
     found = {}
     tokens = np.random.default_rng(0).integers(0, 1000, (1, prompt))
     with tempfile.TemporaryDirectory() as scratch:

@@ -47,7 +47,7 @@ class QrunModel(Model):
         return Timed(first - started, last - first, tokens)
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        """All positions by the decode graph; with a second graph for prompts, the later half behind it.
+        """All positions by the decode graph; with a second graph for prompts, the later half after it.
 
         That graph has no logits: what it does to an answer shows in the positions that follow the keys and
         values that it wrote.

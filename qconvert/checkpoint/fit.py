@@ -112,7 +112,7 @@ def _wrapper(name: str) -> str:
 
 
 def _unwrapped(name: str) -> str:
-    """A tensor's name without what wrappers put into it; peft has a "model." of its own behind its name."""
+    """A tensor's name without what wrappers put into it; peft has a "model." of its own after its name."""
     name = re.sub(r"\bbase_model\.model\.(?=model\.|lm_head\.)", "", name)
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 

@@ -19,7 +19,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 # 1.5B model (8,960) no faster in 2 than in 4.
 LONGEST_PART = 3072
 # Least number of groups of the MLP's channels in a graph for prompts: beside 4-bit weights, more gain
-# nothing (mean KL of the sample behind a prompt: 0.331 with 8, 0.333 with 2), and cost 5% of the speed.
+# nothing (mean KL of the sample after a prompt: 0.331 with 8, 0.333 with 2), and cost 5% of the speed.
 PROMPT_GROUPS = 2
 # Codes of a matrix in halves, relative to zero. Beyond +119 the upper half would not fit into 4 bits.
 LOWEST_HALVES, HIGHEST_HALVES = -128, 119

@@ -208,7 +208,7 @@ def _cast(node: ir.Node, due: _Due) -> _Allowed:
 
 
 def _shape(value: ir.Value | None) -> tuple[int, ...]:
-    """The shape of a stored tensor, also behind a ``Cast``; (-1,) for a scalar and for what is not stored."""
+    """The shape of a stored tensor, also after a ``Cast``; (-1,) for a scalar and for what is not stored."""
     while value is not None and value.const_value is None and (producer := value.producer()) is not None:
         value = producer.inputs[0]
     tensor = None if value is None else value.const_value

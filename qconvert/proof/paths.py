@@ -45,9 +45,9 @@ class Part:
         logits: of every position, of the last position of every piece, of the part's last position alone,
             or none.
         pieces: how many tokens are fed at once, in turn and over again; none given is all of the part.
-        left: tokens that are left for the parts behind it; one token is read in any case.
+        left: tokens that are left for the parts after it; one token is read in any case.
         at_most_half: no more than half of the prompt is left.
-        detour: tokens that do not belong here, fed behind the part and cut off again.
+        detour: tokens that do not belong here, fed after the part and cut off again.
     """
 
     logits: Literal["all", "each piece", "end", "none"]
@@ -57,7 +57,7 @@ class Part:
     detour: int = 0
 
     def stop(self, count: int) -> int:
-        """The position behind the part, in a prompt of so many tokens."""
+        """The position after the part, in a prompt of so many tokens."""
         left = min(self.left, count // 2) if self.at_most_half else self.left
         return max(1, count - left)
 

@@ -33,7 +33,7 @@ class PathResult:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt and what was generated behind it, its end token included; token ids."""
+    """A prompt and what was generated after it, its end token included; token ids."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]

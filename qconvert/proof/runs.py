@@ -30,7 +30,7 @@ def answer_greedily(
 
     An answer ends with its end token, as a user gets it, and the next prompt is answered. A model has not
     learned what follows an end token that no turn follows, so there its logits show how rounding is enlarged,
-    and not whether the export is right: on the sample a step behind two such tokens had a KL divergence
+    and not whether the export is right: on the sample a step after two such tokens had a KL divergence
     from 0.005 to 0.67, by the order of sums alone.
     """
     answers: list[Answer] = []
@@ -112,7 +112,7 @@ def run_case(
 def judge_answers(
     reference: Reference, hidden: Sequence[torch.Tensor], answers: Sequence[Answer]
 ) -> GreedyCheck:
-    """The greedy answers, one behind the other, against PyTorch's choice after the very same tokens."""
+    """The greedy answers, one after the other, against PyTorch's choice after the very same tokens."""
     import torch
 
     rows = []

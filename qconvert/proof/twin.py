@@ -189,7 +189,7 @@ class _Rewrite:
     # Helpers of the rules.
 
     def _raise_inputs(self, node: ir.Node) -> None:
-        """Half weights become float32: an embedding behind its look-up, everything else where it is read."""
+        """Half weights become float32: an embedding after its look-up, everything else where it is read."""
         if node.op_type == "Cast":
             return
         for index, value in enumerate(node.inputs):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Tokens of the longer text that a twin reads, and of these those that it reads one by one, at the end.
 TOKENS = 96
 STEPS = 4
-# What the first graph reads behind a prompt that the second one has read, in pieces.
+# What the first graph reads after a prompt that the second one has read, in pieces.
 CONTINUED = 32
 _PROMPT_PIECES = (40, 1)
 

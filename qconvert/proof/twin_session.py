@@ -76,7 +76,7 @@ class TwinSession:
     ) -> dict[str, NDArray[np.float32]]:
         """All outputs for the next tokens of every row, ``filled`` others of which came before.
 
-        Shorter rows are filled up behind their last token; logits are for every place.
+        Shorter rows are filled up after their last token; logits are for every place.
         """
         new = max(map(len, sequences))
         padded = np.zeros((len(sequences), new), dtype=np.int64)

@@ -122,7 +122,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def find_command(words: list[str]) -> tuple[click.Command | None, list[str]]:
-    """The click command that ``words`` (program, command, ...) name, and the words behind its name."""
+    """The click command that ``words`` (program, command, ...) name, and the words after its name."""
     group = PROGRAMS.get(words[0])
     if group is None or len(words) < 2 or words[1] not in group.commands:
         return None, words[1:]

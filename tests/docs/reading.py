@@ -91,7 +91,7 @@ def spans(page: Path) -> Iterator[Place]:
 def commands(page: Path) -> list[Place]:
     """Every command line that a page shows: in a block (with or without ``$``) or between backticks.
 
-    A comment behind two spaces and # is no part of it. Usage lines (``[OPTIONS]``) are told by
+    A comment after two spaces and # is no part of it. Usage lines (``[OPTIONS]``) are told by
     ``commands_page``'s own test, and file names such as ``qrun/`` are no commands.
     """
     found = []

@@ -46,7 +46,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def quoted() -> list[str]:
-    """The first cell of each row, less the remark in brackets behind it."""
+    """The first cell of each row, without the remark in brackets after it."""
     rows = re.findall(r"^\| (.*?) \| .* \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     cells = [re.sub(r" \((`[^`]*`|and similar|or .*?)\)", "", row) for row in rows if row != "message"]
     return [cell for cell in cells if not cell.startswith(OTHERS)]

@@ -92,7 +92,7 @@ def test_a_working_directory_that_is_gone_is_no_traceback(program, tmp_path):
         ("file/model", "no such model folder"),
     ],
 )
-def test_a_name_behind_which_nothing_can_be_is_told(name, says, tmp_path, monkeypatch):
+def test_a_name_that_leads_to_no_file_is_refused_in_one_message(name, says, tmp_path, monkeypatch):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)

@@ -94,7 +94,7 @@ def test_a_loop_that_was_left_keeps_what_was_fed_for_the_next_prompt():
 def test_the_answer_ends_where_the_context_ends():
     context = Context(FakeSession(counting, fake_manifest(context_length=8)))
     tokens, finished, _ = run(context, [1, 2, 3, 4, 5])
-    # 3 tokens fit behind the prompt, and one more is sampled that is never fed.
+    # 3 tokens fit after the prompt, and one more is sampled that is never fed.
     assert (tokens, finished.reason) == ([6, 7, 8, 9], "context")
     assert context.cache.length == 8
 

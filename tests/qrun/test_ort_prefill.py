@@ -49,7 +49,7 @@ def due(session) -> np.ndarray:
 
 @pytest.mark.parametrize("sizes", [[300], [100, 200], [40, 5, 255], [256, 44]], ids=str)
 def test_both_graphs_leave_the_same_keys_and_values(session, due, reads, sizes):
-    """Pieces of fewer than ``min_tokens`` go through the first graph, behind and before longer ones."""
+    """Pieces of fewer than ``min_tokens`` go through the first graph, after and before longer ones."""
     cache, start = session.new_cache(), 0
     for size in sizes:
         assert session.forward(TOKENS[:, start : start + size], cache, "none").shape == (1, 0, 320)

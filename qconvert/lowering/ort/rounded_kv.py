@@ -3,7 +3,7 @@
 ``GroupQueryAttention`` over a cache of 8 bits takes three to five times as long for a prompt as over one
 of float32. So this graph turns what the cache holds into float32, rounds new keys and values as that kernel
 does, and lets the kernel for float32 attend to the rounded ones: a prompt gives the same logits either way,
-in pieces or whole. The codes of the new tokens are its outputs; the runtime writes them behind the others.
+in pieces or whole. The codes of the new tokens are its outputs; the runtime writes them after the others.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class KVCache(ABC):
         raise self._not_apart()
 
     def copy_in(self, row: int, start: int, states: list[NDArray[Any]]) -> None:
-        """Put what ``copy_out`` gave behind the first ``start`` tokens of a row, whatever it held there.
+        """Put what ``copy_out`` gave after the first ``start`` tokens of a row, whatever it held there.
 
         Raises:
             QrunError: this kind of cache has no rows apart, or more memory than the machine has left.

@@ -33,7 +33,7 @@ class Scheduler:
     """Advances any number of sequences over the rows of ``slots``, in the order in which they were added.
 
     Sequences whose prompts are read decode in the first rows, without a gap; the one whose prompt is being
-    read has the row behind them; the others wait. Nobody else may feed these rows meanwhile.
+    read has the row after them; the others wait. Nobody else may feed these rows meanwhile.
 
     A sequence gets the tokens that it would get alone, whatever runs beside it and whatever ran before, where
     the graph's products give a row the same bits in any company (fp32, int8, int4 in blocks of up to 32).

@@ -53,7 +53,7 @@ class IncrementalDetokenizer:
         return rest
 
     def _has_no_text(self, token_id: int) -> bool:
-        """Whether decoding leaves a token out; a character may then continue behind it."""
+        """Whether decoding leaves a token out; a character may then continue after it."""
         if self._skip_special_tokens and token_id in self._tokenizer.special_ids:
             return True
         return self._tokenizer.token(token_id) is None

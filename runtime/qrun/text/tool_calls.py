@@ -35,7 +35,7 @@ class ToolCallParser:
 
     Args:
         names: of the tools that there are.
-        parallel: False takes the first call, and drops what comes behind it.
+        parallel: False takes the first call, and drops what comes after it.
     """
 
     def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:

@@ -210,7 +210,7 @@ def use_instead(old: ir.Value, new: ir.Value, but: ir.Value | None = None) -> No
 def behind(
     op_type: str, *made: tuple[str, float | None], place: str = f"layers.{LAYER}/", output: int = 0
 ) -> Edit:
-    """Operators behind an output of a node, each with a number as its second input, or none."""
+    """Operators after an output of a node, each with a number as its second input, or none."""
     casts = {"half": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16, "int": ir.DataType.INT32}
 
     def plant(graph: ir.Graph) -> None:

@@ -2,8 +2,8 @@
 
 ``GroupQueryAttention`` has two ways (since 1.28): a whole matrix of scores, or tiles of it ("flash
 attention", its default for several tokens). Up to some thousand tokens the matrix takes half to four
-fifths of the time (256 tokens of a 0.5B model's layer: 1.4 ms instead of 2.8, behind 1,792 others 9.2 instead
-of 11.8; behind 8,000 both take the same). Its memory grows with the context, so that behind many tokens fewer
+fifths of the time (256 tokens of a 0.5B model's layer: 1.4 ms instead of 2.8, after 1,792 others 9.2 instead
+of 11.8; after 8,000 both take the same). Its memory grows with the context, so that after many tokens fewer
 are read at once. The package sets the switch between the two, ``ORT_GQA_DISABLE_FLASH_ATTENTION``, unless the
 user has set it.
 """

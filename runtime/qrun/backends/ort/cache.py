@@ -117,7 +117,7 @@ class InPlaceKVCache(OrtKVCache):
             buffer.bind(binding, name, self._first, self.batch, present=present)
 
     def write(self, states: list[NDArray[Any]]) -> None:
-        """Put keys and values ``[batch, new, kv_heads x head_size]`` behind those that are there.
+        """Put keys and values ``[batch, new, kv_heads x head_size]`` after those that are there.
 
         They come in the order of ``kv_names``; the caller counts them.
         """

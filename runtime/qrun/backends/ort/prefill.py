@@ -74,7 +74,7 @@ class PrefillBinding:
         self._new: list[NDArray[Any]] = []
 
     def run(self, token_ids: NDArray[np.int64], cache: InPlaceKVCache) -> None:
-        """Read ``[batch, new]`` tokens behind those that the cache holds."""
+        """Read ``[batch, new]`` tokens after those that the cache holds."""
         new = token_ids.shape[1]
         if self._buffers is not cache.buffers:
             cache.bind_buffers(self._binding, present=not self._returned)
