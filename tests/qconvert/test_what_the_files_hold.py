@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.checkpoint.reference import Reference
 from qconvert.checkpoint.weights import CheckpointWeights
+from qrun.cli.main import main as qrun_main
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.breaking import edit_json, edit_weights, refusal
 from tests.qconvert.building import refused, run
@@ -80,6 +82,12 @@ def test_the_tokenizers_end_token_ends_answers_too(tmp_path: Path, spelling: obj
     assert read_manifest(tmp_path / "m").eos_token_ids == (256, 258)
     genai = json.loads((tmp_path / "m" / "genai_config.json").read_text())
     assert genai["model"]["eos_token_id"] == [256, 258]
+    facts = json.loads(run("inspect", checkpoint, "--json").output)["facts"]
+    fact = facts["tokens"]["an answer ends at"]
+    assert fact["value"] == [256, 258]
+    assert "the tokenizer" in fact["meaning"]
+    told = " ".join(CliRunner().invoke(qrun_main, ["info", str(tmp_path / "m")]).output.split())
+    assert "answers end at 256 or 258" in told
 
 
 @pytest.mark.parametrize("key", ["temperature", "top_k", "top_p", "repetition_penalty", "do_sample"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,22 @@ def test_two_caches_of_one_session_do_not_disturb_each_other(plan: Path, device:
             session.forward(row([TOKENS[step + 50]]), right)
             logits = session.forward(row([TOKENS[step]]), left)
             np.testing.assert_allclose(logits[0, 0], expected[step], atol=2e-4)
+
+
+def test_two_answers_of_one_session_by_turns_are_each_as_alone(plan: Path, device: EmulatedDevice) -> None:
+    """Between two events of one answer the other one steps: they had drawn from each other's logits."""
+    prompts = [TOKENS[:10].tolist(), TOKENS[50:73].tolist()]
+    with opened(plan) as session:
+        params = SamplingParams(max_tokens=12)
+        running = [generate(Context(session), prompt, params) for prompt in prompts]
+        found: list[list[int]] = [[], []]
+        for events in zip_longest(*running):
+            for tokens, event in zip(found, events):
+                if isinstance(event, Token):
+                    tokens.append(event.token_id)
+    alone = [greedy(on_cpu(plan), prompt, 12) for prompt in prompts]
+    assert found == alone
+    assert alone[0] != alone[1]
 
 
 def test_decode_steps_after_the_first_are_one_graph_launch(plan: Path, device: EmulatedDevice) -> None:
