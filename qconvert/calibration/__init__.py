@@ -1,1 +1,1 @@
-"""What a calibration text tells about a model: smoothing, scales of a KV cache, rounding by GPTQ."""
+"""What is learnt of a model from a calibration text: smoothing, scales of a KV cache, AWQ, GPTQ."""

@@ -56,7 +56,7 @@ def smooth(
         model: the checkpoint; its weights are untouched, and upcast one module at a time.
         sequences: token ids; some run together (see ``calibration.batches``).
         strength: 0 to 1: how much goes from inputs into weights.
-        advance: told the number of tokens after each batch.
+        advance: called with the number of tokens after each batch.
     """
     import torch
 

@@ -95,8 +95,8 @@ class Pass:
 
         Args:
             index: of the layer.
-            looks: by the name of a product in the layer ("mlp.down_proj"), what is told its inputs, float32
-                ``[tokens, K]``, some sequences at a time.
+            looks: by the name of a product in the layer ("mlp.down_proj"), what is called with its inputs,
+                float32 ``[tokens, K]``, some sequences at a time.
         """
         module = self._module(index)
         for name, look in looks.items():

@@ -81,7 +81,7 @@ def holds_plain_floats(tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def _other_names(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> Misfit | None:
-    """Where all tensors may be there under other names, told once instead of for each of them."""
+    """Whether all tensors may be there under other names: one message instead of one for each of them."""
     if set(expected) <= set(tensors):
         return None
     if any(".lora_" in name or name.startswith("lora_") for name in tensors):

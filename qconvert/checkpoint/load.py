@@ -55,7 +55,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Checks that the folder is a whole checkpoint that an export covers.
 
-    A missing tokenizer is no error here (``inspect_files`` tells it): the graph does not need one.
+    A missing tokenizer is no error here (``inspect_files`` reports it): the graph does not need one.
 
     Raises:
         QconvertError: see ``load_config``; weights that are missing, truncated, garbage, Git LFS pointers,

@@ -1,7 +1,7 @@
 """The small files of a checkpoint, judged before the work as qrun judges them in the finished folder.
 
 An export copies these files. Whatever qrun would refuse in them (a tokenizer that cannot be read, a template
-whose syntax is wrong, a sampling default out of range) is therefore told here, not after minutes of work.
+whose syntax is wrong, a sampling default out of range) is therefore refused here, not after minutes of work.
 """
 
 from __future__ import annotations

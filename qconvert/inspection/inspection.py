@@ -107,7 +107,7 @@ def describe(folder: Path) -> Inspection:
 
 
 def _offers() -> Iterator[tuple[str, tuple[Target, Wishes]]]:
-    """Exports whose weights are told, and the names under which they are."""
+    """Exports whose weights are forecast, and the names under which they are shown."""
     for target in TARGETS.values():
         prefix = "" if target.name == DEFAULT_TARGET else f"{target.name} "
         for precision in target.capabilities.precisions:

@@ -1,1 +1,1 @@
-"""The decoder, told once, in the checkpoint's own names."""
+"""The decoder, described once, in the checkpoint's own names."""

@@ -56,7 +56,7 @@ def _verify(path: Path, manifest: Manifest, checkpoint: str, progress: Progress)
 
 
 def _check_plan(path: Path, manifest: Manifest, record: bool) -> None:
-    """What would end the verification of a plan, told before minutes of hashing and loading."""
+    """Refuse what would end the verification of a plan, before minutes of hashing and loading."""
     refusal = why_not_here(read_plan(path), manifest)
     if refusal is not None:
         raise refusal

@@ -215,7 +215,7 @@ def greedy_failures(precision: str, greedy: GreedyResult) -> list[Failure]:
 
 
 def _path_failure(precision: str, path: PathResult) -> str | None:
-    """What is beyond its limit on one path, that first which tells where in the prompt it begins."""
+    """Which limits a path breaks, those first that show where in the prompt it begins; None for no limit."""
     bad = path.rows["checkpoint"].non_finite_at
     if bad is not None:
         return f"NaN or Inf in the logits of position {bad}"
@@ -238,7 +238,7 @@ def _path_failure(precision: str, path: PathResult) -> str | None:
 
 
 def _where_it_begins(limit: Limit, precision: str, path: PathResult) -> str:
-    """From which position on a limit is broken, and what that tells."""
+    """From which position on a limit is broken, and what that says about the cause."""
     if limit.key not in _LOCATED:
         return ""
     rows = path.rows[limit.against]

@@ -10,8 +10,8 @@ and float16 has eight times finer steps at the same bytes. On the sample that ha
 and is as good as a float32 head, for which TensorRT keeps a second copy of the weights.
 
 Attention has two spellings, chosen in one place (``_attend``): ``standard`` with an explicit mask, which
-ONNX Runtime's CPU provider can run too, and ``trt`` with TensorRT's own operator, told how far the cache is
-filled, so that a decode step does not pay for the whole static cache. The rest of the graph is the same.
+ONNX Runtime's CPU provider can run too, and ``trt`` with TensorRT's own operator. That one knows how far the
+cache is filled, so that a decode step does not pay for all of it. The rest of the graph is the same.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ PromptGraph = bool | Literal["later"]
 
 
 class Opening(TypedDict, total=False):
-    """How a model folder is opened: the options of ``open_session``, told here and nowhere else.
+    """How a model folder is opened: the options of ``open_session``, described only here.
 
     Attributes:
         device: "cpu" (the default), "cuda" or "tensorrt" (ONNX Runtime's TensorRT provider). There is no

@@ -47,7 +47,7 @@ class Reply(ABC):
         self._started, self._first_text = perf_counter(), 0.0
 
     def see(self, index: int, event: Piece | Answer | Prefilled) -> None:
-        """Keep what is told later of an answer: its end, and when its text began."""
+        """Keep what is reported later of an answer: its end, and when its text began."""
         if isinstance(event, Answer):
             self.answers[index] = event
         elif isinstance(event, Piece) and not self._first_text:

@@ -30,7 +30,7 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. It is made before any model is opened, so that a taken port is told at once.
+    """A listening socket. It is made before any model is opened, so that a taken port is refused at once.
 
     Raises:
         QrunError: the address is not this machine's, or the port is taken or not allowed.
