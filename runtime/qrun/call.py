@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from qrun.answer import Answer, Event, Piece, Wording
 from qrun.decoding.sequence import Event as SequenceEvent
-from qrun.decoding.sequence import Finished, FinishReason, Prefilled, Token
+from qrun.decoding.sequence import Finished, FinishReason, Prefilled, Scored, Scoring, Token
 from qrun.decoding.sequence import Sequence as TokenSequence
 from qrun.errors import QrunError
 from qrun.model import Model
@@ -14,7 +14,7 @@ from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 
 # Called by the engine's thread for each event of an answer; the last one is an ``Answer`` or a ``QrunError``.
-Listener = Callable[["Event | QrunError"], None]
+Listener = Callable[["Event | Scored | QrunError"], None]
 
 
 class Call:
@@ -33,9 +33,11 @@ class Call:
         client: str,
         *,
         constraint: Constraint | None = None,
+        scoring: Scoring | None = None,
     ) -> None:
         self.client = client
-        self.sequence = TokenSequence(prompt_ids, params, model.manifest.model.context_length, constraint)
+        limit = model.manifest.model.context_length
+        self.sequence = TokenSequence(prompt_ids, params, limit, constraint, scoring)
         self._listener = listener
         self._wording = Wording(model.tokenizer, params.stop)
         self._keeps_tokens = params.logprobs is not None
@@ -50,7 +52,7 @@ class Call:
         """Handle an event of its sequence; the engine's thread calls this."""
         if self.ended:  # by a stop string; the scheduler drops the sequence only in its next step
             return
-        if isinstance(event, Prefilled):
+        if isinstance(event, Prefilled | Scored):
             self._tell(event)
         elif isinstance(event, Token):
             if self._keeps_tokens:
@@ -92,7 +94,7 @@ class Call:
             )
         )
 
-    def _tell(self, event: Event | QrunError) -> None:
+    def _tell(self, event: Event | Scored | QrunError) -> None:
         try:
             self._listener(event)
         except RuntimeError:  # the caller's event loop is closed: nobody listens any more

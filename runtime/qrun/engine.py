@@ -22,7 +22,7 @@ from qrun.call import Call, Listener
 from qrun.decoding.fair_queue import FairQueue
 from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.scheduler import GRAIN, PREFILL_CHUNK, Scheduler
-from qrun.decoding.sequence import Failed, Finished
+from qrun.decoding.sequence import Failed, Finished, Scored, Scoring
 from qrun.decoding.slots import Slots
 from qrun.errors import QrunError
 from qrun.model import Model
@@ -91,6 +91,7 @@ class Engine:
         *,
         client: str = "",
         constraint: Constraint | None = None,
+        scoring: Scoring | None = None,
     ) -> Call:
         """Queue a prompt; the engine's thread calls ``listener`` with each event of its answer.
 
@@ -100,13 +101,14 @@ class Engine:
             listener: called for each event, in order; it must not block.
             client: who asks.
             constraint: what the answer must fit: ``Model.constraint`` makes one for each answer.
+            scoring: what is wanted of the prompt itself; its log-probabilities come as ``Scored`` events.
 
         Raises:
             EngineBusyError: too many wait already.
             EngineClosedError: after ``close``.
             QrunError: an empty prompt, or one longer than the context.
         """
-        call = Call(self.model, prompt_ids, params, listener, client, constraint=constraint)
+        call = Call(self.model, prompt_ids, params, listener, client, constraint=constraint, scoring=scoring)
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the engine is closing: it takes no more prompts")
@@ -134,7 +136,8 @@ class Engine:
         """
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | QrunError]()
 
-        def listener(event: Event | QrunError) -> None:
+        def listener(event: Event | Scored | QrunError) -> None:
+            assert not isinstance(event, Scored), "nothing was to be scored"
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         call = self.submit(prompt_ids, params, listener, client=client, constraint=constraint)
@@ -194,6 +197,11 @@ class Engine:
         call.cancel()
         with self._changed:
             self._changed.notify()
+
+    @property
+    def capacity(self) -> int:
+        """Prompts that can be answered or wait at the same time."""
+        return self.slots + self._queue
 
     @property
     def active(self) -> int:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qrun.backends.session import Session
 from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.scheduler import Scheduler
-from qrun.decoding.sequence import Event, Failed, Finished, Prefilled, Sequence, Token
+from qrun.decoding.sequence import Event, Failed, Finished, Prefilled, Scored, Scoring, Sequence, Token
 from qrun.decoding.slots import Slots
 from qrun.sampling.constraint import Constraint, Grammars, Vocabulary
 from qrun.sampling.params import SamplingParams
@@ -35,13 +35,17 @@ GRAMMARS = Grammars(_vocabulary)
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence: what it asks, and the steps before which it is added and cancelled."""
+    """One sequence: what it asks, and the steps before which it is added and cancelled.
+
+    Some want the log-probabilities of their prompt's tokens too.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     added: int
     cancelled: int | None = None
     regex: str | None = None
+    scoring: Scoring | None = None
 
     def constraint(self) -> Constraint | None:
         """What the answer must fit, at its beginning."""
@@ -65,6 +69,7 @@ class Outcome:
     """What became of a sequence."""
 
     token_ids: list[int] = field(default_factory=list)
+    scored: list[Token] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
     last: Finished | Failed | None = None
 
@@ -77,7 +82,8 @@ def run(
     scheduler = Scheduler(slots, chunk=CHUNK, grain=GRAIN, prefixes=prefixes)
     sequences = [
         Recorded(
-            request.prompt_ids, request.params, session.manifest.model.context_length, request.constraint()
+            *(request.prompt_ids, request.params, session.manifest.model.context_length),
+            *(request.constraint(), request.scoring),
         )
         for request in requests
     ]
@@ -95,6 +101,8 @@ def run(
             if isinstance(event, Token):
                 assert read[id(sequence)] == len(sequence.prompt_ids), "a token before the prompt is read"
                 outcome.token_ids.append(event.token_id)
+            elif isinstance(event, Scored):
+                outcome.scored += event.tokens
             elif isinstance(event, Prefilled):
                 assert event.done > read.get(id(sequence), -1)
                 read[id(sequence)] = event.done
@@ -122,6 +130,12 @@ def differences(
             yield f"sequence {number} ended with {found.last}, alone with {alone.last}"
         if found.token_ids != alone.token_ids[:count]:
             yield f"sequence {number} got {found.token_ids}, alone {alone.token_ids}"
+        if found.scored != alone.scored[: len(found.scored)] or (
+            request.scoring is not None
+            and not cut_off
+            and [token.token_id for token in found.scored] != list(request.prompt_ids)
+        ):
+            yield f"sequence {number}: its prompt has {found.scored}, alone {alone.scored}"
         for place, (here, there) in enumerate(zip(found.logits, alone.logits)):
             if not np.array_equal(here, there):
                 yield f"sequence {number}: logits {place} differ by {np.abs(here - there).max()}"
@@ -169,6 +183,7 @@ def requests(
         regex=st.none()
         if greedy or find_spec("llguidance") is None
         else st.sampled_from([None, None, "(ab*|[c-z]+)", "[a-f]{2}", ".*"]),
+        scoring=st.sampled_from([None, None, Scoring(2), Scoring(0, generate=False)]),
     )
     return st.lists(request, min_size=1, max_size=8)
 

@@ -16,6 +16,7 @@ from qrun.decoding.sequence import (
     Finished,
     FinishReason,
     Prefilled,
+    Scored,
     Sequence,
     Token,
     check_prompt,
@@ -109,4 +110,5 @@ def run(context: Context, sequence: Sequence, *, chunk: int = PREFILL_CHUNK) -> 
         for _, event in scheduler.step():
             if isinstance(event, Failed):
                 raise event.error
+            assert not isinstance(event, Scored), "nothing was to be scored"
             yield event

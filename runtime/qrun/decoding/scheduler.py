@@ -23,6 +23,8 @@ from qrun.errors import QrunError
 
 # Longer pieces are no faster, and the memory for activations grows with them.
 PREFILL_CHUNK = 256
+# The same where logits of all of them are wanted: 32 times Qwen's vocabulary in float32 are 19 MB.
+SCORED_CHUNK = 32
 # Tokens that are kept and reused together. Smaller blocks need more copies, larger ones leave more to read.
 GRAIN = 64
 
@@ -155,14 +157,19 @@ class Scheduler:
         sequence = self._reading
         if sequence is None:
             return
-        row, piece = len(self._decoding), sequence.next_piece(self._chunk, self._grain_of(sequence))
+        row, scored = len(self._decoding), sequence.is_scored
+        length = min(SCORED_CHUNK, self._chunk) if scored else self._chunk
+        piece = sequence.next_piece(length, None if scored else self._grain_of(sequence))
         whole = sequence.read + len(piece) == len(sequence.prompt_ids)
         try:
-            logits = self._slots.feed(row, piece, logits="last" if whole else "none")
+            logits = self._slots.feed(row, piece, logits="all" if scored else "last" if whole else "none")
         except QrunError as error:
             events.append((sequence, Failed(error)))
             self._reading = None
             return
+        if scored:
+            events.append((sequence, sequence.score(logits)))
+            logits = logits[-1]
         events.append((sequence, sequence.advance(len(piece))))
         if whole:
             self._reading = None
@@ -182,6 +189,9 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence) -> Event:
         row, grain = len(self._decoding), self._grain_of(sequence)
+        if sequence.is_scored:
+            self._slots.trim(row, 0)
+            return sequence.begin(0)
         kept = self._slots.keep(row, sequence.prompt_ids, grain=grain)
         if self._prefixes is not None and grain is not None:
             try:

@@ -68,7 +68,28 @@ class Failed:
     error: QrunError
 
 
-Event = Prefilled | Token | Finished | Failed
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The next tokens of the prompt, with their log-probabilities; its first token has none."""
+
+    tokens: tuple[Token, ...]
+
+
+Event = Prefilled | Token | Scored | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What is wanted of a prompt beside its continuation.
+
+    Attributes:
+        count: report the prompt's own tokens with their log-probabilities, and so many likeliest ones at each
+            place; None reports none.
+        generate: False ends the answer where the prompt has been read.
+    """
+
+    count: int | None = None
+    generate: bool = True
 
 
 def check_prompt(prompt_ids: Tokens[int], context_length: int) -> None:
@@ -102,6 +123,7 @@ class Sequence:
         params: how to sample and when to stop.
         context_length: of the model.
         constraint: what the answer must fit, at its beginning.
+        scoring: what is wanted of the prompt itself.
 
     Raises:
         QrunError: see ``check_prompt``; or ignore_eos for an answer that ends where it is complete.
@@ -113,6 +135,7 @@ class Sequence:
         params: SamplingParams,
         context_length: int,
         constraint: Constraint | None = None,
+        scoring: Scoring | None = None,
     ) -> None:
         check_prompt(prompt_ids, context_length)
         if constraint is not None and params.ignore_eos:
@@ -130,6 +153,9 @@ class Sequence:
         room = context_length - len(prompt_ids) + 1  # the last token is sampled, and not fed
         self._budget = room if params.max_tokens is None else min(params.max_tokens, room)
         self._at_budget: FinishReason = "context" if self._budget == room else "length"
+        self._scores = None if scoring is None else scoring.count
+        if scoring is not None and not scoring.generate:
+            self._budget, self._at_budget = 0, "length"
         self._reused = 0
         self._started = self._prefilled = perf_counter()
 
@@ -165,6 +191,22 @@ class Sequence:
     def is_read(self) -> bool:
         """Whether all of the prompt is in the cache."""
         return self.read == len(self.prompt_ids)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the logits at every place of the prompt are wanted, so that no part of it can be reused."""
+        return self._scores is not None
+
+    def score(self, logits: NDArray[np.float32]) -> Scored:
+        """Log-probabilities of prompt tokens, from the logits ``[piece, vocab]`` of the piece being read.
+
+        Call it before ``advance``. A row of logits is about the token after its own.
+        """
+        assert self._scores is not None
+        tokens = [] if self.read else [Token(self.prompt_ids[0])]
+        for row, token_id in zip(logits, self.prompt_ids[self.read + 1 :]):
+            tokens.append(Token(token_id, logprobs(row, token_id, self._scores)))
+        return Scored(tuple(tokens))
 
     def advance(self, count: int) -> Prefilled:
         """``count`` more tokens of the prompt are in the cache."""

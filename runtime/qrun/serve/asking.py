@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import UnionType
 from typing import Any
 
+from qrun.decoding.sequence import Scoring
 from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.sampling.constraint import Constraint
@@ -15,7 +17,8 @@ from qrun.serve.fields import ChatRequest, Common, CompletionRequest, texts_only
 from qrun.serve.forms import constraint_of
 from qrun.serve.tools import Tools, prompt_with_tools, read_tools
 
-_MOST_ANSWERS = 16  # n, and prompts in one request
+_MOST_ANSWERS = 16  # to one prompt
+_MOST_PROMPTS = 128  # in one request
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
 
@@ -29,6 +32,7 @@ class Asked:
         echoed: text that goes before each answer.
         constraints: what each answer must fit; for those without one, None.
         tools: those that may be called.
+        scoring: what is wanted of the prompts themselves.
     """
 
     prompts: list[list[int]]
@@ -36,6 +40,7 @@ class Asked:
     echoed: list[str]
     constraints: list[Constraint | None] = field(default_factory=list)
     tools: Tools | None = None
+    scoring: Scoring | None = None
 
     def __post_init__(self) -> None:
         self.constraints.extend([None] * (len(self.prompts) - len(self.constraints)))
@@ -72,20 +77,20 @@ def ask_completion(engine: Engine, request: CompletionRequest) -> Asked:
         raise ApiError(400, "suffix is not supported here", param="suffix")
     if request.best_of not in (None, 1, request.n):
         raise ApiError(400, "best_of is not supported beyond n", param="best_of")
-    if request.echo and request.logprobs is not None:
-        raise ApiError(400, "logprobs of an echoed prompt are not supported here", param="echo")
     tokenizer, given = engine.model.tokenizer, request.prompt
     several: Sequence[Any] = [given] if isinstance(given, str) or _all(given, int) else given
-    if several and not (_all(several, str) or _all(several, list)):
-        raise ApiError(400, "prompt: give texts or token ids, not both", param="prompt")
-    if not 1 <= len(several) <= _MOST_ANSWERS:
-        raise ApiError(400, f"prompt: give 1 to {_MOST_ANSWERS} of them, not {len(several)}", param="prompt")
+    if several and not _all(several, str | list):
+        raise ApiError(400, "prompt: a list of token ids holds nothing else", param="prompt")
+    # More than the queue can hold could never be answered.
+    most = min(_MOST_PROMPTS, engine.capacity)
+    if not 1 <= len(several) <= most:
+        raise ApiError(400, f"prompt: give 1 to {most} of them, not {len(several)}", param="prompt")
     prompts = [
         tokenizer.encode(each, add_special_tokens=True) if isinstance(each, str) else list(each)
         for each in several
     ]
     echoed = [
-        (each if isinstance(each, str) else tokenizer.decode(each)) if request.echo else ""
+        "" if not request.echo else each if isinstance(each, str) else tokenizer.decode(each, False)
         for each in several
     ]
     vocab_size = engine.model.manifest.model.vocab_size
@@ -93,13 +98,20 @@ def ask_completion(engine: Engine, request: CompletionRequest) -> Asked:
         bad = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
         if bad is not None:
             raise ApiError(400, f"token id {bad} is outside the vocabulary of {vocab_size}", param="prompt")
-    own = {"max_tokens": request.max_tokens or _DEFAULT_MAX_TOKENS, "logprobs": request.logprobs}
-    if request.max_tokens == 0:
-        raise ApiError(400, "max_tokens must be a whole number from 1 up, not 0", param="max_tokens")
-    return for_each(engine, request, prompts, echoed, own)
+    own: dict[str, Any] = {
+        "max_tokens": request.max_tokens or _DEFAULT_MAX_TOKENS,
+        "logprobs": request.logprobs,
+    }
+    scoring = Scoring(request.logprobs if request.echo else None, generate=request.max_tokens != 0)
+    free = request.response_format is None and request.regex is None and request.grammar is None
+    if scoring.count is not None and request.max_tokens == 1 and free:
+        # Evaluation harnesses ask for one token and drop the last one of the lists. An end token would be
+        # missing in them, and a token of the prompt be dropped instead.
+        own["ignore_eos"] = True
+    return replace(for_each(engine, request, prompts, echoed, own), scoring=scoring)
 
 
-def _all(values: object, kind: type) -> bool:
+def _all(values: object, kind: type | UnionType) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(each, kind) for each in values)
 
 
@@ -137,8 +149,9 @@ def for_each(
     """
     check_stream_options(request)
     count = 1 if request.n is None else request.n
-    if not 1 <= count * len(prompts) <= _MOST_ANSWERS:
-        raise ApiError(400, f"n must be 1 to {_MOST_ANSWERS // len(prompts)}, not {count}", param="n")
+    most = min(_MOST_ANSWERS, engine.capacity // len(prompts))
+    if not 1 <= count <= most:
+        raise ApiError(400, f"n must be 1 to {most}, not {count}", param="n")
     for ids in prompts:
         check_length(engine, ids)
     params = [_params(engine, request, own, number) for number in range(count)]

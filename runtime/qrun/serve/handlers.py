@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from qrun.answer import Answer, Piece
-from qrun.decoding.sequence import Prefilled
+from qrun.decoding.sequence import Scored
 from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.serve import streams
@@ -22,12 +22,12 @@ from qrun.serve.fields import ChatRequest, CompletionRequest, decode
 from qrun.serve.message_reply import MessageReply
 from qrun.serve.messages import MessagesRequest, ask_messages
 from qrun.serve.replies import CompletionReply
-from qrun.serve.reply import Chunk, Reply
+from qrun.serve.reply import Chunk, Happening, Reply
 from qrun.serve.response_reply import ResponseReply
 from qrun.serve.responses import ResponsesRequest, ask_responses
 from qrun.serve.state import ServerState, client_of, json_response, note, read_body
 
-Happened = tuple[int, "Piece | Answer | Prefilled"]
+Happened = tuple[int, Happening]
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,13 @@ async def answers(engine: Engine, asked: Asked, client: str) -> AsyncIterator[Ha
         wanted = zip(asked.prompts, asked.params, asked.constraints)
         for index, (ids, params, constraint) in enumerate(wanted):
             try:
-                calls.append(
-                    engine.submit(ids, params, listener(index), client=client, constraint=constraint)
+                call = engine.submit(
+                    *(ids, params, listener(index)),
+                    client=client,
+                    constraint=constraint,
+                    scoring=asked.scoring,
                 )
+                calls.append(call)
             except QrunError as error:
                 raise from_qrun(error) from None
         while left:
@@ -146,6 +150,8 @@ async def _text_chunks(
         found: list[Chunk] = []
         if isinstance(event, Piece):
             found = reply.piece(index, event)
+        elif isinstance(event, Scored):
+            found = reply.scored(index)
         elif isinstance(event, Answer):
             found = reply.ended(index, event)
         for chunk in found:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from qrun.answer import Answer, Piece
-from qrun.decoding.sequence import Token
+from qrun.decoding.sequence import Scored, Token
 from qrun.engine import Engine
 from qrun.serve.asking import Asked
 from qrun.serve.fields import ChatRequest, Common
-from qrun.serve.reply import Chunk, Reply
+from qrun.serve.logprobs import PlainLogprobs, of_chat
+from qrun.serve.reply import Chunk, Happening, Reply
 from qrun.text.tool_calls import ToolCall, ToolCallParser
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
@@ -34,7 +35,8 @@ class CompletionReply(Reply):
         self.created = int(time.time())
         options = fields.stream_options
         self._tells_usage = options is not None and options.include_usage
-        self._offsets: dict[int, int] = {}
+        self._plain: dict[int, PlainLogprobs] = {}
+        self._scored: dict[int, list[Token]] = {}  # tokens of prompts
         self._parsers: dict[int, ToolCallParser] = {}
         self._called: dict[int, int] = {}  # calls of an answer so far
 
@@ -42,7 +44,7 @@ class CompletionReply(Reply):
         """The object that is not streamed."""
         choices = []
         for index, answer in sorted(self.answers.items()):
-            tokens = self.tokens.get(index, [])
+            tokens = [*self._scored.get(index, []), *self.tokens.get(index, [])]
             message = self._message(index, answer)
             choice = {
                 "index": index,
@@ -61,7 +63,24 @@ class CompletionReply(Reply):
         if self.chat:
             content = {"role": "assistant", "content": ""}
             return [self._chunk(index, content) for index in range(len(self.asked.prompts))]
+        if self._scores:
+            return []  # each prompt comes with its log-probabilities, once it is read
         return [self._chunk(index, text) for index, text in enumerate(self.asked.echoed) if text]
+
+    @property
+    def _scores(self) -> bool:
+        return self.asked.scoring is not None and self.asked.scoring.count is not None
+
+    def see(self, index: int, event: Happening) -> None:
+        super().see(index, event)
+        if isinstance(event, Scored):
+            self._scored.setdefault(index, []).extend(event.tokens)
+
+    def scored(self, index: int) -> list[Chunk]:
+        tokens = self._scored[index]
+        if len(tokens) < len(self.asked.prompts[index]):
+            return []
+        return [self._chunk(index, self.asked.echoed[index], logprobs=self._logprobs(index, tokens))]
 
     def piece(self, index: int, piece: Piece) -> list[Chunk]:
         logprobs = self._logprobs(index, piece.tokens)
@@ -147,40 +166,12 @@ class CompletionReply(Reply):
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.asked.params[index].logprobs is None:
             return None
-        spelled = [
-            (self._token(token.token_id), token.logprobs) for token in tokens if token.logprobs is not None
-        ]
+        tokenizer = self.engine.model.tokenizer
         if self.chat:
-            content = [
-                {
-                    **text,
-                    "logprob": found.chosen,
-                    "top_logprobs": [
-                        {**self._token(token_id), "logprob": value} for token_id, value in found.likeliest
-                    ],
-                }
-                for text, found in spelled
-            ]
-            return {"content": content, "refusal": None}
-        tokens_text = [text["token"] for text, _ in spelled]
-        offsets, place = [], self._offsets.get(index, 0)
-        for text in tokens_text:
-            offsets.append(place)
-            place += len(text)
-        self._offsets[index] = place
-        return {
-            "tokens": tokens_text,
-            "token_logprobs": [found.chosen for _, found in spelled],
-            "top_logprobs": [
-                {self._token(token_id)["token"]: value for token_id, value in found.likeliest}
-                for _, found in spelled
-            ],
-            "text_offset": offsets,
-        }
-
-    def _token(self, token_id: int) -> dict[str, Any]:
-        text = self.engine.model.tokenizer.decode([token_id], skip_special_tokens=False)
-        return {"token": text, "bytes": list(text.encode())}
+            return of_chat(tokenizer, tokens)
+        if index not in self._plain:
+            self._plain[index] = PlainLogprobs(tokenizer)
+        return self._plain[index].push(tokens)
 
 
 def _described(call: ToolCall) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from time import perf_counter
 from typing import Any
 
 from qrun.answer import Answer, Piece
-from qrun.decoding.sequence import Prefilled, Token
+from qrun.decoding.sequence import Prefilled, Scored, Token
 from qrun.engine import Engine
 from qrun.serve import streams
 from qrun.serve.asking import Asked
 from qrun.serve.errors import ApiError
 
 Chunk = dict[str, Any]
+Happening = Piece | Answer | Prefilled | Scored
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Reply(ABC):
         self.tokens: dict[int, list[Token]] = {}
         self._started, self._first_text = perf_counter(), 0.0
 
-    def see(self, index: int, event: Piece | Answer | Prefilled) -> None:
+    def see(self, index: int, event: Happening) -> None:
         """Keep what is reported later of an answer: its end, and when its text began."""
         if isinstance(event, Answer):
             self.answers[index] = event
@@ -97,6 +98,10 @@ class Reply(ABC):
     @abstractmethod
     def piece(self, index: int, piece: Piece) -> list[Chunk]:
         """Text of one answer."""
+
+    def scored(self, index: int) -> list[Chunk]:
+        """More of a prompt has its log-probabilities."""
+        return []
 
     @abstractmethod
     def ended(self, index: int, answer: Answer) -> list[Chunk]:

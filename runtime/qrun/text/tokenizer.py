@@ -15,6 +15,19 @@ import tokenizers
 from qrun.errors import QrunError
 from qrun.text.added_tokens import add_tokens, special_names
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters in which a byte-level vocabulary spells bytes (Radford et al. 2019, GPT-2's encoder.py)."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in own]
+    letters = {chr(byte): byte for byte in own}
+    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()
+
 
 class Tokenizer:
     """The tokenizer of a model folder.
@@ -144,6 +157,14 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it (bytes as letters), None if there is no such id."""
         return self._backend.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token's text, which may be part of a character only."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        spelled = self.token(token_id)
+        if _REPLACEMENT not in text or spelled is None or not all(map(_BYTES.__contains__, spelled)):
+            return text.encode()
+        return bytes(_BYTES[letter] for letter in spelled)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it, None if there is no such token."""
