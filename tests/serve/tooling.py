@@ -32,3 +32,14 @@ def call(name: str, arguments: object) -> str:
 
 QWEN_TEMPLATE = json.loads((qwen_tokenizer_folder() / "tokenizer_config.json").read_text())["chat_template"]
 OSLO = {"city": "Oslo", "days": 1}
+
+# The same two tools as the other APIs write them.
+FLAT = [{"type": "function", **tool["function"]} for tool in (WEATHER, TIME)]
+CLAUDES = [
+    {
+        "name": "get_weather",
+        "description": "How it is outside",
+        "input_schema": WEATHER["function"]["parameters"],
+    },
+    {"name": "get_time", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}},
+]
