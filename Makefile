@@ -8,6 +8,7 @@
 #   make test-planted every planted error in every kind of export (a quarter of an hour)
 #   make test-gpu  what only an NVIDIA GPU can show; elsewhere each test says why it is skipped
 #   make test-oldest  the runtime with the lowest versions of what it needs; test-newest: all with the newest
+#   make test-clients langchain, litellm, llm-comply, schemathesis and lm-eval against the server (three minutes)
 #   make test-schemas the whole JSON-Schema-Test-Suite: each schema enforced or refused (two minutes)
 #   make test-interleavings thousands of interleavings of answers (minutes); make soak: ten minutes of bad clients
 #   make lint      ruff, mypy, import-linter
@@ -33,6 +34,7 @@ OLDEST_TESTS ?= $(filter-out %_sampling.py %_added_tokens.py %_chat_template.py 
 	$(wildcard tests/qrun/test_*.py))
 INTEROP_VENV := .venv-interop
 BENCH_VENV := .venv-bench
+CLIENTS_VENV := .venv-clients
 # Kept between runs: the sample checkpoint, which tests and `make interop` share.
 export QCONVERT_TEST_CACHE ?= $(CURDIR)/.cache/tests
 
@@ -48,7 +50,7 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 QUESTION := Name the capital of France.
 
 .PHONY: demo test test-oldest test-newest test-matrix test-mutations test-planted test-docs test-gpu lint
-.PHONY: interop benchmark compare clean test-interleavings test-schemas soak
+.PHONY: interop benchmark compare clean test-interleavings test-schemas test-clients soak
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -73,6 +75,10 @@ test-schemas: $(VENV)/.ready
 	    $(CURDIR)/$(VENV)/bin/pip download --quiet --no-deps --no-binary :all: jsonschema==4.26.0 && \
 	    tar --strip-components=1 -xf jsonschema-4.26.0.tar.gz && mv $(CURDIR)/.cache/schemas.part $(CURDIR)/.cache/schemas; }
 	QCONVERT_SCHEMA_SUITE=$(CURDIR)/.cache/schemas/json/tests $(VENV)/bin/pytest -s tests/qrun/test_schema_suite.py
+
+# Clients that others wrote, against a server of the test's own.
+test-clients: $(CLIENTS_VENV)/.ready
+	$(CLIENTS_VENV)/bin/pytest -rs tests/clients
 
 test-newest: $(NEWEST_VENV)/.ready
 	$(NEWEST_VENV)/bin/pytest
@@ -112,7 +118,7 @@ compare: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks.compare --out report
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(INTEROP_VENV) $(BENCH_VENV) demo .cache build dist
+	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(INTEROP_VENV) $(BENCH_VENV) $(CLIENTS_VENV) demo .cache build dist
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Environments. The stamp comes last, so an interrupted installation is taken up again.
@@ -150,6 +156,14 @@ $(BENCH_VENV)/.ready: pyproject.toml constraints.txt
 	@$(call check-python)
 	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[cpu,export]' onnxruntime-genai==0.18.0
+	@touch $@
+
+# Without the export extra: the clients bring a hundred packages, none of which qconvert should meet.
+$(CLIENTS_VENV)/.ready: pyproject.toml constraints-clients.txt
+	@$(call check-python)
+	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python $(PIP_INSTALL) -c constraints-clients.txt -e '.[cpu,serve]' \
+	    httpx langchain-openai litellm llm-comply schemathesis 'lm-eval[api]' transformers pytest pytest-timeout
 	@touch $@
 
 define check-python

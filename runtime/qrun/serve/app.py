@@ -66,7 +66,7 @@ def create_app(state: ServerState) -> ASGIApp:
     )
     metrics = app.state.metrics = Metrics(state.engines)
     app.state.server = state
-    app.state.openapi = openapi.document(app.routes, __version__)
+    app.state.openapi = openapi.document(app.routes, __version__, list(state.engines))
     whole: ASGIApp = Surroundings(app, state, metrics)
     if state.origins:
         whole = CORSMiddleware(

@@ -60,7 +60,9 @@ class MessageReply(BlockReply):
 
     def ended(self, index: int, answer: Answer) -> list[Chunk]:
         usage = {
-            key: value for key, value in self._usage(answer).items() if key != "cache_creation_input_tokens"
+            key: value
+            for key, value in self._usage(answer).items()
+            if key.endswith("_tokens") and key != "cache_creation_input_tokens"
         }
         chunks = super().ended(index, answer)
         return [*chunks, {"type": "message_delta", "delta": self._end(answer), "usage": usage}]
@@ -82,6 +84,8 @@ class MessageReply(BlockReply):
             "model": self.model,
             "content": content,
             **(self._end(answer) if answer else {"stop_reason": None, "stop_sequence": None}),
+            "stop_details": None,
+            "container": None,
         }
 
     def _end(self, answer: Answer) -> Chunk:
@@ -99,15 +103,27 @@ class MessageReply(BlockReply):
             "cache_read_input_tokens": cached,
             "cache_creation_input_tokens": 0,
             "output_tokens": answer.completion_tokens if answer else 0,
+            # Fields that the original always has; nothing here is split up further.
+            "cache_creation": None,
+            "output_tokens_details": None,
+            "server_tool_use": None,
+            "service_tier": None,
+            "inference_geo": None,
         }
 
 
 def _content(block: Block, *, whole: bool) -> Chunk:
     """A block as part of a message; before its deltas it is empty."""
     if block.call is None:
-        return {"type": "text", "text": block.text if whole else ""}
+        return {"type": "text", "text": block.text if whole else "", "citations": None}
     arguments = json.loads(block.text) if whole else {}
-    return {"type": "tool_use", "id": f"toolu_{block.key[:24]}", "name": block.call.name, "input": arguments}
+    return {
+        "type": "tool_use",
+        "id": f"toolu_{block.key[:24]}",
+        "name": block.call.name,
+        "input": arguments,
+        "caller": {"type": "direct"},
+    }
 
 
 def _delta(block: Block, delta: Chunk) -> Chunk:

@@ -56,8 +56,23 @@ DESCRIBED = {
 }
 
 
-def document(routes: Sequence[BaseRoute], version: str) -> dict[str, Any]:
+# What the types of a request's fields do not say.
+_NARROWER: dict[str, dict[str, Any]] = {
+    "messages": {
+        "minItems": 1,
+        "items": {"type": "object", "required": ["role"], "properties": {"role": {"type": "string"}}},
+    },
+    "tokens": {"items": {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}},
+}
+
+
+def document(routes: Sequence[BaseRoute], version: str, models: Sequence[str]) -> dict[str, Any]:
     """OpenAPI 3.1.
+
+    Args:
+        routes: of the application.
+        version: of qrun.
+        models: the names of those that there are.
 
     Raises:
         KeyError: a route is not in ``DESCRIBED``.
@@ -67,12 +82,21 @@ def document(routes: Sequence[BaseRoute], version: str) -> dict[str, Any]:
     for properties in (each.get("properties", {}) for each in schemas.values()):
         for name in filter(properties.__contains__, Harmless.__struct_fields__):  # these are listed last
             properties[name] = {**properties.pop(name), "description": "Accepted, and changes nothing."}
+        for name in filter(properties.__contains__, _NARROWER):
+            properties[name] = {**properties[name], **_NARROWER[name]}
+        if "model" in properties:
+            optional = "anyOf" in properties["model"]
+            properties["model"] = {"enum": [*models, None] if optional else list(models)}
+            if optional:
+                properties["model"]["default"] = None
     paths: dict[str, Any] = {}
     for route in routes:
         if isinstance(route, Route) and route.include_in_schema:
             path = route.path.replace(":path}", "}")
             methods = (route.methods or set()) - {"HEAD"}
-            paths[path] = {each.lower(): _operation(path, DESCRIBED[path]) for each in sorted(methods)}
+            paths[path] = {
+                each.lower(): _operation(path, DESCRIBED[path], models) for each in sorted(methods)
+            }
     return {
         "openapi": "3.1.0",
         "info": {"title": "qrun serve", "version": version, "license": {"name": "Apache-2.0"}},
@@ -88,11 +112,19 @@ def document(routes: Sequence[BaseRoute], version: str) -> dict[str, Any]:
     }
 
 
-def _operation(path: str, described: Described) -> dict[str, Any]:
+# One of the events of a stream; its data is JSON, as text.
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}
+
+
+def _operation(path: str, described: Described, models: Sequence[str]) -> dict[str, Any]:
     answer: dict[str, Any] = {"type": "string" if described.media == "text/plain" else "object"}
     content = {described.media: {"schema": answer}}
     if described.body and "stream" in described.body.__struct_fields__:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     found: dict[str, Any] = {
         "summary": described.summary,
@@ -104,7 +136,8 @@ def _operation(path: str, described: Described) -> dict[str, Any]:
     if described.open:
         found["security"] = []
     if "{name}" in path:
-        found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+        names = {"enum": list(models)}
+        found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": names}]
     if described.body:
         schema = {"$ref": f"#/components/schemas/{described.body.__name__}"}
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}

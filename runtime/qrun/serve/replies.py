@@ -115,7 +115,12 @@ class CompletionReply(Reply):
         return {"tool_calls": [{"index": place, **_described(found)}]}
 
     def _message(self, index: int, answer: Answer) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": answer.text,
+            "refusal": None,
+            "annotations": [],
+        }
         if self.asked.tools is None:
             return message
         parser = self.asked.tools.parser()

@@ -113,6 +113,8 @@ class ResponseReply(BlockReply):
             "object": "response",
             "created_at": self._created,
             "status": "in_progress" if answer is None else _status(answer),
+            "completed_at": None if answer is None or cut else int(time.time()),
+            "background": False,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "instructions": fields.instructions,
@@ -132,6 +134,14 @@ class ResponseReply(BlockReply):
             "truncation": "disabled",
             "usage": None if answer is None else self._usage(),
             "metadata": fields.metadata or {},
+            "presence_penalty": self.asked.params[0].presence_penalty,
+            "frequency_penalty": self.asked.params[0].frequency_penalty,
+            "top_logprobs": 0,
+            "reasoning": None,
+            "max_tool_calls": None,
+            "service_tier": "default",
+            "safety_identifier": fields.safety_identifier,
+            "prompt_cache_key": fields.prompt_cache_key,
         }
 
     def _usage(self) -> Chunk:
