@@ -28,7 +28,6 @@ OTHERS = (
     "tokens.eos",
     "stream_options.",  # fields of OpenAI's API
     "usage.",
-    "response.",  # events of its streams
     "verification.",
     "org/name",  # the shape of a model id
     "report.md",  # what commands write
