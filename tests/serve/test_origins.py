@@ -99,5 +99,9 @@ def test_the_document_has_every_route_and_a_new_one_cannot_be_forgotten(address)
     assert {"messages", "temperature", "stream_options"} <= set(chat)
     assert chat["user"]["description"] == "Accepted, and changes nothing."
     assert list(chat).index("user") > list(chat).index("messages")
+    assert chat["model"]["enum"] == ["echo", "long", "base"]
+    assert chat["messages"]["items"]["required"] == ["role"]
+    stream = found["paths"]["/v1/messages"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    assert set(stream["schema"]["properties"]) == {"event", "data"}
     with pytest.raises(KeyError, match="/new"):
-        openapi.document([Route("/new", lambda request: None)], "1")
+        openapi.document([Route("/new", lambda request: None)], "1", [])

@@ -5,6 +5,7 @@ function kind(schema) {
   if (schema.$ref) return schema.$ref.split("/").at(-1);
   if (schema.anyOf) return schema.anyOf.map(kind).join(" or ");
   if (schema.items) return `array of ${kind(schema.items)}`;
+  if (schema.enum) return schema.enum.map((each) => JSON.stringify(each)).join(" or ");
   return schema.type ?? "anything";
 }
 
