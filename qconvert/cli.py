@@ -134,10 +134,10 @@ def _build_options(command: Any) -> Any:
 @click.option(
     "--recipe",
     type=click.Choice(RECIPES),
-    help="How int4 is rounded: to nearest, at once; balanced (awq), for the same speed and size, half of the "
-    "error and a calibration; by GPTQ, for a third of the error and minutes; or by GPTQ in shorter blocks, "
-    "with down_proj and head in 8 bits.  "
-    "[default: rtn, with --calibrate gptq]",
+    help="How int4 is rounded: awq balances inputs and rounds in groups on a text, in seconds; rtn rounds to "
+    "nearest, at once, for more than twice the error; gptq takes minutes for a little less error; gptq-mixed "
+    "has shorter blocks, and down_proj and head in 8 bits.  "
+    "[default: awq, with --calibrate gptq, without a tokenizer rtn]",
 )
 @click.option(
     "--calibrate",

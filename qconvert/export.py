@@ -15,7 +15,7 @@ from qconvert.calibration.gptq.rounding import round_weights, write_record
 from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.calibration.kv_scales import KVScales, scales_for
 from qconvert.calibration.smoothing import folding_for
-from qconvert.calibration.text import calibration_text
+from qconvert.calibration.text import calibration_text, reads_text
 from qconvert.checkpoint.hashing import hashed_meanwhile
 from qconvert.checkpoint.hub import Hub
 from qconvert.checkpoint.load import (
@@ -82,7 +82,13 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     progress.note(*checkpoint.notes)
     target = target_named(options.target)
     spec = target.fit(spec_of(checkpoint.config), options.max_length)
-    choice, text = choose(options, target.capabilities, spec), None
+    readable = reads_text(checkpoint.folder, spec.vocab_size)
+    choice, text = choose(options, target.capabilities, spec, reads_text=readable), None
+    if choice.name == "int4-rtn" and options.recipe is None:
+        progress.note(
+            "the checkpoint has no tokenizer for its vocabulary, so its weights are rounded to nearest "
+            "(rtn): with one, int4 is rounded on a text, with half of the error"
+        )
     recipe = choice.recipe
     if choice.calibrated:
         text = calibration_text(

@@ -103,6 +103,11 @@ def calibration_text(
     return CalibrationText(cut, Calibration(name, digest, len(cut) * length))
 
 
+def reads_text(tokenizer_folder: Path, vocab_size: int) -> bool:
+    """Whether the checkpoint has a tokenizer, and its tokens are the model's."""
+    return _encode(tokenizer_folder, _own_texts(), vocab_size) is not None
+
+
 def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     """All sequences in groups of similar length, so that little is padding; the longest come first."""
     batch: list[Sequence[int]] = []

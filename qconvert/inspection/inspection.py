@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qconvert.calibration.text import reads_text
 from qconvert.checkpoint.config import load_config
 from qconvert.checkpoint.files import read_weight_files
 from qconvert.checkpoint.fit import find_misfit
@@ -84,6 +85,10 @@ def describe(folder: Path) -> Inspection:
     config = load_config(folder)
     spec = spec_of(config)
     weights = read_weight_files(folder)
+    try:
+        readable = reads_text(folder, spec.vocab_size)
+    except QconvertError:  # told below, with the files
+        readable = False
     files = (*text_file_states(folder), *weights.states)
     problems = [state.problem for state in files if state.harmful]
     hints = [state.hint for state in files if state.harmful and state.hint]
@@ -97,7 +102,7 @@ def describe(folder: Path) -> Inspection:
         folder=str(folder),
         facts=tuple(find_facts(folder, config, spec, weights.tensors, files)),
         parameters=parameter_count(spec),
-        weight_bytes={name: _weight_bytes(spec, *offer) for name, offer in _offers()},
+        weight_bytes={name: _weight_bytes(spec, *offer, readable) for name, offer in _offers()},
         context_length=spec.context_length,
         kv_bytes_per_token={name: kv_bytes_per_token(spec, dtype) for name, dtype in _KV_DTYPES.items()},
         files=files,
@@ -118,12 +123,12 @@ def _offers() -> Iterator[tuple[str, tuple[Target, Wishes]]]:
     yield "int4 --prefill int8", (target, Wishes("int4", prefill=True))
 
 
-def _weight_bytes(spec: DecoderSpec, target: Target, wishes: Wishes) -> int | None:
+def _weight_bytes(spec: DecoderSpec, target: Target, wishes: Wishes, readable: bool) -> int | None:
     from qconvert.lowering.forecast import data_bytes
 
     try:
         spec = target.fit(spec, None)
-        choice = choose(wishes, target.capabilities, spec)
+        choice = choose(wishes, target.capabilities, spec, reads_text=readable)
     except QconvertError:
         return None
     return sum(data_bytes(target.lower, spec, choice.recipe).values())

@@ -14,8 +14,8 @@ from qconvert.formats.recipe import PROMPT_GROUPS, BlockFormat, Calibration, Cha
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.precisions import Capabilities, base_recipe
 
-# Round to nearest; balance inputs, round in groups; GPTQ in few bits; GPTQ with more bits where they matter.
-RECIPES = ("rtn", "awq", "gptq", "gptq-mixed")
+# Balance inputs, round in groups; round to nearest; GPTQ in few bits; GPTQ with more bits where they matter.
+RECIPES = ("awq", "rtn", "gptq", "gptq-mixed")
 # Tokens of the calibration text that a recipe reads at most; twice as many gain awq nothing.
 _TOKENS = {"awq": 8192, "gptq": 16384}
 _MIXED_BLOCK = 32  # weights in a block of "gptq-mixed"
@@ -29,7 +29,8 @@ class Wishes:
     Attributes:
         precision: of the weights.
         block_size: weights that share a scale.
-        recipe: one of ``RECIPES``; "gptq" where there is a calibration text, else "rtn".
+        recipe: one of ``RECIPES``. "gptq" where there is a calibration text; else "awq" for 4 bits of a
+            target that can be calibrated, if the checkpoint's tokenizer can read a text; else "rtn".
         calibrate: the file of a calibration text, or "default" for the package's own.
         prefill: whether a second graph reads prompts.
         int8_kv_cache: whether keys and values are kept in 8 bits.
@@ -68,13 +69,27 @@ class Choice:
         return replace(self.recipe, calibration=replace(facts, method=self.method))
 
 
-def choose(wishes: Wishes, target: Capabilities, spec: DecoderSpec) -> Choice:
+def choose(wishes: Wishes, target: Capabilities, spec: DecoderSpec, *, reads_text: bool = True) -> Choice:
     """What the options mean for a target and a model of these sizes.
+
+    Args:
+        wishes: the options.
+        target: what it can run.
+        spec: the model.
+        reads_text: whether the checkpoint has a tokenizer for its vocabulary.
 
     Raises:
         QconvertError: options that do not fit one another, the target or the model.
     """
-    precision, name = wishes.precision or target.precisions[0], _recipe_name(wishes)
+    precision = wishes.precision or target.precisions[0]
+    usual = "awq" if precision == "int4" and target.calibrated else "rtn"
+    name = _recipe_name(wishes, usual if reads_text else "rtn")
+    if name == "awq" and not reads_text:
+        raise QconvertError(
+            "--recipe awq looks at the model's activations on a text, and the checkpoint has no "
+            "tokenizer for its vocabulary",
+            hint="use --recipe rtn, or put the tokenizer beside the weights",
+        )
     recipe = base_recipe(precision, wishes.block_size, target, spec)
     if name != "rtn":
         recipe = _calibrated(recipe, name, wishes.block_size, target, spec)
@@ -84,13 +99,12 @@ def choose(wishes: Wishes, target: Capabilities, spec: DecoderSpec) -> Choice:
         recipe = _with_prefill_graph(recipe, target, spec)
     if wishes.int8_kv_cache:
         recipe = _with_int8_kv_cache(recipe, target)
-    if name == "rtn":
-        return Choice(recipe, precision)
-    return Choice(recipe, f"{precision}-{name}", "awq" if name == "awq" else "gptq")
+    called = precision if name == usual else f"{precision}-{name}"
+    return Choice(recipe, called, None if name == "rtn" else "awq" if name == "awq" else "gptq")
 
 
-def _recipe_name(wishes: Wishes) -> str:
-    name = wishes.recipe or ("rtn" if wishes.calibrate is None else "gptq")
+def _recipe_name(wishes: Wishes, usual: str) -> str:
+    name = wishes.recipe or (usual if wishes.calibrate is None else "gptq")
     if name not in RECIPES:
         raise QconvertError(f"unknown recipe {name!r}", hint=f"use one of {', '.join(RECIPES)}")
     if name == "rtn" and wishes.calibrate is not None:

@@ -35,9 +35,9 @@ def test_the_command_publishes_a_verified_folder_and_nothing_else(
     tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = run("export", tied, "--precision", "int4", "--recipe", "awq")
+    result = run("export", tied, "--precision", "int4")
     assert result.exit_code == 0, result.output
-    folder = tmp_path / "tied-onnx-int4-awq"
+    folder = tmp_path / "tied-onnx-int4"
     assert {path.name for path in tmp_path.iterdir()} == {"tied", folder.name}
     manifest = read_manifest(folder)
     manifest.check_files(hashes=True)
@@ -65,6 +65,20 @@ def test_it_is_verified_with_all_that_an_export_can_have(
     result = run("export", folder, "--precision", "int4", "--recipe", "awq", *more, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert read_manifest(tmp_path / "out").verification == "passed"
+
+
+def test_without_a_tokenizer_weights_are_rounded_to_nearest_and_the_user_is_told(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tied / "tokenizer.json").unlink()
+    result = run("export", tied, "--precision", "int4", "--no-verify")
+    assert result.exit_code == 0, result.output
+    assert "no tokenizer for its vocabulary" in " ".join(result.output.split())
+    assert read_manifest(tmp_path / "tied-onnx-int4-rtn").recipe.method is None
+    refused = run("export", tied, "--precision", "int4", "--recipe", "awq", "--no-verify", "-o", "other")
+    assert refused.exit_code == 1
+    assert "use --recipe rtn" in " ".join(refused.output.split())
 
 
 def test_it_has_the_graph_and_the_bytes_of_gptq(exporter: Exporter) -> None:

@@ -80,4 +80,23 @@ def test_a_calibration_text_asks_for_gptq() -> None:
     choice = choose(Wishes("int4", calibrate="default"), capabilities, SPEC)
     assert (choice.name, choice.calibrated) == ("int4-gptq", True)
     assert choice == choose(Wishes("int4", recipe="gptq"), capabilities, SPEC)
-    assert not choose(Wishes("int4"), capabilities, SPEC).calibrated
+    assert choose(Wishes("int4"), capabilities, SPEC).method == "awq"
+
+
+def test_four_bits_are_calibrated_where_the_checkpoint_can_read_a_text() -> None:
+    """Without a tokenizer, tokens would be random: what they say of activations is not what text says."""
+    ours, theirs = TARGETS["onnxruntime"].capabilities, TARGETS["tensorrt"].capabilities
+    plain = choose(Wishes("int4"), ours, SPEC)
+    assert (plain.name, plain.method) == ("int4", "awq")
+    assert plain == choose(Wishes("int4", recipe="awq"), ours, SPEC)
+    fallen = choose(Wishes("int4"), ours, SPEC, reads_text=False)
+    assert (fallen.name, fallen.method) == ("int4-rtn", None)
+    assert fallen == choose(Wishes("int4", recipe="rtn"), ours, SPEC)
+    with pytest.raises(QconvertError, match="no tokenizer for"):
+        choose(Wishes("int4", recipe="awq"), ours, SPEC, reads_text=False)
+    for precision in ("fp32", "int8"):
+        assert choose(Wishes(precision), ours, SPEC).name == precision
+    assert (choose(Wishes("int4"), theirs, SPEC).name, choose(Wishes("int4"), theirs, SPEC).method) == (
+        "int4",
+        None,
+    )

@@ -85,6 +85,8 @@ def even_folding(spec: DecoderSpec, recipe: Recipe) -> Folding:
         ("int8", {}),
         ("fp16", {"precision": "fp16"}),
         ("int4", {"precision": "int4", "int8_kv_cache": True}),
+        ("int4", {"precision": "int4"}),
+        ("int4 --recipe rtn", {"precision": "int4", "recipe": "rtn"}),
         ("int4 --recipe gptq", {"precision": "int4", "recipe": "gptq"}),
         ("int4 --recipe gptq-mixed", {"precision": "int4", "recipe": "gptq-mixed"}),
         ("int4 --prefill int8", {"precision": "int4", "prefill": True}),
@@ -96,7 +98,7 @@ def test_what_inspect_tells_is_what_an_export_writes(
     tmp_path: Path, told: str, options: dict[str, Any]
 ) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "c", **ODD, num_key_value_heads=5)
-    if "recipe" in options:
+    if "gptq" in options.get("recipe", ""):
         text = tmp_path / "text.txt"
         text.write_text("What the model reads. " * 40)
         options = {**options, "calibrate": str(text)}

@@ -154,7 +154,7 @@ def test_int4_takes_the_longest_blocks_that_divide_each_matrix(
     assert isinstance(recipe.linear, BlockFormat)
     assert recipe.linear.block_size == linear
     assert {part: fmt.block_size for part, fmt in recipe.exceptions.items()} == exceptions
-    asked = choose(Wishes("int4", 32), target_named("onnxruntime").capabilities, spec).recipe
+    asked = choose(Wishes("int4", 32, recipe="rtn"), target_named("onnxruntime").capabilities, spec).recipe
     assert (asked.linear, asked.exceptions) == (BlockFormat(4, 32, symmetric=False), {})
 
 
