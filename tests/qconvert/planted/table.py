@@ -27,6 +27,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "int8": {"precision": "int8"},
     "int8, int8 cache": {"precision": "int8", "int8_kv_cache": True},
     "int4": {"precision": "int4"},
+    "int4 rtn": {"precision": "int4", "recipe": "rtn"},
     "int4 gptq": {"precision": "int4", "recipe": "gptq"},
     "int4, prefill, int8 cache": {"precision": "int4", "prefill": True, "int8_kv_cache": True},
 }
