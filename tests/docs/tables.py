@@ -64,6 +64,7 @@ NOT_RUN = {
     r"make (test|test-matrix|test-planted|test-docs|lint|interop|demo|test-schemas)": _CHECK_ALL,
     r"make (benchmark|compare)": _HOURS,
     r"make test-gpu": _GPU,
+    r"make test-clients": "an environment of its own, with five other projects: it runs tests/clients",
     r"python -m benchmarks\..*": _HOURS,
     r"python -m tests\.qconvert\.planted.*": (
         "prints the table of docs/planted.md: test_planted.py compares each cell with what this would print"
