@@ -27,6 +27,13 @@ FIELDS = [
     (CHAT, {"messages": ["hi"]}, 400, "messages[0]"),
     (CHAT, {"messages": [{}]}, 400, "messages[0].role"),
     (CHAT, {"messages": [{"role": 1, "content": "hi"}]}, 400, "messages[0].role"),
+    # Qwen's template leaves these messages out, in silence.
+    (CHAT, {"messages": [{"role": "wizard", "content": "hi"}]}, 400, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "", "content": "hi"}]}, 400, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "function", "name": "f", "content": "hi"}]}, 400, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "tool", "tool_call_id": "1"}]}, 400, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "assistant", "content": None}]}, 400, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": {"a": 1}}]}, 400, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": ["hi"]}]}, 400, "messages[0].content[0]"),
@@ -107,6 +114,7 @@ FIELDS = [
     ("/tokenize", {"content": "x", "prompt": "x"}, 400, "prompt"),
     ("/detokenize", {"tokens": "x"}, 400, "tokens"),
     ("/apply-template", {"messages": [{"content": "x"}]}, 400, "messages[0].role"),
+    ("/apply-template", {"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages[0].role"),
 ]
 
 
@@ -166,6 +174,8 @@ RESPONSES = [
     ({"input": 5}, "input"),
     ({"input": ["hi"]}, "input[0]"),
     ({"input": [{"role": 1, "content": "x"}]}, "input[0].role"),
+    ({"input": [{"role": "wizard", "content": "x"}]}, "input[0].role"),
+    ({"input": [{"role": "user"}]}, "input[0].content"),
     ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
     ({"input": [{"type": "reasoning", "summary": []}]}, "input[0].type"),
     ({"instructions": 5}, "instructions"),

@@ -12,6 +12,7 @@ from qrun.serve.errors import ApiError
 Request = TypeVar("Request", bound=msgspec.Struct)
 _PLACE = re.compile(r" - at `\$\.?(.*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$")
+ROLES = ("system", "developer", "user", "assistant", "tool")  # of messages
 _MISSING = re.compile(r"^Object missing required field `(.*)`$")
 
 
@@ -147,11 +148,15 @@ def with_text(message: dict[str, Any], where: str) -> dict[str, Any]:
         ApiError: see ``texts_only``.
     """
     role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str):
-        raise ApiError(400, f"{where}.role must be a string", param=f"{where}.role")
+    # Templates leave out a message whose role they do not know, and the model would never see it.
+    if role not in ROLES:
+        text = f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}"
+        raise ApiError(400, text, param=f"{where}.role")
     if role == "developer":  # OpenAI's newer word
         role = "system"
     if content is None:
+        if not message.get("tool_calls"):
+            raise ApiError(400, f"{where}.content is missing", param=f"{where}.content")
         return {**message, "role": role}
     return {**message, "role": role, "content": text_of(content, f"{where}.content")}
 

@@ -10,6 +10,7 @@ import msgspec
 from starlette.routing import BaseRoute, Route
 
 from qrun.serve.fields import (
+    ROLES,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -60,7 +61,7 @@ DESCRIBED = {
 _NARROWER: dict[str, dict[str, Any]] = {
     "messages": {
         "minItems": 1,
-        "items": {"type": "object", "required": ["role"], "properties": {"role": {"type": "string"}}},
+        "items": {"type": "object", "required": ["role"], "properties": {"role": {"enum": list(ROLES)}}},
     },
     "tokens": {"items": {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}},
 }
