@@ -2,9 +2,10 @@
 
     python -m tests.serve.soak FOLDER --seconds 600
 
-Sixteen clients chat, stream slowly, break off, send garbage and exceed limits, while the server is killed
-and started again some times. At the end nothing of them may be left: no slot, no place in the queue, no
-memory that still grows a minute after the start; and every request that was not cut off has its answer.
+Sixteen clients chat, stream slowly, call tools, score prompts, break off, send garbage and exceed limits,
+while the server is killed and started again some times. At the end nothing of them may be left: no slot, no
+place in the queue, no memory that still grows a minute after the start; and every request that was not cut
+off has its answer.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Client(Thread):
         self._port, self._over, self._told, self._lock = port, over, told, lock
 
     def run(self) -> None:
-        doings = (self.chat, self.chat, self.stream_slowly, self.break_off, self.garbage, self.exceed)
+        doings = (self.chat, self.chat, self.stream_slowly, self.call, self.score)
+        doings += (self.break_off, self.garbage, self.exceed)
         with httpx.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=60) as client:
             while not self._over.is_set():
                 doing = self._random.choice(doings)
@@ -79,6 +81,8 @@ class Client(Thread):
                 except (httpx.TransportError, OSError):
                     found = "cut off by a kill"
                     self._over.wait(0.2)
+                except AssertionError as error:  # it would end this thread, and nobody would notice
+                    found = f"wrong: {str(error)[:300]}"
                 with self._lock:
                     self._told[f"{doing.__name__}: {found}"] += 1
 
@@ -111,6 +115,30 @@ class Client(Thread):
                 lines.append(line)
                 time.sleep(0.01)
         return "answered" if "data: [DONE]" in lines else "not ended"
+
+    def call(self, client: httpx.Client) -> str:
+        """A call that a grammar enforces, through Anthropic's API, as a stream."""
+        tool = {"name": "clock", "input_schema": {"type": "object", "additionalProperties": False}}
+        choice = {"type": "any", "disable_parallel_tool_use": True}
+        asked = self.asked(tools=[tool], tool_choice=choice, stream=True, max_tokens=300)
+        del asked["ignore_eos"]
+        with client.stream("POST", "/v1/messages", json=asked) as response:
+            if response.status_code == 429:
+                return "429"
+            text = "".join(response.iter_text())
+        return "answered" if "tool_use" in text and "message_stop" in text else "not ended"
+
+    def score(self, client: httpx.Client) -> str:
+        words = self.asked()["messages"][0]["content"]  # type: ignore[index]
+        prompts = [words, words[:20]]
+        asked = {"model": "m", "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 0}
+        response = client.post("/v1/completions", json=asked)
+        if response.status_code == 429:
+            return "429"
+        assert response.status_code == 200, response.text
+        found = [len(choice["logprobs"]["tokens"]) for choice in response.json()["choices"]]
+        assert found == list(map(len, prompts)), "a letter is a token of this model"
+        return "answered"
 
     def break_off(self, client: httpx.Client) -> str:
         with client.stream("POST", CHAT, json=self.asked(stream=True, max_tokens=150)) as response:
@@ -178,7 +206,7 @@ def soak(folder: Path, seconds: float, kills: int) -> list[str]:
     assert left == {"slots": SLOTS, "active": 0, "queued": 0}
     assert code == 0
     assert "Traceback" not in log, log[-3000:]
-    assert not any("not ended" in what or ": 5" in what for what in told), told
+    assert not any("not ended" in what or ": 5" in what or ": wrong" in what for what in told), told
     assert late <= 1.05 * middle + 2, f"memory grows: {memory}"
     return lines
 

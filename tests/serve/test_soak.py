@@ -7,5 +7,6 @@ from tests.serve.soak import soak
 
 def test_nothing_is_left_of_clients_that_behave_badly(tiny_export):
     told = soak(tiny_export, seconds=12, kills=1)
-    assert any("answered" in line for line in told)
+    for doing in ("chat", "stream_slowly", "call", "score"):
+        assert any(f"{doing}: answered" in line for line in told)
     assert any("broken off" in line for line in told)
