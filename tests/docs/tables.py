@@ -16,7 +16,11 @@ STANDS_FOR = {
 }
 # The small model has a context of 96 tokens, so lengths become smaller;
 # the sample takes them as they are.
-SMALLER = {"-p 128,512 -n 64": "-p 8,32 -n 4", "--max-length 4096": "--max-length 96"}
+SMALLER = {
+    "-p 128,512 -n 64": "-p 8,32 -n 4",
+    "-p 256 -n 64": "-p 16 -n 4",
+    "--max-length 4096": "--max-length 96",
+}
 
 # What a command needs that another one makes. Each maker is itself a command of a page.
 MADE_BY = {
