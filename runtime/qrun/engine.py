@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any
@@ -21,6 +22,7 @@ from qrun.answer import Answer, Event
 from qrun.call import Call, Listener
 from qrun.decoding.fair_queue import FairQueue
 from qrun.decoding.prefix_cache import PrefixCache
+from qrun.decoding.prefix_files import load_prefixes, prefix_file, save_prefixes
 from qrun.decoding.scheduler import GRAIN, PREFILL_CHUNK, Scheduler
 from qrun.decoding.sequence import Failed, Finished, Scored, Scoring
 from qrun.decoding.slots import Slots
@@ -54,6 +56,7 @@ class Engine:
         queue: prompts that may wait for a slot.
         chunk: tokens of a prompt that are read between two tokens of the other answers.
         prefix_bytes: memory for beginnings of prompts, which are then not read again; 0 keeps none.
+        prefix_folder: where these are kept when the engine is closed, and taken from at the start.
 
     Raises:
         QrunError: slots or queue out of range, or a model that answers one sequence at a time.
@@ -67,6 +70,7 @@ class Engine:
         queue: int = 64,
         chunk: int = PREFILL_CHUNK,
         prefix_bytes: int = 0,
+        prefix_folder: Path | None = None,
     ) -> None:
         if slots < 1 or queue < 0:
             raise QrunError(f"{slots} slots and a queue of {queue}", hint="give at least 1 slot and 0 places")
@@ -80,6 +84,10 @@ class Engine:
         self._closing = False
         self.prefixes = PrefixCache(prefix_bytes, GRAIN) if prefix_bytes else None
         self._scheduler = self._new_scheduler()
+        self._prefix_file: Path | None = None
+        if self.prefixes is not None and prefix_folder is not None:
+            self._prefix_file = prefix_file(prefix_folder, model.session, GRAIN)
+            load_prefixes(self.prefixes, self._prefix_file, model.session.new_cache().copy_out(0, 0, 0))
         self._thread = Thread(target=self._work, name="qrun-engine", daemon=True)
         self._thread.start()
 
@@ -240,6 +248,9 @@ class Engine:
                 call.cancel()
             self._changed.notify()
         self._thread.join()
+        if self.prefixes is not None and self._prefix_file is not None:
+            save_prefixes(self.prefixes, self._prefix_file)
+            self._prefix_file = None  # closed twice, it is written once
 
     def __enter__(self) -> Engine:
         return self

@@ -59,6 +59,11 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     help="Memory for beginnings of prompts that need not be read again, for each model; 0 keeps none.",
 )
 @click.option(
+    "--prefix-cache-dir",
+    type=click.Path(path_type=Path),
+    help="Keep these beginnings here over a restart. [default: they are forgotten]",
+)
+@click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
     help=f"API keys, one a line. [default: those in {KEYS_VARIABLE}, separated by commas]",
@@ -107,6 +112,7 @@ def serve(
     slots: int,
     queue: int,
     prefix_cache_bytes: int,
+    prefix_cache_dir: Path | None,
     api_key_file: Path | None,
     control_tokens: bool,
     no_auth: bool,
@@ -123,6 +129,8 @@ def serve(
     for package in ("starlette", "uvicorn", "msgspec", "prometheus_client"):
         if find_spec(package) is None:
             raise QrunError(f"{package} is not installed", hint="pip install 'qconvert[serve]'")
+    if prefix_cache_dir is not None and not prefix_cache_bytes:
+        raise click.UsageError("--prefix-cache-dir has nothing to keep: --prefix-cache-bytes is 0.")
     from qrun.serve.guard import read_host, read_origin
     from qrun.serve.server import bind, log_to_stderr, run
     from qrun.serve.state import ServerState
@@ -142,7 +150,8 @@ def serve(
         for name, path in named.items():
             model = open_model(engine=path, **options)
             model.literal = not control_tokens
-            opened[name] = Engine(model, **_places(path, slots, prefix_cache_bytes), queue=queue)
+            places = _places(path, slots, prefix_cache_bytes)
+            opened[name] = Engine(model, **places, queue=queue, prefix_folder=prefix_cache_dir)
             facts = model.manifest.model
             most = forecast_bytes(model.manifest, facts.context_length, opened[name].slots)
             note(

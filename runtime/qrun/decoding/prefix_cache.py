@@ -56,6 +56,20 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def blocks(self) -> Iterator[tuple[bytes, list[NDArray[Any]]]]:
+        """Names and states of all blocks, the least recently used first."""
+        return ((name, block.states) for name, block in self._blocks.items())
+
+    def put(self, name: bytes, states: list[NDArray[Any]]) -> None:
+        """Take up a block that ``blocks`` once gave; others are dropped where there is no room for all."""
+        self._add(name, Block(states))
+        self._drop()
+
+    def clear(self) -> None:
+        """Forget all blocks."""
+        self._blocks.clear()
+        self.nbytes = 0
+
     def restore(self, slots: Slots, row: int, prompt_ids: Sequence[int], multiple: int) -> int:
         """Copy the kept blocks with which a prompt begins into a row, which may hold some of them already.
 
@@ -93,9 +107,15 @@ class PrefixCache:
                 block = Block(slots.copy_out(row, start, start + self.grain))
                 if block.nbytes > self._most_bytes:
                     return
-                self._blocks[name] = block
-                self.nbytes += block.nbytes
+                self._add(name, block)
             self._blocks.move_to_end(name)
+        self._drop()
+
+    def _add(self, name: bytes, block: Block) -> None:
+        self._blocks[name] = block
+        self.nbytes += block.nbytes
+
+    def _drop(self) -> None:
         while self.nbytes > self._most_bytes:
             _, block = self._blocks.popitem(last=False)
             self.nbytes -= block.nbytes
