@@ -22,7 +22,7 @@ from qrun.answer import Answer, Event
 from qrun.call import Call, Listener
 from qrun.decoding.fair_queue import FairQueue
 from qrun.decoding.prefix_cache import PrefixCache
-from qrun.decoding.prefix_files import load_prefixes, prefix_file, save_prefixes
+from qrun.decoding.prefix_files import empty_states, load_prefixes, prefix_file, save_prefixes
 from qrun.decoding.scheduler import GRAIN, PREFILL_CHUNK, Scheduler
 from qrun.decoding.sequence import Failed, Finished, Scored, Scoring
 from qrun.decoding.slots import Slots
@@ -87,7 +87,7 @@ class Engine:
         self._prefix_file: Path | None = None
         if self.prefixes is not None and prefix_folder is not None:
             self._prefix_file = prefix_file(prefix_folder, model.session, GRAIN)
-            load_prefixes(self.prefixes, self._prefix_file, model.session.new_cache().copy_out(0, 0, 0))
+            load_prefixes(self.prefixes, self._prefix_file, empty_states(model.session))
         self._thread = Thread(target=self._work, name="qrun-engine", daemon=True)
         self._thread.start()
 

@@ -129,3 +129,28 @@ def test_a_taken_port_is_told_before_the_model_is_opened(tiny_export, tmp_path):
         result = CliRunner().invoke(main, ["serve", "--engine", str(tmp_path / "none"), "--port", port])
     assert result.exit_code == 1
     assert "cannot listen on 127.0.0.1" in result.output
+
+
+def test_what_prompts_begin_with_is_kept_over_a_restart(tiny_export, tmp_path):
+    kept = tmp_path / "kept"
+    cached, texts = [], []
+    for _ in range(2):
+        with server(tiny_export, "--prefix-cache-dir", kept) as (process, address, _):
+            asked = {"model": "tiny", "prompt": "a" * 600, "max_tokens": 4, "temperature": 0}
+            answer = httpx.post(f"{address}/v1/completions", json=asked, timeout=60).json()
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            texts.append(answer["choices"][0]["text"])
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+    assert cached[0] == 0
+    assert cached[1] >= 512
+    assert texts[0] == texts[1]
+    (file,) = kept.iterdir()
+    assert file.stat().st_mode & 0o077 == 0  # what was asked can be told from it
+
+
+def test_a_folder_for_prefixes_without_a_prefix_cache_is_refused(tiny_export, tmp_path):
+    asked = ["serve", "--engine", str(tiny_export), "--prefix-cache-bytes", "0", "--prefix-cache-dir", "kept"]
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 2
+    assert "nothing to keep" in done.output

@@ -55,13 +55,20 @@ def save_prefixes(prefixes: PrefixCache, path: Path) -> None:
         _log.warning("prefixes are not kept in %s: %s", path.parent, error.strerror)
 
 
+def empty_states(session: Session) -> list[NDArray[Any]]:
+    """Keys and values of no token, ``[kv_heads, 0, head_size]`` of each buffer."""
+    cache = session.new_cache()
+    cache.reserve(1)  # before that there are no buffers
+    return cache.copy_out(0, 0, 0)
+
+
 def load_prefixes(prefixes: PrefixCache, path: Path, like: list[NDArray[Any]]) -> None:
     """Take up the blocks of a file, as far as there is memory for them.
 
     Args:
         prefixes: empty.
         path: of ``prefix_file``.
-        like: keys and values of no token, ``[kv_heads, 0, head_size]`` of each buffer.
+        like: of ``empty_states``.
     """
     try:
         for name, block in _blocks(path, prefixes.grain, like):
