@@ -20,6 +20,7 @@ from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.choose import RECIPES, Wishes, choose
 from qconvert.recipes.forecast import kv_bytes_per_token, parameter_count
 from qconvert.targets import DEFAULT_TARGET, TARGETS, Target
+from qrun.errors import QrunError
 
 _KV_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
@@ -87,7 +88,7 @@ def describe(folder: Path) -> Inspection:
     weights = read_weight_files(folder)
     try:
         readable = reads_text(folder, spec.vocab_size)
-    except QconvertError:  # told below, with the files
+    except QrunError:  # a broken file, which is named below with the others
         readable = False
     files = (*text_file_states(folder), *weights.states)
     problems = [state.problem for state in files if state.harmful]

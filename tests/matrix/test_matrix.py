@@ -22,7 +22,7 @@ from qconvert.models.spec import DecoderSpec
 from qconvert.progress import Progress
 from qconvert.targets import TARGETS
 from qrun.folder.manifest import read_manifest
-from tests.qconvert.combinations import Combination, accepted, offered
+from tests.qconvert.combinations import Combination, accepted, distinct, offered
 from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)
@@ -32,12 +32,13 @@ NARROW = DecoderSpec(2, 2, 1, 16, 32, 64, 151_936, 1e-6, True, 32, (None, None))
 WIDE = replace(NARROW, num_attention_heads=8, hidden_size=128, intermediate_size=256)
 REPRESENTATIVE = {
     "--target onnxruntime --precision int8 --kv-cache int8",
+    "--target onnxruntime --precision int4 --prefill int8 --kv-cache int8",
     "--target onnxruntime --precision int4 --recipe gptq --prefill int8 --kv-cache int8",
     "--target tensorrt --precision int4",
 }
 EVERY = [
     pytest.param(each, id=str(each), marks=() if str(each) in REPRESENTATIVE else pytest.mark.matrix)
-    for each in accepted(WIDE)
+    for each in distinct(accepted(WIDE), WIDE)
 ]
 
 
@@ -78,7 +79,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
 def options_of(combination: Combination, output: Path, text: str) -> ExportOptions:
     wishes = combination.wishes
     return ExportOptions(
-        **{**vars(wishes), "calibrate": None if wishes.recipe == "rtn" else text},
+        **{**vars(wishes), "calibrate": None if wishes.recipe in (None, "rtn") else text},
         target=combination.target,
         output=output,
     )

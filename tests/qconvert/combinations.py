@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from qconvert.errors import QconvertError
@@ -26,7 +26,7 @@ class Combination:
         parts = [
             f"--target {self.target} --precision {wishes.precision}",
             f"--block-size {wishes.block_size}" if wishes.block_size else "",
-            f"--recipe {wishes.recipe}" if wishes.recipe != RECIPES[0] else "",
+            f"--recipe {wishes.recipe}" if wishes.recipe else "",
             "--prefill int8" if wishes.prefill else "",
             "--kv-cache int8" if wishes.int8_kv_cache else "",
         ]
@@ -43,7 +43,8 @@ def offered() -> Iterator[Combination]:
     """All that can be typed, most of which fits no target."""
     precisions = dict.fromkeys(name for target in TARGETS.values() for name in target.capabilities.precisions)
     both = (False, True)
-    for target, *options in product(TARGETS, precisions, (None, *BLOCK_SIZES), RECIPES, (None,), both, both):
+    recipes = (None, *RECIPES)
+    for target, *options in product(TARGETS, precisions, (None, *BLOCK_SIZES), recipes, (None,), both, both):
         yield Combination(target, Wishes(*options))
 
 
@@ -58,3 +59,18 @@ def accepted(spec: DecoderSpec) -> list[Combination]:
         return True
 
     return list(filter(fits, offered()))
+
+
+def distinct(combinations: list[Combination], spec: DecoderSpec) -> list[Combination]:
+    """Without those that name the recipe which would be taken anyway."""
+
+    def by_default(combination: Combination) -> bool:
+        if combination.wishes.recipe is None:
+            return False
+        unnamed = replace(combination, wishes=replace(combination.wishes, recipe=None))
+        try:
+            return unnamed.recipe(spec) == combination.recipe(spec)
+        except QconvertError:
+            return False
+
+    return [combination for combination in combinations if not by_default(combination)]

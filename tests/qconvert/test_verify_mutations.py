@@ -120,7 +120,8 @@ def test_a_cache_that_does_not_forget(
 @PRECISIONS
 def test_one_corrupted_block(exporter: Exporter, precision: str) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
-    folder = exporter.export(precision, block_size=None if precision == "fp32" else 32)
+    options = {} if precision == "fp32" else {"block_size": 32, "recipe": "rtn"}
+    folder = exporter.export(precision, **options)
     # Row 5, columns 32 to 63 of [64, 128].
     if precision == "fp32":
         overwrite(folder, name, (5 * 128 + 32) * 4, np.full(32, 0.25, np.float32).tobytes())
@@ -136,7 +137,7 @@ def test_one_corrupted_block(exporter: Exporter, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_one_wrong_scale(exporter: Exporter, precision: str) -> None:
     name = "model.layers.0.self_attn.q_k_v_proj.weight"  # q has 64 rows, k 32: row 70 is k's sixth
-    folder = exporter.export(precision, block_size=32)
+    folder = exporter.export(precision, block_size=32, recipe="rtn")
     path, offset, _ = stored_at(folder, f"{name}.scales")
     scale = np.fromfile(path, np.float32, 1, offset=offset + (70 * 2 + 1) * 4)
     overwrite(folder, f"{name}.scales", (70 * 2 + 1) * 4, (scale * 1.1).tobytes())

@@ -60,6 +60,8 @@ def test_json_is_one_object_with_everything(answering):
         "decode_seconds",
         "prefill_tokens_per_second",
         "decode_tokens_per_second",
+        "guessed_tokens",
+        "accepted_tokens",
     }
 
 
