@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import numpy as np
 import onnxruntime
 import pytest
 
 import qrun
+from qrun.backends.opening import open_session
 from qrun.backends.ort import wheels
 from qrun.backends.ort.wheels import check_onnxruntime_version
 from qrun.errors import QrunError
@@ -31,7 +33,7 @@ def test_a_version_that_is_too_old_is_told_with_the_one_that_will_do(kind, versi
     manifest = fake_manifest(context_length=64)
     manifest = replace(manifest, target=target, kv=replace(manifest.kv, dtype=dtype))
     needed = NEEDS[kind]
-    if wheels._numbers(version) >= wheels._numbers(needed):
+    if wheels.numbers(version) >= wheels.numbers(needed):
         check_onnxruntime_version(manifest, version)
         return
     with pytest.raises(QrunError, match=f"needs ONNX Runtime {needed} or later, and {version} is") as caught:
@@ -92,3 +94,27 @@ class Failing:
 
     def __getattr__(self, name):
         return getattr(self._inner, name)
+
+
+@pytest.mark.skipif(
+    wheels.numbers(onnxruntime.__version__) < (1, 32), reason="this one could not answer both ways"
+)
+def test_older_libraries_are_never_asked_for_a_layer_without_rows(exporter, monkeypatch):
+    """Before 1.32 integer products could not compute no rows: int8 failed on prompts in several pieces."""
+    folder = exporter("int8")
+    ids = np.random.default_rng(0).integers(0, 100, (1, 12))
+    found = []
+    for version in ("1.32.0", "1.31.0"):
+        monkeypatch.setattr("onnxruntime.__version__", version)
+        session, asked = open_session(folder), []
+        cache = session.new_cache()
+        real = cache.bind
+        monkeypatch.setattr(
+            cache,
+            "bind",
+            lambda new, logits, asked=asked, real=real: asked.append(logits) or real(new, logits),
+        )
+        assert session.forward(ids[:, :8], cache, "none").shape == (1, 0, session.manifest.model.vocab_size)
+        found.append(session.forward(ids[:, 8:], cache, "last").copy())
+        assert asked == ["none" if version == "1.32.0" else "last", "last"]
+    assert np.array_equal(*found)

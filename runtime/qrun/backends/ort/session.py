@@ -19,7 +19,7 @@ from qrun.backends.ort.attention import most_tokens
 from qrun.backends.ort.cache import GrowingKVCache, InPlaceKVCache, OrtKVCache
 from qrun.backends.ort.prefill import PrefillGraph
 from qrun.backends.ort.values import Values
-from qrun.backends.ort.wheels import check_onnxruntime_version, check_onnxruntime_wheels
+from qrun.backends.ort.wheels import check_onnxruntime_version, check_onnxruntime_wheels, numbers
 from qrun.backends.token_ids import check_token_ids
 from qrun.errors import QrunError
 from qrun.folder.external_data import DATA_FOLDER, with_true_places
@@ -64,6 +64,8 @@ class OrtSession:
         import onnxruntime
 
         check_onnxruntime_version(manifest, onnxruntime.__version__)
+        # Where no logits are wanted the last layer has no rows, which integer products take since 1.32.
+        self._takes_no_rows = manifest.precision != "int8" or numbers(onnxruntime.__version__) >= (1, 32)
         self.manifest = manifest
         self.threads = threads
         self._ort = onnxruntime
@@ -158,12 +160,14 @@ class OrtSession:
             token_ids, new = token_ids[:, count:], new - count
             if not new:
                 return np.empty((batch, 0, self.manifest.model.vocab_size), dtype=np.float32)
-        binding = cache.bind(new, logits)
+        computed = "last" if logits == "none" and not self._takes_no_rows else logits
+        binding = cache.bind(new, computed)
         cache.token_ids(new)[...] = token_ids
         self._inference.run_with_iobinding(binding)
         cache.collect()
         cache.advance(new)
-        return cache.logits(new, logits)
+        found = cache.logits(new, computed)
+        return found[:, :0] if logits == "none" else found
 
     def _values(self, device: str) -> Values:
         return Values(self._ort, self.manifest, device)

@@ -61,7 +61,7 @@ def check_onnxruntime_version(manifest: Manifest, version: str | None = None) ->
     if manifest.kv.dtype == "int8":
         needed, what = _WITH_INT8_CACHE, "a KV cache of 8 bits"
     version = version or _version_of("onnxruntime") or _version_of("onnxruntime-gpu")
-    if version is None or _numbers(version) >= needed:  # a wheel under another name is not judged
+    if version is None or numbers(version) >= needed:  # a wheel under another name is not judged
         return
     name = "onnxruntime-gpu" if _installed("onnxruntime-gpu") else "onnxruntime"
     hint = f"pip install -U {name}"
@@ -75,7 +75,7 @@ def check_onnxruntime_version(manifest: Manifest, version: str | None = None) ->
     )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
     """Major and minor: (1, 27) for "1.27.0rc1"."""
     return tuple(int(part) for part in version.split(".")[:2])
 
