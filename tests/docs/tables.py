@@ -56,7 +56,7 @@ _NETWORK = (
     "changes the user's environment or fetches from the network; the extras it names are compared below"
 )
 _HOURS = "hours on an idle machine, gigabytes of disk; that program and options exist is tested below"
-_CHECK_ALL = "a check of all of this repository, which .ci/run runs; that the target exists is tested below"
+_CHECK_ALL = "a check of all of this repository; that the target exists is tested below"
 
 # Patterns of commands that no test runs, each with its reason. One that matches nothing any more is an error.
 NOT_RUN = {

@@ -64,8 +64,10 @@ class OrtSession:
         import onnxruntime
 
         check_onnxruntime_version(manifest, onnxruntime.__version__)
-        # Where no logits are wanted the last layer has no rows, which integer products take since 1.32.
-        self._takes_no_rows = manifest.precision != "int8" or numbers(onnxruntime.__version__) >= (1, 32)
+        # Where no logits are wanted the last layer has no rows. Before 1.32 products of 8-bit weights fail
+        # there, and in some versions those of 4-bit weights end the process.
+        packed = manifest.precision in ("int8", "int4")
+        self._takes_no_rows = not packed or numbers(onnxruntime.__version__) >= (1, 32)
         self.manifest = manifest
         self.threads = threads
         self._ort = onnxruntime
