@@ -91,7 +91,7 @@ def prepare(shape: str, work: Path) -> Path:
     subprocess.run(make, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     if not folder.exists():
         export = [sys.executable, "-m", "qconvert.cli", "export", str(checkpoint), "--no-verify"]
-        export += ["--precision", "int4", "--output", str(folder)]
+        export += ["--precision", "int4", "--recipe", "rtn", "--output", str(folder)]
         subprocess.run(export, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     return folder
 

@@ -25,7 +25,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def programs(arguments: argparse.Namespace, checkpoint: Path) -> dict[str, list[str]]:
     """Command lines by program, without the output folder at their end."""
     export = [sys.executable, "-m", "qconvert.cli", "export", str(checkpoint), "--no-verify"]
-    export += ["--precision", arguments.precision, "--output"]
+    # Rounded to nearest, as the other programs round.
+    export += ["--precision", arguments.precision, "--recipe", "rtn", "--output"]
     if arguments.optimum:
         optimum = [arguments.optimum_python, "-m", "optimum.commands.optimum_cli", "export", "onnx"]
         optimum += ["--model", str(checkpoint), "--task", "text-generation-with-past"]

@@ -59,7 +59,7 @@ def balance_and_round(
 ) -> Factors:
     """Round every linear weight of the decoder into ``store``; the factors that were folded into them before.
 
-    What an interrupted export has left is made again: that takes seconds, or minutes for the largest models.
+    What an interrupted export has left is made again: nothing of it is kept.
 
     Raises:
         QconvertError: a weight holds NaN or Inf.

@@ -60,7 +60,7 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
             try:
                 check_onnxruntime_version(read_manifest(made[key]))
             except QrunError as error:
-                pytest.skip(error.what)
+                pytest.skip(error.what)  # `make test-oldest`: the reason names the version that it needs
         return made[key]
 
     return make
