@@ -15,6 +15,7 @@ import httpx
 
 from qrun.engine import Engine
 from qrun.model import Model
+from qrun.serve.models import Models
 from qrun.serve.server import bind, make_server
 from qrun.serve.state import ServerState
 
@@ -23,12 +24,14 @@ KEY = "sk-test"
 
 @contextmanager
 def serving(
-    models: Mapping[str, Model], *, slots: int = 4, queue: int = 64, **state: object
+    models: Mapping[str, Model] | Models, *, slots: int = 4, queue: int = 64, **state: object
 ) -> Iterator[str]:
     """The address of a server over these models; at the end every thread of it is gone."""
-    engines = {name: Engine(model, slots=slots, queue=queue) for name, model in models.items()}
+    if not isinstance(models, Models):
+        engines = {name: Engine(model, slots=slots, queue=queue) for name, model in models.items()}
+        models = Models.of(engines)
     with bind("127.0.0.1", 0) as listening:
-        server = make_server(ServerState(engines, **state), drain_seconds=5)  # type: ignore[arg-type]
+        server = make_server(ServerState(models, **state), drain_seconds=5)  # type: ignore[arg-type]
         thread = Thread(target=lambda: server.run(sockets=[listening]))
         thread.start()
         try:
@@ -36,8 +39,7 @@ def serving(
         finally:
             server.should_exit = True
             thread.join(20)
-            for engine in engines.values():
-                engine.close()
+            models.close()
             assert not thread.is_alive()
 
 

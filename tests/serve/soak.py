@@ -11,6 +11,7 @@ off has its answer.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import socket
 import subprocess
@@ -48,10 +49,11 @@ class Server:
         while True:
             assert self.process.poll() is None, "the server has ended by itself"
             try:
-                httpx.get(f"http://127.0.0.1:{self.port}/ready")
-                return
+                if httpx.get(f"http://127.0.0.1:{self.port}/ready").status_code == 200:
+                    return
             except httpx.TransportError:
-                time.sleep(0.05)
+                pass
+            time.sleep(0.05)
 
     def kill(self) -> None:
         self.process.kill()
@@ -96,20 +98,29 @@ class Client(Thread):
             **more,
         }
 
+    def later(self, response: httpx.Response) -> str | None:
+        """What a client is told that may come again: the queue is full, or the server has just started."""
+        if response.status_code not in (429, 503):
+            return None
+        code = json.loads(response.read()).get("error", {}).get("code")
+        time.sleep(0.1)
+        return (
+            "429" if response.status_code == 429 else "loading" if code == "model_loading" else f"503 {code}"
+        )
+
     def chat(self, client: httpx.Client) -> str:
         asked = self.asked()
         response = client.post(CHAT, json=asked)
-        if response.status_code == 429:
-            time.sleep(0.1)
-            return "429"
+        if (later := self.later(response)) is not None:
+            return later
         assert response.status_code == 200, response.text
         assert response.json()["usage"]["completion_tokens"] == asked["max_tokens"]
         return "answered"
 
     def stream_slowly(self, client: httpx.Client) -> str:
         with client.stream("POST", CHAT, json=self.asked(stream=True)) as response:
-            if response.status_code == 429:
-                return "429"
+            if (later := self.later(response)) is not None:
+                return later
             lines = []
             for line in response.iter_lines():
                 lines.append(line)
@@ -123,8 +134,8 @@ class Client(Thread):
         asked = self.asked(tools=[tool], tool_choice=choice, stream=True, max_tokens=300)
         del asked["ignore_eos"]
         with client.stream("POST", "/v1/messages", json=asked) as response:
-            if response.status_code == 429:
-                return "429"
+            if (later := self.later(response)) is not None:
+                return later
             text = "".join(response.iter_text())
         return "answered" if "tool_use" in text and "message_stop" in text else "not ended"
 
@@ -133,8 +144,8 @@ class Client(Thread):
         prompts = [words, words[:20]]
         asked = {"model": "m", "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 0}
         response = client.post("/v1/completions", json=asked)
-        if response.status_code == 429:
-            return "429"
+        if (later := self.later(response)) is not None:
+            return later
         assert response.status_code == 200, response.text
         found = [len(choice["logprobs"]["tokens"]) for choice in response.json()["choices"]]
         assert found == list(map(len, prompts)), "a letter is a token of this model"
@@ -150,12 +161,14 @@ class Client(Thread):
         body = bytes(self._random.randrange(256) for _ in range(self._random.randint(0, 300)))
         with socket.create_connection(("127.0.0.1", self._port), timeout=10) as connection:
             connection.sendall(body)
-        return f"{client.post(CHAT, content=body).status_code}"
+        response = client.post(CHAT, content=body)
+        return self.later(response) or f"{response.status_code}"
 
     def exceed(self, client: httpx.Client) -> str:
         long = self.asked(messages=[{"role": "user", "content": "x " * 40_000}])
         many = self.asked(n=99)
-        return f"{client.post(CHAT, json=self._random.choice((long, many))).status_code}"
+        response = client.post(CHAT, json=self._random.choice((long, many)))
+        return self.later(response) or f"{response.status_code}"
 
 
 def soak(folder: Path, seconds: float, kills: int) -> list[str]:

@@ -111,6 +111,9 @@ def test_the_operator_chooses_one_of_several_chat_templates(tiny_export, tmp_pat
         (["--engine", "other={folder}/none"], "none"),
         (["--api-key-file", "/dev/null"], "the file holds no API key"),
         (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
+        (["--memory", "0.4"], "MB, and --memory is 400.0 MB"),
+        (["--memory", "0.8", "--engine", "second={folder}"], "MB of memory are free"),
+        (["--lazy", "--engine", "other={folder}/none"], "none"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -119,6 +122,48 @@ def test_what_cannot_be_served_is_told_at_once(tiny_export, arguments, message):
     result = CliRunner().invoke(main, ["serve", "--engine", str(tiny_export), "--port", "0", *options])
     assert result.exit_code == 1
     assert message in result.output
+
+
+def _damaged(export: Path, folder: Path) -> Path:
+    """A copy whose weights are cut off."""
+    copied = Path(shutil.copytree(export, folder))
+    data = copied / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-100])
+    return copied
+
+
+def test_a_model_that_cannot_be_opened_at_the_start_ends_the_server(tiny_export, tmp_path):
+    damaged = _damaged(tiny_export, tmp_path / "damaged")
+    done = CliRunner().invoke(main, ["serve", "--engine", str(damaged), "--port", "0"])
+    assert done.exit_code == 1
+    assert "model.onnx.data" in done.output
+    assert "listening" not in done.output
+
+
+def test_models_that_are_opened_when_they_are_asked_for(tiny_export, tmp_path):
+    """One of two fits; a third is damaged, which is told when it is asked for, and harms nobody."""
+    damaged = _damaged(tiny_export, tmp_path / "damaged")
+    options = ["--engine", f"second={tiny_export}", "--engine", f"broken={damaged}"]
+    options += ["--lazy", "--memory", "0.02", "--prefix-cache-bytes", "15000000", "--threads", "1"]
+    with server(tiny_export, *options) as (process, address, log):
+        for name in ("tiny", "second", "tiny"):
+            found = httpx.post(address + CHAT, json={**ASKED, "model": name, "max_tokens": 3}, timeout=60)
+            assert found.json()["usage"]["completion_tokens"] == 3
+        refused = httpx.post(address + CHAT, json={**ASKED, "model": "broken"}, timeout=60)
+        assert refused.status_code == 503
+        assert "model.onnx.data" in refused.json()["error"]["message"]
+        assert str(tmp_path) not in refused.text
+        states = {each["id"]: each["state"] for each in httpx.get(f"{address}/v1/models").json()["data"]}
+        assert states["broken"] == "failed"
+        assert sorted((states["tiny"], states["second"])) == ["unloaded", "unloaded"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    told = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"model"')]
+    assert [(each["model"], each["state"]) for each in told] == [
+        *(("tiny", "loaded"), ("tiny", "unloaded"), ("second", "loaded"), ("second", "unloaded")),
+        *(("tiny", "loaded"), ("tiny", "unloaded")),
+    ]
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_taken_port_is_told_before_the_model_is_opened(tiny_export, tmp_path):

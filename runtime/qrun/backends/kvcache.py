@@ -97,6 +97,11 @@ class KVCache(ABC):
         touched = int(np.maximum(self._touched, self.lengths).sum())
         return self.nbytes - forecast_bytes(self.manifest, touched)
 
+    @property
+    def held_bytes(self) -> int:
+        """``nbytes``, where it is the machine's memory."""
+        return self.nbytes if self.in_host_memory else 0
+
     def rows(self, first: int, count: int) -> Self:
         """Rows ``first`` to ``first + count`` as a cache of their own over the same memory.
 
@@ -176,6 +181,8 @@ class KVCache(ABC):
         if free is not None and forecast_bytes(self.manifest, capacity, self.batch) > free:
             capacity = needed  # what is needed may fit where twice as much does not
         cost = forecast_bytes(self.manifest, capacity, self.batch)
+        while free is not None and cost > free and LEDGER.give_way():
+            free = LEDGER.free_bytes(self)
         refusal = QrunError(
             f"a KV cache of {capacity:,} tokens needs {cost / 1e9:.2f} GB"
             + ("" if free is None else f", {free / 1e9:.2f} GB of memory are free"),

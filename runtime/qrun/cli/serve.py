@@ -6,16 +6,20 @@ import ipaddress
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.backends.ledger import LEDGER
 from qrun.cli.options import open_model, opening_options, template_option
 from qrun.cli.terminal import note, size
 from qrun.engine import Engine
 from qrun.errors import QrunError
-from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest
+from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest, weight_bytes
 from qrun.folder.paths import user_path
+
+if TYPE_CHECKING:
+    from qrun.serve.models import Source
 
 KEYS_VARIABLE = "QRUN_API_KEYS"
 
@@ -50,6 +54,19 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     default=64,
     show_default=True,
     help="Requests that may wait for a slot; others are told to come again.",
+)
+@click.option(
+    "--lazy",
+    is_flag=True,
+    help="Open a model when it is first asked for, and close the least recently used one where another needs "
+    "its memory. [default: all at the start]",
+)
+@click.option(
+    "--memory",
+    "memory_gb",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Memory that models and their caches may take together. [default: what the machine has]",
 )
 @click.option(
     "--prefix-cache-bytes",
@@ -111,6 +128,8 @@ def serve(
     port: int,
     slots: int,
     queue: int,
+    lazy: bool,
+    memory_gb: float | None,
     prefix_cache_bytes: int,
     prefix_cache_dir: Path | None,
     api_key_file: Path | None,
@@ -132,6 +151,7 @@ def serve(
     if prefix_cache_dir is not None and not prefix_cache_bytes:
         raise click.UsageError("--prefix-cache-dir has nothing to keep: --prefix-cache-bytes is 0.")
     from qrun.serve.guard import read_host, read_origin
+    from qrun.serve.models import Models, Source
     from qrun.serve.server import bind, log_to_stderr, run
     from qrun.serve.state import ServerState
 
@@ -144,31 +164,56 @@ def serve(
     names = tuple(read_host(each) for each in (host, *allowed_hosts))
     origins = tuple(read_origin(each) for each in cors_origins)
     named = _named(engines)
+    limit = None if memory_gb is None else int(memory_gb * 1e9)
     with bind(host, port) as listening:
         log_to_stderr()
-        opened: dict[str, Engine] = {}
-        for name, path in named.items():
-            model = open_model(engine=path, **options)
-            model.literal = not control_tokens
-            places = _places(path, slots, prefix_cache_bytes)
-            opened[name] = Engine(model, **places, queue=queue, prefix_folder=prefix_cache_dir)
-            facts = model.manifest.model
-            most = forecast_bytes(model.manifest, facts.context_length, opened[name].slots)
-            note(
-                f"{name}: {model.manifest.precision}, {model.device}, {opened[name].slots} slots of up to "
-                f"{facts.context_length:,} tokens ({size(most)} if all are full)"
-            )
+        LEDGER.limit = limit
+
+        def source(path: Path) -> Source:
+            manifest = read_manifest(path)
+            # A plan has one slot, whose keys and values cannot be copied.
+            plan = names_plan(path) or manifest.target != "onnxruntime"
+            places = {"slots": 1 if plan else slots, "prefix_bytes": 0 if plan else prefix_cache_bytes}
+
+            def opened() -> Engine:
+                model = open_model(engine=path, **options)
+                model.literal = not control_tokens
+                return Engine(model, **places, queue=queue, prefix_folder=prefix_cache_dir)
+
+            return Source(opened, manifest, weight_bytes=weight_bytes(path, manifest), **places)
+
+        models = Models({name: source(path) for name, path in named.items()}, lazy=lazy)
+        for name, served in models.items():
+            _tell(name, served.source, limit)
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        note(f"listening on http://{shown}:{address[1]} ({'with API keys' if keys else 'without API keys'})")
-        state = ServerState(opened, keys, names, origins, most_bytes=int(max_body_mb * 1e6))
-        run(state, listening, drain_seconds=drain_seconds)
+        keyed = "with API keys" if keys else "without API keys"
+
+        def when_ready() -> None:
+            note(f"listening on http://{shown}:{address[1]} ({keyed})")
+
+        state = ServerState(models, keys, names, origins, most_bytes=int(max_body_mb * 1e6))
+        run(state, listening, drain_seconds=drain_seconds, when_ready=when_ready)
 
 
-def _places(path: Path, slots: int, prefix_bytes: int) -> dict[str, int]:
-    """Slots and prefix cache of a model: a plan has one slot, whose keys and values cannot be copied."""
-    plan = names_plan(path) or read_manifest(path).target != "onnxruntime"
-    return {"slots": 1, "prefix_bytes": 0} if plan else {"slots": slots, "prefix_bytes": prefix_bytes}
+def _tell(name: str, source: Source, limit: int | None) -> None:
+    """Memory of a model, before it is opened.
+
+    Raises:
+        QrunError: it alone needs more than all models may take.
+    """
+    manifest, context = source.manifest, source.manifest.model.context_length
+    if limit is not None and source.first_bytes > limit:
+        raise QrunError(
+            f"{name} needs {size(source.first_bytes)}, and --memory is {size(limit)}",
+            where=manifest.folder,
+            hint="give more, or a smaller --prefix-cache-bytes or --slots",
+        )
+    note(
+        f"{name}: {manifest.precision}, {size(source.weight_bytes)} of weights, {source.slots} slots of up "
+        f"to {context:,} tokens ({size(forecast_bytes(manifest, context, source.slots))} if all are full), "
+        f"{size(source.prefix_bytes)} for beginnings of prompts"
+    )
 
 
 def _named(engines: tuple[str, ...]) -> dict[str, Path]:

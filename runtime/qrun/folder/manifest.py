@@ -132,6 +132,15 @@ def forecast_bytes(manifest: Manifest, capacity: int, batch: int = 1) -> int:
     return manifest.kv.bytes_per_token * capacity * batch
 
 
+def weight_bytes(path: str | Path, manifest: Manifest) -> int:
+    """Bytes of the files that are read when a folder, or a plan in it, is opened: graphs and weights."""
+    path = user_path(path)
+    if names_plan(path):
+        return path.stat().st_size
+    graphs = [manifest.graph, *([manifest.prefill.graph] if manifest.prefill else [])]
+    return sum(each.size for each in manifest.files if each.path.startswith(tuple(graphs)))
+
+
 def names_plan(path: str | Path) -> bool:
     """Whether a path means a TensorRT plan (or its sidecar) and not a model folder."""
     path = user_path(path)

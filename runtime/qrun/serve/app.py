@@ -26,7 +26,8 @@ from qrun.serve.fields import DetokenizeRequest, TemplateRequest, TokenizeReques
 from qrun.serve.handlers import CHAT, COMPLETION, MESSAGES, RESPONSES, complete
 from qrun.serve.messages import CountRequest, prompt_of
 from qrun.serve.metrics import Metrics
-from qrun.serve.state import ServerState, json_response, note, read_body
+from qrun.serve.models import Served
+from qrun.serve.state import ServerState, engine_of, json_response, note, read_body
 from qrun.serve.streams import ClientGoneError
 
 log = logging.getLogger("qrun.serve")
@@ -64,9 +65,9 @@ def create_app(state: ServerState) -> ASGIApp:
             Exception: _fault,
         },
     )
-    metrics = app.state.metrics = Metrics(state.engines)
+    metrics = app.state.metrics = Metrics(state.models)
     app.state.server = state
-    app.state.openapi = openapi.document(app.routes, __version__, list(state.engines))
+    app.state.openapi = openapi.document(app.routes, __version__, list(state.models))
     whole: ASGIApp = Surroundings(app, state, metrics)
     if state.origins:
         whole = CORSMiddleware(
@@ -110,6 +111,8 @@ class Surroundings:
         else:
             await self._app(scope, receive, watched)
         finally:
+            for served in scope.get("qrun.uses", ()):
+                self._state.models.release(served)
             facts = scope.get("qrun.facts", {})
             # The route and not the path: clients could invent paths, and so labels, without end.
             route = getattr(scope.get("route"), "path", "none")
@@ -151,7 +154,7 @@ async def _messages(request: Request) -> Response:
 
 async def _count_tokens(request: Request) -> Response:
     fields = decode(await read_body(request), CountRequest)
-    engine = request.app.state.server.engine(fields.model)
+    engine = await engine_of(request, fields.model)
     prompt, _ = await asyncio.to_thread(prompt_of, engine, fields)
     return json_response({"input_tokens": len(prompt)})
 
@@ -162,40 +165,39 @@ async def _metrics(request: Request) -> Response:
 
 async def _models(request: Request) -> Response:
     state: ServerState = request.app.state.server
-    return json_response({"object": "list", "data": [_described(state, name) for name in state.engines]})
+    data = [_described(state, served) for served in state.models.values()]
+    return json_response({"object": "list", "data": data})
 
 
 async def _model(request: Request) -> Response:
     state: ServerState = request.app.state.server
-    name = request.path_params["name"]
-    state.engine(name)
-    return json_response(_described(state, name))
+    return json_response(_described(state, state.model(request.path_params["name"])))
 
 
-def _described(state: ServerState, name: str) -> dict[str, Any]:
-    engine = state.engine(name)
-    manifest = engine.model.manifest
+def _described(state: ServerState, served: Served) -> dict[str, Any]:
+    manifest = served.source.manifest
     return {
-        "id": name,
+        "id": served.name,
         "object": "model",
         "created": state.started,
         "owned_by": "qrun",
         "context_length": manifest.model.context_length,
         "precision": manifest.precision,
-        "slots": engine.slots,
+        "slots": served.source.slots,
+        "state": served.state,
     }
 
 
 async def _tokenize(request: Request) -> Response:
     fields = decode(await read_body(request), TokenizeRequest)
-    engine = request.app.state.server.engine(fields.model)
+    engine = await engine_of(request, fields.model)
     ids = engine.model.tokenizer.encode(fields.content, add_special_tokens=fields.add_special)
     return json_response({"tokens": ids})
 
 
 async def _detokenize(request: Request) -> Response:
     fields = decode(await read_body(request), DetokenizeRequest)
-    tokenizer = request.app.state.server.engine(fields.model).model.tokenizer
+    tokenizer = (await engine_of(request, fields.model)).model.tokenizer
     bad = next((each for each in fields.tokens if not 0 <= each < 1 << 31), None)
     if bad is not None:
         raise ApiError(400, f"{bad} is not a token id", param="tokens")
@@ -204,7 +206,7 @@ async def _detokenize(request: Request) -> Response:
 
 async def _apply_template(request: Request) -> Response:
     fields = decode(await read_body(request), TemplateRequest)
-    model = request.app.state.server.engine(fields.model).model
+    model = (await engine_of(request, fields.model)).model
     return json_response({"prompt": template_of(model).render(texts_only(fields.messages))})
 
 
@@ -216,11 +218,18 @@ async def _ready(request: Request) -> Response:
     state: ServerState = request.app.state.server
     if state.draining:
         raise ApiError(503, "the server is closing", code="closing")
-    engines = {
-        name: {"slots": engine.slots, "active": engine.active, "queued": engine.queued}
-        for name, engine in state.engines.items()
-    }
-    return json_response({"status": "ready", "models": engines})
+    if not state.models.ready:
+        waited = ", ".join(name for name, served in state.models.items() if served.state != "loaded")
+        raise ApiError(503, f"models are being loaded: {waited}", code="model_loading")
+    return json_response(
+        {"status": "ready", "models": {name: _load(each) for name, each in state.models.items()}}
+    )
+
+
+def _load(served: Served) -> dict[str, int]:
+    engine = served.engine
+    active, queued = (0, 0) if engine is None else (engine.active, engine.queued)
+    return {"slots": served.source.slots, "active": active, "queued": queued}
 
 
 async def _openapi(request: Request) -> Response:

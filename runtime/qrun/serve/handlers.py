@@ -25,7 +25,7 @@ from qrun.serve.replies import CompletionReply
 from qrun.serve.reply import Chunk, Happening, Reply
 from qrun.serve.response_reply import ResponseReply
 from qrun.serve.responses import ResponsesRequest, ask_responses
-from qrun.serve.state import ServerState, client_of, json_response, note, read_body
+from qrun.serve.state import ServerState, client_of, engine_of, json_response, note, read_body
 
 Happened = tuple[int, Happening]
 
@@ -53,7 +53,7 @@ async def complete(request: Request, dialect: Dialect) -> Response:
     """
     state: ServerState = request.app.state.server
     fields: Any = decode(await read_body(request), dialect.fields)
-    engine = state.engine(fields.model)
+    engine = await engine_of(request, fields.model)
     note(request, model=fields.model, stream=fields.stream)
     try:  # in another thread, since rendering and encoding a long prompt would hold up the event loop
         asked = await asyncio.to_thread(dialect.ask, engine, fields)

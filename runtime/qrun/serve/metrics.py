@@ -10,6 +10,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from qrun.engine import Engine
+from qrun.serve.models import Served
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -18,10 +19,10 @@ class Metrics:
     """The metrics of one server; each server has a registry of its own.
 
     Args:
-        engines: by the names of their models.
+        models: by their names.
     """
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, models: Mapping[str, Served]) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "qrun_requests", "Requests by route and status.", ["route", "status"], registry=self._registry
@@ -41,7 +42,7 @@ class Metrics:
             buckets=tuple(each / 10 for each in _SECONDS),
             registry=self._registry,
         )
-        self._registry.register(_InUse(engines))
+        self._registry.register(_InUse(models))
 
     def request(self, route: str, status: int, facts: Mapping[str, Any]) -> None:
         """One request has ended; ``facts`` are those of its log line."""
@@ -61,8 +62,15 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+_MODELS: tuple[tuple[str, str, Callable[[Served], float]], ...] = (
+    ("qrun_slots", "Answers that may advance together.", lambda served: served.source.slots),
+    ("qrun_model_loaded", "1 while the model is open.", lambda served: served.engine is not None),
+    ("qrun_model_loads", "How often the model was opened.", lambda served: served.loads),
+    ("qrun_model_uses", "Requests that use the model, or wait for it.", lambda served: served.uses),
+    ("qrun_model_bytes", "Memory of weights and for kept beginnings.", lambda served: served.held_bytes),
+)
+# Zero for a model that is not open.
 _HELD: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
-    ("qrun_slots", "Answers that may advance together.", lambda engine: engine.slots),
     ("qrun_active_slots", "Prompts that are being answered.", lambda engine: engine.active),
     ("qrun_queued_requests", "Prompts that wait for a slot.", lambda engine: engine.queued),
     ("qrun_kv_cache_bytes", "Memory of the slots' keys and values.", lambda engine: engine.cache_bytes),
@@ -72,14 +80,20 @@ _HELD: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
 
 
 class _InUse(Collector):
-    """Gauges of what the engines hold, read whenever the metrics are asked for."""
+    """Gauges of what the models hold, read whenever the metrics are asked for."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self._engines = engines
+    def __init__(self, models: Mapping[str, Served]) -> None:
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        for name, what, value in _HELD:
+        for name, what, of_model in _MODELS:
             family = GaugeMetricFamily(name, what, labels=["model"])
-            for model, engine in self._engines.items():
-                family.add_metric([model], value(engine))
+            for model, served in self._models.items():
+                family.add_metric([model], of_model(served))
+            yield family
+        engines = {model: served.engine for model, served in self._models.items()}
+        for name, what, of_engine in _HELD:
+            family = GaugeMetricFamily(name, what, labels=["model"])
+            for model, engine in engines.items():
+                family.add_metric([model], 0 if engine is None else of_engine(engine))
             yield family

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -18,15 +19,38 @@ from qrun.serve.state import ServerState
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers, since ``_serve`` has its own.
+    """uvicorn's server, which opens models while it serves, and has no signal handlers.
 
-    After the first signal running answers are completed, after the second one the server ends at once; the
-    exit code is 0 in both cases.
+    ``_serve`` has its own: after the first signal running answers are completed, after the second one the
+    server ends at once; the exit code is 0 in both cases.
+
+    Attributes:
+        failure: why a model could not be opened, which ends the server.
     """
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, when_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.failure: QrunError | None = None
+        self._state = state
+        self._when_ready = when_ready
+        self._opening: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._opening = asyncio.create_task(self._open_models())
+
+    async def _open_models(self) -> None:
+        try:
+            if not self._state.models.lazy:
+                await self._state.models.open_all()
+        except QrunError as error:
+            self.failure, self.should_exit = error, True
+        else:
+            self._when_ready()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -50,28 +74,47 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def run(state: ServerState, listening: socket.socket, *, drain_seconds: float) -> None:
-    """Serve until SIGTERM or SIGINT; running answers then have ``drain_seconds`` to be completed."""
-    asyncio.run(_serve(state, listening, drain_seconds))
+def run(
+    state: ServerState,
+    listening: socket.socket,
+    *,
+    drain_seconds: float,
+    when_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; running answers then have ``drain_seconds`` to be completed.
+
+    Models that are not lazy are opened while the server says 503; ``when_ready`` is called once they are.
+
+    Raises:
+        QrunError: one of them cannot be opened.
+    """
+    asyncio.run(_serve(state, listening, drain_seconds, when_ready))
+    if state.models.opening:
+        # The thread that opens a model cannot be interrupted, and nothing that it does is worth waiting for.
+        sys.stderr.flush()
+        os._exit(0)
 
 
-def make_server(state: ServerState, *, drain_seconds: float) -> uvicorn.Server:
+def make_server(
+    state: ServerState, *, drain_seconds: float, when_ready: Callable[[], None] = lambda: None
+) -> _Server:
     """The server itself; setting its ``should_exit`` ends it."""
-    return _Server(
-        uvicorn.Config(
-            create_app(state),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(drain_seconds)),
-            h11_max_incomplete_event_size=64 << 10,
-        )
+    config = uvicorn.Config(
+        create_app(state),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        h11_max_incomplete_event_size=64 << 10,
     )
+    return _Server(config, state, when_ready)
 
 
-async def _serve(state: ServerState, listening: socket.socket, drain_seconds: float) -> None:
-    server = make_server(state, drain_seconds=drain_seconds)
+async def _serve(
+    state: ServerState, listening: socket.socket, drain_seconds: float, when_ready: Callable[[], None]
+) -> None:
+    server = make_server(state, drain_seconds=drain_seconds, when_ready=when_ready)
 
     def end() -> None:
         if state.draining:
@@ -83,8 +126,9 @@ async def _serve(state: ServerState, listening: socket.socket, drain_seconds: fl
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, end)
     await server.serve(sockets=[listening])
-    for engine in state.engines.values():
-        await asyncio.to_thread(engine.close)
+    await asyncio.to_thread(state.models.close)
+    if server.failure is not None:
+        raise server.failure
 
 
 def log_to_stderr() -> None:

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from qrun.engine import Engine
 from qrun.serve.errors import ApiError
+from qrun.serve.models import Models, Served
 
 
 @dataclass
@@ -22,7 +23,7 @@ class ServerState:
     """The server's own state.
 
     Attributes:
-        engines: by the name that clients use.
+        models: by the name that clients use.
         keys: API keys; none at all lets everybody in.
         names: hosts that clients may call it beside localhost and addresses, in lower case.
         origins: whose pages may ask it beside its own.
@@ -32,7 +33,7 @@ class ServerState:
         started: seconds since 1970.
     """
 
-    engines: Mapping[str, Engine]
+    models: Models
     keys: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
@@ -41,20 +42,20 @@ class ServerState:
     draining: bool = False
     started: int = field(default_factory=lambda: int(time()))
 
-    def engine(self, name: str | None) -> Engine:
+    def model(self, name: str | None) -> Served:
         """The model of a name; without a name, the only one.
 
         Raises:
             ApiError: 404, with the names that there are.
         """
-        if name is None and len(self.engines) == 1:
-            return next(iter(self.engines.values()))
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
         if name is None:
             raise ApiError(400, "model is missing", param="model")
-        if name not in self.engines:
-            text = f"there is no model {name!r}; there are: {', '.join(self.engines)}"
+        if name not in self.models:
+            text = f"there is no model {name!r}; there are: {', '.join(self.models)}"
             raise ApiError(404, text, param="model", code="model_not_found")
-        return self.engines[name]
+        return self.models[name]
 
     def admit(self, key: str) -> str:
         """Who asks: a name for the key, "" where none are needed.
@@ -70,6 +71,19 @@ class ServerState:
             text = "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
             raise ApiError(401, text, code="invalid_api_key")
         return sha256(key.encode()).hexdigest()[:12]
+
+
+async def engine_of(request: Request, name: str | None) -> Engine:
+    """The engine of the model that a request names, which stays open until the request has ended.
+
+    Raises:
+        ApiError: 404, see ``ServerState.model``; 503, see ``Models.use``.
+    """
+    state: ServerState = request.app.state.server
+    served = state.model(name)
+    engine = await state.models.use(served.name)
+    request.scope.setdefault("qrun.uses", []).append(served)
+    return engine
 
 
 def client_of(request: Request) -> str:
