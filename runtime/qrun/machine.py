@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -24,6 +26,12 @@ def available_memory() -> int | None:
     """
     limits = [*_free_of_machine(), *_free_of_groups()]
     return max(0, min(limits)) if limits else None
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library keeps it (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cpu_quotas() -> Iterator[float]:

@@ -23,6 +23,7 @@ from qrun.backends.ledger import LEDGER
 from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest, forecast_bytes
+from qrun.machine import give_back_memory
 from qrun.serve.errors import ApiError
 
 # A model that could not be opened is tried again by the first request after so many seconds.
@@ -271,6 +272,7 @@ class Models(Mapping[str, Served]):
         engine.close()
         del engine
         gc.collect()  # a session may lie in a cycle, and its weights with it
+        give_back_memory()
         served.state = "unloaded"
         _tell(served, started)
         return True
