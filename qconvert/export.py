@@ -83,7 +83,8 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     target = target_named(options.target)
     spec = target.fit(spec_of(checkpoint.config), options.max_length)
     readable = reads_text(checkpoint.folder, spec.vocab_size)
-    choice, text = choose(options, target.capabilities, spec, reads_text=readable), None
+    choice = choose(options, target.capabilities, spec, checkpoint.held, reads_text=readable)
+    text = None
     if choice.name == "int4-rtn" and options.recipe is None:
         progress.note(
             "the checkpoint has no tokenizer for its vocabulary, so its weights are rounded to nearest "
@@ -167,13 +168,18 @@ def write_graph(
     """
     import onnx_ir
 
+    from qconvert.checkpoint.computed import KeptWeights
     from qconvert.checkpoint.weights import CheckpointWeights
     from qconvert.lowering.data_file import DATA_NAME, DataFile
     from qconvert.lowering.initializers import Initializers
 
     with DataFile(folder / DATA_NAME) as data, piece_workers() as workers:
         weights = CheckpointWeights(model, advance)
-        initializers = Initializers(weights, data, workers, folding, rounded, balance=balance)
+        kept = KeptWeights(model, recipe.kept)
+        packed = kept if rounded is None else rounded
+        initializers = Initializers(
+            weights, data, workers, folding, packed, balance=balance, order_of=kept.order
+        )
         for name, scale in kv_scales.items():
             initializers.constant(name, scale.numpy())
         graphs = target.lower(spec, recipe, initializers, rope_tables(model.config, spec.context_length))

@@ -6,9 +6,11 @@ generation defaults and the choice of an attention kernel besides. Here nothing 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qconvert.checkpoint.computed import Computed, attach, placeholder
 from qconvert.checkpoint.config import quiet_transformers
 from qconvert.errors import QconvertError
 from qconvert.models.families import family_of, spec_of
@@ -22,8 +24,19 @@ _AGAIN = "download the whole checkpoint again"
 _PIECE_ROWS = 4096
 
 
-def assemble(config: PreTrainedConfig, weight_files: tuple[Path, ...], folder: Path) -> PreTrainedModel:
+def assemble(
+    config: PreTrainedConfig,
+    weight_files: tuple[Path, ...],
+    folder: Path,
+    computed: Mapping[str, Computed] | None = None,
+) -> PreTrainedModel:
     """The model in eval mode, its weights mapped from the files (privately: see ``CheckpointWeights``).
+
+    Args:
+        config: of the model.
+        weight_files: safetensors files; those of another kind are read by ``computed`` alone.
+        folder: the checkpoint's, for messages.
+        computed: tensors that are not in these files as floats, in whose places placeholders stand.
 
     Raises:
         QconvertError: transformers refuses the configuration; a tensor that is missing or of another shape
@@ -44,7 +57,8 @@ def assemble(config: PreTrainedConfig, weight_files: tuple[Path, ...], folder: P
     # Computed, not stored: it needs real numbers.
     model.model.rotary_emb = family.transformers_class("RotaryEmbedding")(config)
 
-    tensors = _read(weight_files, folder)
+    computed = computed or {}
+    tensors = _read(weight_files, folder) | {name: placeholder(each.shape) for name, each in computed.items()}
     _check_tied_head(config, tensors, folder)
     expected = expected_tensors(spec_of(config))
     for name, shape in expected.items():
@@ -57,6 +71,7 @@ def assemble(config: PreTrainedConfig, weight_files: tuple[Path, ...], folder: P
     model.load_state_dict({name: tensors[name] for name in expected}, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    attach(model, computed)
     return model.eval()
 
 
@@ -64,7 +79,7 @@ def _read(weight_files: tuple[Path, ...], folder: Path) -> dict[str, torch.Tenso
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, torch.Tensor] = {}
-    for path in weight_files:
+    for path in (path for path in weight_files if path.suffix == ".safetensors"):
         try:
             with safe_open(path, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -6,11 +6,13 @@ With ``files`` and ``header`` (the weight files), ``config`` (config.json), ``as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconvert.checkpoint.assemble import assemble
+from qconvert.checkpoint.computed import Computed
 from qconvert.checkpoint.config import load_config
 from qconvert.checkpoint.file_state import FileState
 from qconvert.checkpoint.files import TensorInfo, inspect_files, read_weight_files
@@ -20,6 +22,7 @@ from qconvert.checkpoint.text_files import read_json_object, text_file_states
 from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.checkpoint.tokens import EndTokens, end_tokens
 from qconvert.errors import QconvertError
+from qconvert.formats.recipe import Kept
 from qrun.sampling.params import SamplingParams, resolve, unsupported_settings
 
 if TYPE_CHECKING:
@@ -39,7 +42,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint. ``tensors`` comes from the headers; no weight was read."""
+    """A checked checkpoint. ``tensors`` comes from the headers; no weight was read.
+
+    ``computed`` are those of the model's tensors that no file holds as floats (``computed.py``).
+    """
 
     folder: Path
     config: PreTrainedConfig
@@ -50,6 +56,12 @@ class Checkpoint:
     ends: EndTokens
     sampling: SamplingParams
     notes: tuple[str, ...] = ()
+    computed: Mapping[str, Computed] = field(default_factory=dict)
+
+    @property
+    def held(self) -> dict[str, Kept]:
+        """Matrices that it holds in codes which can be kept."""
+        return {name: each.kept for name, each in self.computed.items() if each.kept is not None}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -113,7 +125,7 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         QconvertError: see ``assemble``.
     """
-    return assemble(checkpoint.config, checkpoint.weight_files, checkpoint.folder)
+    return assemble(checkpoint.config, checkpoint.weight_files, checkpoint.folder, checkpoint.computed)
 
 
 def _notes(

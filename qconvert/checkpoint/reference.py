@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qconvert.checkpoint.computed import computed_of
 from qconvert.checkpoint.weights import CheckpointWeights
 
 if TYPE_CHECKING:
@@ -60,8 +61,13 @@ class CheckpointSource:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._weights = CheckpointWeights(model)
-        found = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
-        stored = " and ".join(sorted(found))
+        computed = computed_of(model)
+        found = {
+            str(parameter.dtype).removeprefix("torch.")
+            for name, parameter in model.named_parameters()
+            if name not in computed
+        }
+        stored = " and ".join([*sorted({each.stored_as for each in computed.values()}), *sorted(found)])
         upcast = "" if stored == "float32" else f" (weights {stored}, upcast layer by layer)"
         self.description = f"float32{upcast}"
 
@@ -69,7 +75,7 @@ class CheckpointSource:
         return name in self._weights
 
     def rows(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
-        return self._weights[name][rows].float()
+        return self._weights.rows(name, rows)
 
     def coarse_rows(self, name: str, rows: slice) -> torch.Tensor:
         raise AssertionError("a checkpoint has no shortlist")

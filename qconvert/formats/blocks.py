@@ -72,6 +72,7 @@ class StoredBlocks:
         zero_points: as in ``layout.PackedWeight``.
         rounding: their format.
         columns: of the matrix, without the padding of its last blocks.
+        order: which input each column reads, where they are stored in another order.
     """
 
     dtype = "uint8"
@@ -83,8 +84,11 @@ class StoredBlocks:
         zero_points: NDArray[np.uint8] | None,
         rounding: BlockFormat,
         columns: int,
+        *,
+        order: NDArray[np.int64] | None = None,
     ) -> None:
         self._data, self._scales, self._zero_points = data, scales, zero_points
+        self._places = None if order is None else np.argsort(order)
         self.rounding = rounding
         self.shape = (data.shape[0], columns)
 
@@ -102,7 +106,8 @@ class StoredBlocks:
     def _unpack(self, data: Any, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
         zeros = None if self._zero_points is None else as_tensor(self._zero_points[wanted])
         packed = PackedWeight(as_tensor(data[wanted]), as_tensor(self._scales[wanted]), zeros)
-        return unpack(packed, self.rounding, self.shape[1])
+        values = unpack(packed, self.rounding, self.shape[1])
+        return values if self._places is None else values[:, self._places]
 
 
 def find_blocks(arrays: Arrays, name: str, columns: int) -> StoredBlocks | None:
@@ -116,7 +121,8 @@ def find_blocks(arrays: Arrays, name: str, columns: int) -> StoredBlocks | None:
         fmt = BlockFormat(bits, data.shape[2] * 8 // bits, zeros is None, scale_dtype=scales.dtype.name)
         # The last block of a row may be padded.
         fits = data.shape[1] == -(-columns // fmt.block_size)
-        return StoredBlocks(data, scales, zeros, fmt, columns if fits else data.shape[1] * fmt.block_size)
+        columns = columns if fits else data.shape[1] * fmt.block_size
+        return StoredBlocks(data, scales, zeros, fmt, columns, order=arrays.order(name + _data_suffix(bits)))
     return None
 
 

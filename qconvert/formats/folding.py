@@ -156,6 +156,8 @@ class Weights(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
     def release(self, name: str) -> None: ...
 
 
@@ -171,6 +173,10 @@ class FoldedWeights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without computing it."""
+        return self._weights.shape(name)
 
     def release(self, name: str) -> None:
         """See ``weights.CheckpointWeights.release``."""

@@ -141,6 +141,7 @@ class Arrays:
         self._path = graph
         self._graph = load_graph(graph)
         self._tensors = {name: value.const_value for name, value in self._graph.graph.initializers.items()}
+        self._orders = _orders_of_inputs(self._graph.graph)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -171,6 +172,10 @@ class Arrays:
             )
         return tensor
 
+    def order(self, name: str) -> NDArray[np.int64] | None:
+        """Which input each column of a matrix in blocks reads, by its codes' name; None: as they come."""
+        return self._orders.get(name)
+
     def has_matrix(self, name: str) -> bool:
         """Whether the graph holds a matrix in blocks, or only the view of its rows that look-ups read."""
         return name in self or rows_name(name) in self
@@ -185,6 +190,17 @@ class Arrays:
             return [self[name]]
         names = (f"{name}.{part}" for part in count())
         return [self[part] for part in takewhile(self.__contains__, names)]
+
+
+def _orders_of_inputs(graph: Any) -> dict[str, NDArray[np.int64]]:
+    """Found where it takes effect: in the ``Gather`` that stands in front of a product in blocks."""
+    found = {}
+    for node in graph:
+        if node.op_type != "MatMulNBits" or (gather := node.inputs[0].producer()) is None:
+            continue
+        if gather.op_type == "Gather" and gather.attributes.get_int("axis", 0) == -1:
+            found[str(node.inputs[1].name)] = gather.inputs[1].const_value.numpy().astype(np.int64)
+    return found
 
 
 def rows_name(name: str) -> str:

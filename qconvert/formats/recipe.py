@@ -95,8 +95,21 @@ class ChannelFormat:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How a matrix is stored that the checkpoint holds in codes already: these codes, bit for bit.
+
+    Attributes:
+        fmt: its blocks. Longer groups of the checkpoint's are several blocks with one scale.
+        order: names the order of inputs in which its columns are stored (``order_name``); None: as they come.
+    """
+
+    fmt: BlockFormat
+    order: str | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How one export treats its weights. It stands in the manifest as it is.
+    """How one export treats its weights. It stands in the manifest as it is; ``kept`` is told in groups.
 
     ``linear`` and ``head`` are None where weights keep the activations' type. ``head`` is the format
     of the embedding as well: a tied one is stored once. ``prefill`` is the format of the linear layers
@@ -106,7 +119,8 @@ class Recipe:
     formats of single kinds of linear weights (``down_proj``). With a ``calibration``, 4-bit weights are
     rounded on its text (``calibration/gptq``, or ``calibration/awq.py``, which folds factors into matrices as
     well); all others, and without it all, are rounded to nearest. ``kv_cache`` is None
-    where keys and values keep the activations' type.
+    where keys and values keep the activations' type. ``kept`` are matrices, by their names in the checkpoint,
+    whose codes it gives.
     """
 
     precision: str
@@ -119,9 +133,12 @@ class Recipe:
     exceptions: Mapping[str, BlockFormat] = field(default_factory=dict)
     calibration: Calibration | None = None
     kv_cache: Literal["int8"] | None = None
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
     def format_of(self, name: str) -> BlockFormat | None:
         """The blocks of a linear weight in the graph that decodes, by its name in the checkpoint."""
+        if name in self.kept:
+            return self.kept[name].fmt
         special = (fmt for part, fmt in self.exceptions.items() if f".{part}." in name)
         fmt = next(special, self.linear)
         assert not isinstance(fmt, ChannelFormat), "integer products are lowered in lowering/ort/integers.py"
@@ -138,4 +155,11 @@ class Recipe:
         return self.linear if isinstance(self.linear, ChannelFormat) else self.prefill
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found: dict[tuple[BlockFormat, bool], int] = {}
+        for kept in self.kept.values():
+            key = (kept.fmt, kept.order is not None)
+            found[key] = found.get(key, 0) + 1
+        told = [
+            {**asdict(fmt), "ordered": ordered, "tensors": count} for (fmt, ordered), count in found.items()
+        ]
+        return {**asdict(replace(self, kept={})), "kept": told}

@@ -35,6 +35,10 @@ LAYOUTS: tuple[Callable[[Arrays, str, int], Stored | None], ...] = (
 # Initializers from which a finished graph's shortlist can be read.
 SHORTLIST_RANGES = "shortlist_ranges"  # int64 [-1, ranges, tokens of the vocabulary in each]
 SHORTLIST_SIZE = "shortlist_size"  # int64 [tokens chosen in each range]
+# Embedding and head: the tensors that are looked up or multiplied by the vocabulary.
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+# Begins the names of orders of inputs, int32 [features], in which a checkpoint's matrices are stored.
+ORDER_PREFIX = "order_of_inputs."
 
 
 def layout_of(fmt: BlockFormat) -> Layout:
@@ -56,6 +60,12 @@ def find(arrays: Arrays, names: Sequence[str], columns: int = 1) -> Stored:
     joined = joined_name(names)
     found = (find_layout(arrays, joined, columns) for find_layout in LAYOUTS)
     return next((stored for stored in found if stored is not None), None) or StoredAsIs(arrays[joined])
+
+
+def is_stored(arrays: Arrays, names: Sequence[str]) -> bool:
+    """Whether a graph holds such tensors side by side, in any layout."""
+    joined = joined_name(names)
+    return joined in arrays or any(find_layout(arrays, joined, 1) is not None for find_layout in LAYOUTS)
 
 
 class StoredAsIs:

@@ -30,6 +30,7 @@ DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "uint8": ir.DataType.UINT8,
     "int8": ir.DataType.INT8,
+    "int32": ir.DataType.INT32,
     "int4": ir.DataType.INT4,
 }
 

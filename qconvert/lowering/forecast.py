@@ -70,6 +70,9 @@ class _Weights(dict[str, torch.Tensor]):
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self[name].shape)
+
     def release(self, name: str) -> None:
         """Nothing is held."""
 
@@ -78,8 +81,11 @@ class _Sizes(Initializers):
     """Initializers whose contents are never computed."""
 
     def _contents(self, names: Sequence[str], layout: Layout) -> Iterable[Iterable[torch.Tensor]]:
-        columns = self._weights[names[0]].shape[1]
-        return [()] * len(layout.parts(sum(self._weights[name].shape[0] for name in names), columns))
+        columns = self._weights.shape(names[0])[1]
+        return [()] * len(layout.parts(sum(self._weights.shape(name)[0] for name in names), columns))
+
+    def _order(self, name: str) -> torch.Tensor:
+        return torch.empty(self._weights.shape(name)[1], dtype=torch.int32)
 
 
 class _Counted(DataFile):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,12 +63,17 @@ class Initializers:
         rounded: Mapping[str, PackedWeight] | None = None,
         *,
         balance: Folding = NO_FOLDING,
+        order_of: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
-        """``balance`` is the folding of the graph that is written first, ``folding`` that of ``folded``."""
+        """``balance`` is the folding of the graph that is written first, ``folding`` that of ``folded``.
+
+        ``order_of`` gives the order of a matrix's columns, int32 ``[K]``, where ``rounded`` has it in one.
+        """
         self._checkpoint = weights
         self._weights = FoldedWeights(weights, balance)
         self._folding, self._balance = folding, balance
-        self._rounded = rounded or {}  # weights that a calibration has already packed in blocks
+        self._rounded = rounded or {}  # packed in blocks already, by a calibration or in the checkpoint
+        self._order_of = order_of
         self._workers = workers
         self._data = data
         self._by_name: dict[str, ir.Value] = {}
@@ -95,6 +100,7 @@ class Initializers:
             self._folding,
             self._rounded,
             balance=self._balance,
+            order_of=self._order_of,
         )
         twin._weights = self._weights
         for name, value in self._by_name.items():
@@ -132,6 +138,14 @@ class Initializers:
             self._keep(self._data.add(name, [tensor], tensor.shape, _ir_dtype(tensor.dtype)))
         return self._by_name[name]
 
+    def order(self, key: str, name: str) -> ir.Value:
+        """In which order a matrix's columns are stored, int32 ``[K]``; the same key is the same order."""
+        return self.table(key, self._order(name)) if key not in self._by_name else self._by_name[key]
+
+    def _order(self, name: str) -> torch.Tensor:
+        assert self._order_of is not None, "only what is kept from a checkpoint has an order"
+        return self._order_of(name)
+
     def dense(self, names: Sequence[str], dtype: torch.dtype) -> ir.Value:
         """Checkpoint tensors in ``dtype``; the same names again give the same initializer.
 
@@ -140,8 +154,8 @@ class Initializers:
         """
         joined = joined_name(names)
         if joined not in self._by_name:
-            first = self._checkpoint[names[0]]
-            shape = (sum(self._checkpoint[name].shape[0] for name in names), *first.shape[1:])
+            rest = self._checkpoint.shape(names[0])[1:]
+            shape = (sum(self._checkpoint.shape(name)[0] for name in names), *rest)
             self._keep(self._data.add(joined, self._cast(names, dtype), shape, _ir_dtype(dtype)))
         return self._by_name[joined]
 
@@ -152,8 +166,8 @@ class Initializers:
             QconvertError: a value is NaN or Inf.
         """
         joined = joined_name(names)
-        rows = sum(self._checkpoint[name].shape[0] for name in names)
-        columns = self._checkpoint[names[0]].shape[1]
+        rows = sum(self._checkpoint.shape(name)[0] for name in names)
+        columns = self._checkpoint.shape(names[0])[1]
         if (joined, layout) not in self._packed:  # else a tied embedding or the other graph has stored it
             parts = layout.parts(rows, columns)
             for part, pieces in zip(parts, self._contents(names, layout), strict=True):

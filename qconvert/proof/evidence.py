@@ -81,7 +81,14 @@ class Evidence:
     def limits(self) -> str:
         """The column of the table of limits."""
         manifest = self.manifest
-        return limits_name(manifest.precision, method=self.method, kv_dtype=manifest.kv.dtype)
+        return limits_name(
+            manifest.precision, method=self.method, kv_dtype=manifest.kv.dtype, kept=self.keeps_codes
+        )
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether linear weights have to be those of the checkpoint's own codes."""
+        return self.manifest.recipe.kept > 0
 
     @property
     def has_prompt_graph(self) -> bool:

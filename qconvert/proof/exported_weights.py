@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.errors import QconvertError
 from qconvert.formats.channels import LARGEST, StoredChannels, StoredInputChannels
+from qconvert.formats.columns import StoredColumns
 from qconvert.formats.folding import LARGEST_FACTOR, FoldedInput, Folding, folded_inputs, value_input
 from qconvert.formats.halves import StoredHalves
 from qconvert.formats.layout import Arrays, Rounding, Stored
 from qconvert.formats.record import FACTORS_NAME
 from qconvert.formats.shortlist import Shortlist
-from qconvert.formats.stored import SHORTLIST_RANGES, SHORTLIST_SIZE, find, joined_name
+from qconvert.formats.stored import SHORTLIST_RANGES, SHORTLIST_SIZE, find, is_stored, joined_name
 from qconvert.models.decoder import lower_decoder
 from qconvert.models.families import spec_of
 from qconvert.models.recorder import LowerDecoder, tensor_groups
@@ -132,6 +133,11 @@ class ExportedWeights:
         """The largest relative error of a quantised tensor's scales by rounding to their own type."""
         return self._stored[name].stored.scale_rounding
 
+    def code_rounding(self, name: str) -> float:
+        """The largest relative error of values whose codes are right: their scales may be stored coarser."""
+        stored = self._stored[name].stored
+        return stored.scale_rounding if isinstance(stored, StoredColumns) else 0.0
+
     def array(self, initializer: str) -> NDArray[Any]:
         """An initializer of the graph as it is stored, mapped.
 
@@ -196,6 +202,10 @@ class ExportedWeights:
     def _place(self, group: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> None:
         """Find a group of tensors that stand side by side in one initializer."""
         rows, rest = 0, shapes[group[0]][1:]
+        if len(group) > 1 and not is_stored(self._arrays, group):
+            for name in group:  # kept as the checkpoint has them, each in a way of its own
+                self._place([name], shapes)
+            return
         stored = find(self._arrays, group, *rest)
         for name in group:
             self._stored[name] = _Place(stored, rows, shapes[name])

@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qconvert.formats.graph_file import load_graph
-from qconvert.formats.stored import kv_scale_name
+from qconvert.formats.stored import ORDER_PREFIX, kv_scale_name
 from qconvert.models.spec import DecoderSpec
 from qconvert.proof.weight_check import WeightFault
 from qrun.folder.manifest import Manifest
@@ -191,6 +191,15 @@ def _look_up(node: ir.Node, due: _Due) -> _Allowed:
     }
 
 
+def _gather(node: ir.Node, due: _Due) -> _Allowed:
+    """Rows and positions are picked; features only to stand in a matrix's own order, each of them once."""
+    order = node.inputs[1]
+    if order is None or not str(order.name).startswith(ORDER_PREFIX) or order.const_value is None:
+        return {"axis": (ABSENT, 0, 1)}
+    picked = sorted(order.const_value.numpy().tolist())
+    return {"axis": (-1,) if picked == list(range(len(picked))) else ("of an order of all features",)}
+
+
 def _columns(node: ir.Node, due: _Due) -> _Allowed:
     rows, scales = _shape(node.inputs[0])[0], _shape(node.inputs[1])[0]
     return {"axis": (0,), "block_size": (rows // max(1, scales),)}
@@ -229,7 +238,7 @@ _ATTRIBUTES: dict[tuple[str, str], _Allowed | Callable[[ir.Node, _Due], _Allowed
     ("", "Cast"): _cast,
     ("", "Concat"): {"axis": (-1, 0, 1)},
     ("", "DequantizeLinear"): _columns,
-    ("", "Gather"): {"axis": (ABSENT, 0, 1)},
+    ("", "Gather"): _gather,
     ("", "Loop"): {"body": ("a graph",)},
     ("", "RMSNormalization"): _norm,
     ("", "ReduceSum"): {"keepdims": (0,)},

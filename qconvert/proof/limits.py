@@ -16,9 +16,11 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 CALIBRATED = "int4 gptq"
 BALANCED = "int4 awq"
 FOUR_BITS = ("int4", BALANCED, CALIBRATED)
+# The codes are the checkpoint's: what is rounded are activations, and what the head may be stored in.
+KEPT = "kept"
 # The column for fp32 with an int8 KV cache: only the cache rounds. In other precisions weights cost more.
 FP32_INT8_KV = "fp32, int8 KV"
-COLUMNS = (*PRECISIONS, BALANCED, CALIBRATED, FP32_INT8_KV)
+COLUMNS = (*PRECISIONS, BALANCED, CALIBRATED, KEPT, FP32_INT8_KV)
 # Where fewer positions are compared, one token decides over a share, a perplexity or a mean.
 ENOUGH_FOR_SHARES = 100
 ENOUGH_FOR_MEANS = 20
@@ -71,10 +73,12 @@ LIMITS = (
             "int4": 0.501,
             BALANCED: 0.501,
             CALIBRATED: 0.501,
+            KEPT: 0.501,
         },
         "Rounding to nearest leaves half a step at most, and 0.001 is room for float32 arithmetic. "
         "Scales in bfloat16 (TensorRT's int4) make a step longer by their own rounding, 1/256. "
-        "A weight that is not quantised is the checkpoint's, cast: nothing is left to chance.",
+        "A weight that is not quantised is the checkpoint's, cast: nothing is left to chance. So is one "
+        "whose codes are kept; there the limit is that of embedding and head.",
     ),
     Limit(
         "moved_steps",
@@ -99,7 +103,7 @@ LIMITS = (
         "kv_above",
         "int8 KV cache: largest key or value over the largest that its scale can store",
         "checkpoint",
-        {FP32_INT8_KV: 3.0, "int8": 3.0, "int4": 3.0, BALANCED: 3.0, CALIBRATED: 3.0},
+        {FP32_INT8_KV: 3.0, "int8": 3.0, "int4": 3.0, BALANCED: 3.0, CALIBRATED: 3.0, KEPT: 3.0},
         "Scales come from a calibration text and leave a tenth of room; what is beyond is cut off. These "
         "texts reach 1.5 in channels of the sample, 1.6 in random models. PyTorch with the export's own "
         "scales would share a wrong one: it is found here.",
@@ -108,7 +112,7 @@ LIMITS = (
         "kv_below",
         "int8 KV cache: what a channel's scale can store over its largest key or value",
         "checkpoint",
-        {FP32_INT8_KV: 10.0, "int8": 10.0, "int4": 10.0, BALANCED: 10.0, CALIBRATED: 10.0},
+        {FP32_INT8_KV: 10.0, "int8": 10.0, "int4": 10.0, BALANCED: 10.0, CALIBRATED: 10.0, KEPT: 10.0},
         "A scale that is too large wastes the 8 bits. The sample's largest ratio is 3.1, that of random "
         "models 1.7: these texts are shorter than the calibration's.",
     ),
@@ -125,7 +129,7 @@ LIMITS = (
         "twin_difference",
         "sharp twin: largest difference of any logit",
         "own weights",
-        dict.fromkeys((FP32_INT8_KV, "fp32", "fp16", "bf16", "int8", *FOUR_BITS), 1e-3),
+        dict.fromkeys((FP32_INT8_KV, "fp32", "fp16", "bf16", "int8", *FOUR_BITS, KEPT), 1e-3),
         "As sharp as fp32, for what is left is the order of sums: 4e-5 at most on random models, "
         "1.3e-4 on the sample. In fp32 the twin is the graph itself, and reads texts side by side.",
     ),
@@ -141,6 +145,7 @@ LIMITS = (
             "int4": 0.05,
             BALANCED: 0.05,
             CALIBRATED: 0.05,
+            KEPT: 0.05,
         },
         "Of activations, and of keys and values in an int8 KV cache: "
         "the twin shows that nothing else is left. The sample has 0.009 in int8 and 0.016 in int4.",
@@ -157,6 +162,7 @@ LIMITS = (
             "int4": 0.5,
             BALANCED: 0.5,
             CALIBRATED: 0.5,
+            KEPT: 0.5,
         },
         "A mean hides one bad position, as above. Random models have 0.03 at most with an int8 KV cache.",
     ),
@@ -180,6 +186,7 @@ LIMITS = (
             "int4": 0.05,
             BALANCED: 0.05,
             CALIBRATED: 0.05,
+            KEPT: 0.05,
         },
         "What activations lose in float16 (1.5e-5 on the sample), bfloat16 (1.5e-3) or as int8 blocks inside "
         "MatMulNBits (0.006 in blocks of 32, 0.03 in blocks of 256). With an int8 KV cache PyTorch rounds "
@@ -200,6 +207,7 @@ LIMITS = (
             "int4": 0.5,
             BALANCED: 0.5,
             CALIBRATED: 0.5,
+            KEPT: 0.5,
         },
         "A mean hides one bad position, such as the one after a chunk's boundary. The sample has 4e-4 in "
         "fp16, 5e-3 with an int8 KV cache, 9e-3 in bf16, 0.05 in blocks of 32 and 0.25 in blocks of 256.",
@@ -216,8 +224,10 @@ LIMITS = (
             "int4": 1.5,
             BALANCED: 0.75,
             CALIBRATED: 0.75,
+            KEPT: 0.05,
         },
-        "What the export costs in all. An int8 KV cache costs the sample 0.0015 on prose and 0.003 "
+        "What the export costs in all. Where codes are kept that is what activations lose. "
+        "An int8 KV cache costs the sample 0.0015 on prose and 0.003 "
         "elsewhere, random models up to 0.004. int8 costs the sample 0.006 on prose and 0.012 on Chinese, in "
         "blocks of 256 0.015 and 0.03; round-to-nearest int4 costs it 0.26 and 0.5, in blocks of 256 0.5 and "
         "0.8, and larger models far less. Beyond 1.5 little of a model is left. Judged from 20 positions on.",
@@ -246,6 +256,7 @@ LIMITS = (
             "int4": 2.5,
             BALANCED: 1.75,
             CALIBRATED: 1.75,
+            KEPT: 1.05,
         },
         "A KL divergence does not tell better from worse. At worst, the sample has 1.00, 1.00, 1.03 and 1.8 "
         "(code, blocks of 256), and 1.01 with an int8 KV cache. "
@@ -265,6 +276,7 @@ LIMITS = (
             "int4": 1.0,
             BALANCED: 1.0,
             CALIBRATED: 1.0,
+            KEPT: 1.0,
         },
         "Two logits that may be off by 1e-3 each can change places when they are 2e-3 apart. The others: "
         "the largest margins seen on the sample and on random models are 0.01, 0.04, 0.4 and 0.7.",
@@ -282,12 +294,22 @@ def limit_value(key: str, precision: str) -> float:
     return limit.values[precision]
 
 
-def limits_name(precision: str, *, method: str | None = None, kv_dtype: str = "float32") -> str:
-    """The table's column for a folder; ``method`` is that of its calibration, "gptq" or "awq", if it has one.
+def limits_name(
+    precision: str, *, method: str | None = None, kv_dtype: str = "float32", kept: bool = False
+) -> str:
+    """The table's column for a folder.
+
+    Args:
+        precision: as in the manifest.
+        method: of its calibration, "gptq" or "awq", if it has one.
+        kv_dtype: of its KV cache.
+        kept: whether its codes are the checkpoint's.
 
     Raises:
         KeyError: an unknown method.
     """
+    if kept:
+        return KEPT
     if (precision, kv_dtype) == ("fp32", "int8"):
         return FP32_INT8_KV
     return precision if method is None else {"gptq": CALIBRATED, "awq": BALANCED}[method]

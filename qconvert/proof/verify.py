@@ -151,8 +151,9 @@ def _wrong_weights(seen: Evidence) -> list[Failure]:
         moved = MovedWeights(read_record(seen.manifest.folder), limit, common)
     total = sum(parameter.numel() for parameter in model.parameters())
     with seen.progress.task("checking the weights", total) as advance:
+        limit = limit_value("weight_steps", limits)
         return _with_faults(
-            seen, check_weights(seen.exported, model, limit_value("weight_steps", limits), advance, moved)
+            seen, check_weights(seen.exported, model, limit, advance, moved, exact=seen.keeps_codes)
         )
 
 

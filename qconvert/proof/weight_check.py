@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qconvert.checkpoint.computed import computed_of
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.layout import PIECE, Rounding
 from qconvert.formats.record import Digest
+from qconvert.formats.stored import VOCABULARY
 from qconvert.models.families import rope_tables
 from qconvert.proof.exported_weights import ExportedWeights
 
@@ -133,8 +135,13 @@ def check_weights(
     limit_steps: float,
     advance: Any = None,
     moved: MovedWeights | None = None,
+    *,
+    exact: bool = False,
 ) -> WeightCheck:
     """Compare every stored weight with the checkpoint, tensor by tensor.
+
+    Where ``exact``, the codes are the checkpoint's own: no linear weight may differ, but for scales that are
+    stored in a coarser type.
 
     A quantised weight may be off by ``limit_steps`` rounding steps of its block. The step comes from
     the checkpoint's values, not from the stored scale, so that a wrong scale cannot excuse itself;
@@ -143,6 +150,7 @@ def check_weights(
     must be to the last bit what their rounding had recorded, and near the checkpoint's on average.
     """
     checkpoint = CheckpointWeights(model)
+    codes = {name for name, each in computed_of(model).items() if each.kept is not None}
     worst, worst_tensor, values, faults = 0.0, None, 0, []
     names, moved_steps, common_steps = list(exported), [0.0], [0.0]
     for name in names:
@@ -152,7 +160,11 @@ def check_weights(
         for start in range(0, tensor.shape[0], rows):
             true = exported.folding.apply(name, tensor[start : start + rows], start)
             stored = exported.stored_rows(name, slice(start, start + rows))
-            if (fmt := exported.rounding_of(name)) is None:
+            fmt = exported.rounding_of(name)
+            if fmt is not None and exact and (name not in VOCABULARY or name in codes):
+                fault = fault or _code_fault(true.float(), stored, exported.code_rounding(name), start)
+                continue
+            if fmt is None:
                 if name not in exported.recovered:  # such a norm is checked by the matrices that follow it
                     fault = fault or _cast_fault(true, stored, exported.dtype_of(name), start)
                 continue
@@ -234,6 +246,18 @@ def _cast_fault(true: torch.Tensor, stored: torch.Tensor, dtype: str, start: int
         return None
     row = int((due != stored).reshape(due.shape[0], -1).any(-1).nonzero()[0])
     return f"row {start + row}: not the checkpoint's values in {dtype}"
+
+
+def _code_fault(true: torch.Tensor, stored: torch.Tensor, scale_rounding: float, start: int) -> str | None:
+    """Codes are the checkpoint's where values are, since both multiply them with the same scale."""
+    wrong = ~((stored - true).abs() <= scale_rounding * true.abs())
+    if not bool(wrong.any()):
+        return None
+    row, column = divmod(int(wrong.flatten().nonzero()[0]), true.shape[1])
+    return (
+        f"row {start + row}, column {column}: {float(stored[row, column]):.6g}, the checkpoint's own codes "
+        f"give {float(true[row, column]):.6g} ({int(wrong.sum())} values of these rows)"
+    )
 
 
 def _rope_faults(exported: ExportedWeights, model: PreTrainedModel) -> list[WeightFault]:

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from qconvert.errors import QconvertError
 from qconvert.formats import shortlist
-from qconvert.formats.recipe import PROMPT_GROUPS, BlockFormat, Calibration, ChannelFormat, Recipe
+from qconvert.formats.columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
+from qconvert.formats.recipe import PROMPT_GROUPS, BlockFormat, Calibration, ChannelFormat, Kept, Recipe
+from qconvert.formats.stored import VOCABULARY
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.precisions import Capabilities, base_recipe
 
@@ -69,18 +72,28 @@ class Choice:
         return replace(self.recipe, calibration=replace(facts, method=self.method))
 
 
-def choose(wishes: Wishes, target: Capabilities, spec: DecoderSpec, *, reads_text: bool = True) -> Choice:
+def choose(
+    wishes: Wishes,
+    target: Capabilities,
+    spec: DecoderSpec,
+    held: Mapping[str, Kept] | None = None,
+    *,
+    reads_text: bool = True,
+) -> Choice:
     """What the options mean for a target and a model of these sizes.
 
     Args:
         wishes: the options.
         target: what it can run.
         spec: the model.
+        held: matrices that the checkpoint holds in codes which can be kept.
         reads_text: whether the checkpoint has a tokenizer for its vocabulary.
 
     Raises:
         QconvertError: options that do not fit one another, the target or the model.
     """
+    if keeps_codes(wishes, target, held or {}):
+        return _keep(wishes, target, spec, _keepable(target, held or {}))
     precision = wishes.precision or target.precisions[0]
     usual = "awq" if precision == "int4" and target.calibrated else "rtn"
     name = _recipe_name(wishes, usual if reads_text else "rtn")
@@ -101,6 +114,54 @@ def choose(wishes: Wishes, target: Capabilities, spec: DecoderSpec, *, reads_tex
         recipe = _with_int8_kv_cache(recipe, target)
     called = precision if name == usual else f"{precision}-{name}"
     return Choice(recipe, called, None if name == "rtn" else "awq" if name == "awq" else "gptq")
+
+
+def keeps_codes(wishes: Wishes, target: Capabilities, held: Mapping[str, Kept]) -> bool:
+    """Whether an export is of the codes that a checkpoint holds: unless another precision is asked for."""
+    return wishes.precision is None and bool(_keepable(target, held))
+
+
+def _keepable(target: Capabilities, held: Mapping[str, Kept]) -> dict[str, Kept]:
+    """What a target has a place for."""
+    if not target.packed_columns:
+        return dict(held)
+    return {
+        name: kept
+        for name, kept in held.items()
+        if kept.order is None
+        and kept.fmt.symmetric
+        and kept.fmt.bits == 4
+        and kept.fmt.block_size in COLUMN_BLOCK_SIZES
+        and name not in VOCABULARY
+    }
+
+
+def _keep(wishes: Wishes, target: Capabilities, spec: DecoderSpec, kept: Mapping[str, Kept]) -> Choice:
+    """The codes as they are, everything else in the activations' type."""
+    for option, value in (
+        ("--block-size", wishes.block_size),
+        ("--recipe", wishes.recipe),
+        ("--calibrate", wishes.calibrate),
+    ):
+        if value is not None:
+            raise QconvertError(
+                f"{option} {value} is for weights that are rounded, and this checkpoint's are kept",
+                hint="leave it out; or round its weights a second time, with --precision int4",
+            )
+    precision = f"int{min(each.fmt.bits for each in kept.values())}"
+    recipe = Recipe(
+        precision,
+        target.activations,
+        None,
+        None,
+        accuracy_level=0 if target.packed_columns else 4,
+        kept=kept,
+    )
+    if wishes.prefill:
+        recipe = _with_prefill_graph(recipe, target, spec)
+    if wishes.int8_kv_cache:
+        recipe = _with_int8_kv_cache(recipe, target)
+    return Choice(recipe, f"{precision}-kept")
 
 
 def _recipe_name(wishes: Wishes, usual: str) -> str:
@@ -154,7 +215,7 @@ def _with_shortlist(recipe: Recipe, spec: DecoderSpec) -> Recipe:
 
 def _with_prefill_graph(recipe: Recipe, target: Capabilities, spec: DecoderSpec) -> Recipe:
     """The same recipe with a second graph of integer products for prompts."""
-    if not target.integer_products or not isinstance(recipe.linear, BlockFormat):
+    if not target.integer_products or not (recipe.kept or isinstance(recipe.linear, BlockFormat)):
         raise QconvertError(
             f"--prefill int8 is not for --target {target.target} --precision {recipe.precision}",
             hint="use it with --target onnxruntime --precision int4, whose products are slow for prompts",

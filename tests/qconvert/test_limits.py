@@ -14,9 +14,11 @@ import pytest
 
 import qconvert.proof
 from qconvert.formats import shortlist
-from qconvert.formats.recipe import Recipe
+from qconvert.formats.recipe import BlockFormat, Kept, Recipe
 from qconvert.models.spec import DecoderSpec
 from qconvert.proof.limits import COLUMNS, LIMITS, limit_value, limits_name
+from qconvert.recipes.choose import Wishes, choose
+from qconvert.targets import TARGETS
 from tests.qconvert.combinations import accepted
 
 LARGE = DecoderSpec(3, 4, 2, 16, 64, 128, 151_936, 1e-6, True, 256, (None, None, None))
@@ -26,6 +28,10 @@ def recipes() -> Iterator[Recipe]:
     """Every recipe that the command line can ask for, for a vocabulary as large as Qwen2.5's."""
     for combination in accepted(LARGE):
         yield combination.recipe(LARGE)
+    held = {"model.layers.0.mlp.down_proj.weight": Kept(BlockFormat(4, 32, symmetric=True))}
+    for int8_kv_cache in (False, True):
+        wishes = Wishes(int8_kv_cache=int8_kv_cache)
+        yield choose(wishes, TARGETS["onnxruntime"].capabilities, LARGE, held).recipe
 
 
 def asked_of(recipe: Recipe) -> Iterator[str]:
@@ -45,7 +51,7 @@ def asked_of(recipe: Recipe) -> Iterator[str]:
 
 def column_of(recipe: Recipe) -> str:
     method = None if recipe.calibration is None else recipe.calibration.method
-    return limits_name(recipe.precision, method=method, kv_dtype=recipe.kv_dtype)
+    return limits_name(recipe.precision, method=method, kv_dtype=recipe.kv_dtype, kept=bool(recipe.kept))
 
 
 def test_every_export_has_every_limit_that_its_proof_asks_for() -> None:

@@ -56,6 +56,7 @@ class OnnxRuntimeLowering:
         self._op, self._constant = self.graph.op, self.graph.constant
         self._initializers, self._dtype = initializers, self.graph.torch_dtype
         self._tied: PackedValues | None = None
+        self._ordered: dict[tuple[ir.Value, str], ir.Value] = {}
 
         self._input_ids = value("input_ids", ir.DataType.INT64, "batch", "sequence")
         self._mask = value("attention_mask", ir.DataType.INT64, "batch", "total_sequence")
@@ -124,11 +125,17 @@ class OnnxRuntimeLowering:
     def linear(self, hidden: ir.Value, weights: Sequence[str], biases: Sequence[str] = ()) -> ir.Value:
         bias = self._initializers.dense(biases, self._dtype) if biases else None
         name = joined_name(weights)
-        fmt = self._recipe.format_of(weights[0])
-        if fmt is not None:
-            packed = self._initializers.packed(weights, layout_of(fmt))
-            return self.graph.multiply_packed(hidden, packed, fmt, bias, name)
-        product = self.graph.multiply_dense(hidden, self._initializers.dense(weights, self._dtype), name)
+        if len({self._recipe.kept.get(weight) for weight in weights}) > 1:
+            # The checkpoint holds them in different ways: they cannot stand side by side in one matrix.
+            parts = [self.linear(hidden, [weight]) for weight in weights]
+            product = self._op("Concat", parts, {"axis": -1}, name=name)
+        else:
+            fmt = self._recipe.format_of(weights[0])
+            if fmt is not None:
+                ordered = self._in_order(hidden, weights[0])
+                packed = self._initializers.packed(weights, layout_of(fmt))
+                return self.graph.multiply_packed(ordered, packed, fmt, bias, name)
+            product = self.graph.multiply_dense(hidden, self._initializers.dense(weights, self._dtype), name)
         return product if bias is None else self._op("Add", [product, bias], name=joined_name(biases))
 
     def norm_heads(self, qkv: ir.Value, query_weight: str, key_weight: str) -> ir.Value:
@@ -182,12 +189,14 @@ class OnnxRuntimeLowering:
         return self._op("Slice", [hidden, self._logits_start, end, axis])
 
     def head(self, hidden: ir.Value, weight: str) -> None:
-        fmt = self._recipe.head
+        kept = self._recipe.kept.get(weight)
+        fmt = self._recipe.head if kept is None else kept.fmt
         if fmt is None:
             logits = self.graph.multiply_dense(
                 hidden, self._initializers.dense([weight], self._dtype), "lm_head.weight"
             )
         else:
+            hidden = self._in_order(hidden, weight)
             packed = self._tied or self._initializers.packed([weight], layout_of(fmt))
             if self._recipe.shortlist is None:
                 logits = self._multiply_head(hidden, packed, fmt)
@@ -222,6 +231,16 @@ class OnnxRuntimeLowering:
         return model
 
     # Helpers of the verbs.
+
+    def _in_order(self, hidden: ir.Value, weight: str) -> ir.Value:
+        """The features in the order in which a matrix's columns are stored; one Gather for each order."""
+        kept = self._recipe.kept.get(weight)
+        if kept is None or kept.order is None:
+            return hidden
+        if (hidden, kept.order) not in self._ordered:
+            order = self._initializers.order(kept.order, weight)
+            self._ordered[hidden, kept.order] = self._op("Gather", [hidden, order], {"axis": -1}, name=weight)
+        return self._ordered[hidden, kept.order]
 
     def _norm_of_heads(self, states: ir.Value, heads: int, weight: str) -> ir.Value:
         """``[batch, seq, heads x head_size]``, each head normed by itself."""

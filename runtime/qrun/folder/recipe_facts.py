@@ -20,12 +20,14 @@ class RecipeFacts:
         accuracy_level: of ``MatMulNBits``: 4 lets it round activations to 8 bits, block by block.
         method: the calibration by which weights were not simply rounded to nearest: "gptq", "awq", or one of
             a later version; None where all were rounded to nearest.
+        kept: matrices whose codes are those that the checkpoint holds.
     """
 
     integer_products: bool = False
     integer_prompts: bool = False
     accuracy_level: int = 4
     method: str | None = None
+    kept: int = 0
 
 
 def read_recipe(reader: JsonReader) -> RecipeFacts:
@@ -43,6 +45,7 @@ def read_recipe(reader: JsonReader) -> RecipeFacts:
         integer_prompts=_multiplies_integers(reader, "prefill"),
         accuracy_level=level,
         method=_method(reader),
+        kept=_kept(reader),
     )
 
 
@@ -52,6 +55,12 @@ def _method(reader: JsonReader) -> str | None:
     calibration = reader.get("recipe.calibration", dict)
     # The first folders do not name their method: there was only one.
     return reader.get("recipe.calibration.method", str) if "method" in calibration else "gptq"
+
+
+def _kept(reader: JsonReader) -> int:
+    if "kept" not in reader.raw["recipe"]:  # folders of earlier versions
+        return 0
+    return sum(group.positive("tensors") for group in reader.objects("recipe.kept"))
 
 
 def _multiplies_integers(reader: JsonReader, key: str) -> bool:
