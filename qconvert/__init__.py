@@ -1,4 +1,4 @@
-"""qconvert: from a Qwen2 checkpoint to a verified ONNX model folder."""
+"""qconvert: from a Qwen2, Qwen3 or Llama checkpoint to a verified ONNX model folder."""
 
 from qrun import __version__
 

@@ -58,7 +58,7 @@ class _Group(CommandGroup):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="qconvert")
 def main() -> None:
-    """From a Qwen2 checkpoint to a verified ONNX model folder."""
+    """From a Qwen2, Qwen3 or Llama checkpoint to a verified ONNX model folder."""
 
 
 @main.command(short_help="Tell what a checkpoint is, and whether it is whole.")

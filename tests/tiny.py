@@ -1,4 +1,4 @@
-"""Random Qwen2 checkpoints of some hundred kilobytes, with weights that let no mistake cancel out."""
+"""Random checkpoints of every family, some hundred kilobytes, with weights that let no mistake cancel out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,20 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10_000.0,
+}
+# What a tiny checkpoint of a family has beside the common sizes: whatever sets the family apart.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},  # four heads of 32 are wider than the hidden size of 64
+    "llama": {"rope_parameters": LLAMA3},
+}
 _CONFIG: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -36,6 +50,7 @@ def tiny_config() -> dict[str, Any]:
 def make_tiny_checkpoint(
     folder: Path,
     *,
+    family: str = "qwen2",
     dtype: str = "float32",
     sharded: bool = False,
     sliding: bool = False,
@@ -44,31 +59,35 @@ def make_tiny_checkpoint(
     seed: int = 0,
     **overrides: Any,
 ) -> Path:
-    """Writes a random Qwen2 checkpoint and returns its folder, which is created.
+    """Writes a random checkpoint and returns its folder, which is created.
 
     Weights are large (std ``initializer_range`` = 0.2), biases and norms far from 0 and 1, so that a wrong
     bias, norm, angle or head shows in the logits.
 
     Args:
+        family: its model_type.
         dtype: of the weights on disk: float32, float16 or bfloat16.
         sharded: several weight files with an index.
         sliding: a window of 16 tokens in force on all layers but the first.
         yarn: YaRN scaling by 4 from 64 positions (a context of 256).
         tokenizer: a byte-level tokenizer with ChatML's special tokens.
-        overrides: any field of ``Qwen2Config``.
+        overrides: any field of the family's configuration.
     """
     import torch
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    from transformers import GenerationConfig
 
-    settings = {**_CONFIG}
+    from qconvert.models.families import FAMILIES
+
+    found = FAMILIES[family]
+    settings = {**_CONFIG, **_FAMILIES[family]}
     if sliding:
         settings |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     if yarn:
         settings |= {"rope_parameters": {**YARN, "rope_theta": 10_000.0}, "max_position_embeddings": 64}
-    config = Qwen2Config(**{**settings, **overrides})
+    config = found.transformers_class("Config")(**{**settings, **overrides})
 
     generator = torch.Generator().manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
+    model = found.transformers_class("ForCausalLM")(config)
     std = config.initializer_range
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qconvert.checkpoint.weights import CheckpointWeights
-from qconvert.models.families import family_of
+from qconvert.models.families import family_of, spec_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +101,7 @@ class Pass:
         module = self._module(index)
         for name, look in looks.items():
             module.get_submodule(name).register_forward_pre_hook(_telling(look))
-        mask = window_mask(self._hidden.shape[1], module.self_attn.sliding_window)
+        mask = window_mask(self._hidden.shape[1], spec_of(self._config).sliding_windows[index])
         step = max(1, _BATCH_TOKENS // self._hidden.shape[1])
         with torch.no_grad():
             for start in range(0, len(self._hidden), step):

@@ -14,7 +14,7 @@ from qconvert.checkpoint.fit import holds_plain_floats
 from qconvert.checkpoint.text_files import read_json_object
 from qconvert.checkpoint.tokens import named_tokens
 from qconvert.errors import QconvertError
-from qconvert.models.families import SUPPORTED, find_family, rope_tables
+from qconvert.models.families import FAMILIES, SUPPORTED, find_family, rope_tables, what_it_is
 from qconvert.models.family import Family, head_size
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise QconvertError(f"transformers refuses this configuration: {reason}", where=path) from error
     _check_sizes(config, path)
     _check_attention(config, path)
+    if family.windows:
+        _check_windows(config, path)
     for problem in family.unsupported(config):
         _refuse(path, *problem)
     pad = config.pad_token_id
@@ -139,7 +141,8 @@ def _check_identity(raw: dict[str, Any], path: Path) -> Family:
     if family is None:
         names = architectures or ["(no architecture)"]
         found = f"{', '.join(map(str, names))}, model_type {model_type}"
-        raise QconvertError(f"This checkpoint is another architecture: {found}.", where=path, hint=SUPPORTED)
+        what = "another architecture" if model_type in FAMILIES else what_it_is(model_type)
+        raise QconvertError(f"This checkpoint is {what}: {found}.", where=path, hint=SUPPORTED)
     quantised = raw.get("quantization_config") or raw.get("compression_config")
     if quantised:
         method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
@@ -204,6 +207,9 @@ def _check_attention(config: PreTrainedConfig, path: Path) -> None:
             _refuse(path, f"rope_parameters.{key}", value, "a positive number is needed")
 
     _check_angles(config, path)
+
+
+def _check_windows(config: PreTrainedConfig, path: Path) -> None:
     kinds = config.layer_types
     if len(kinds) != config.num_hidden_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         _refuse(

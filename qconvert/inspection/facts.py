@@ -12,6 +12,7 @@ from qconvert.checkpoint.files import TensorInfo
 from qconvert.checkpoint.text_files import BESIDE_TOKENIZER, read_json_object
 from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.checkpoint.tokens import end_tokens
+from qconvert.models.families import family_of
 from qconvert.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def _attention_facts(config: PreTrainedConfig, spec: DecoderSpec) -> Iterator[Fa
     origin = "head_dim" if getattr(config, "head_dim", None) else "hidden_size / heads"
     yield Fact(section, "head size", spec.head_size, f"from {origin}; {_extras(spec)}")
     sliding = [layer for layer, window in enumerate(spec.sliding_windows) if window is not None]
+    if not family_of(config).windows:
+        return
     yield Fact(
         section, "use_sliding_window", bool(config.use_sliding_window), _sliding_meaning(spec, sliding)
     )

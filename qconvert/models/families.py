@@ -6,15 +6,39 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qconvert.models.family import Family
+from qconvert.models.llama import LLAMA
 from qconvert.models.qwen2 import QWEN2
+from qconvert.models.qwen3 import QWEN3
 from qconvert.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2, QWEN3, LLAMA)}
 SUPPORTED = "; ".join(f"{family.architecture} is supported: {family.models}" for family in FAMILIES.values())
+
+# Relatives that people bring, by the beginning of their model_type, longest first: what sets them apart.
+_RELATIVES = (
+    (("qwen2_moe", "qwen3_moe", "qwen3_next", "mixtral", "deepseek"), "a mixture of experts"),
+    (
+        (
+            *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_audio", "qwen2_5_omni", "qwen3_omni", "mllama"),
+            *("llama4", "gemma3", "mistral3", "llava"),
+        ),
+        "a model that reads more than text",
+    ),
+    (("qwen3_5",), "the family Qwen3.5, whose layers attend linearly"),
+    (("mistral", "ministral"), "the family Mistral"),
+    (("gemma", "phi", "smollm3", "olmo", "granite", "cohere"), "another family"),
+    (("qwen",), "another family of Qwen"),
+)
+
+
+def what_it_is(model_type: object) -> str:
+    """A few words on a model that is none of our families, for the message that refuses it."""
+    name = model_type if isinstance(model_type, str) else ""
+    return next((what for names, what in _RELATIVES if name.startswith(names)), "another architecture")
 
 
 def find_family(model_type: object, architectures: Sequence[object] | None) -> Family | None:

@@ -30,6 +30,7 @@ class Family:
         models: well-known models of this family, for messages.
         qkv_bias: see ``DecoderSpec``.
         qk_norm: likewise.
+        windows: config.json can give layers sliding windows; where it cannot, keys of that name mean nothing.
         unsupported: the values of a configuration (``transformers_class("Config")``) that are not covered.
     """
 
@@ -38,6 +39,7 @@ class Family:
     models: str
     qkv_bias: bool
     qk_norm: bool
+    windows: bool
     unsupported: Callable[[Any], Iterator[Unsupported]]
 
     @property
@@ -69,13 +71,34 @@ class Family:
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
             context_length=context_length,
-            sliding_windows=tuple(
-                config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
-            ),
+            sliding_windows=self._sliding_windows(config),
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
             model_type=self.model_type,
         )
+
+    def _sliding_windows(self, config: Any) -> tuple[int | None, ...]:
+        if not self.windows:
+            return (None,) * int(config.num_hidden_layers)
+        return tuple(
+            config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
+        )
+
+
+def unsupported_mlp_or_rope(config: Any) -> Iterator[Unsupported]:
+    """What no family here covers: another activation than silu, heads that are rotated in part."""
+    if config.hidden_act != "silu":
+        yield Unsupported("hidden_act", config.hidden_act, "the MLP uses silu")
+    share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    if share != 1.0:
+        yield Unsupported("partial_rotary_factor", share, "whole heads are rotated")
+
+
+def unsupported_biases(config: Any, *keys: str) -> Iterator[Unsupported]:
+    """Flags of a configuration that give biases to projections which have none in this family."""
+    for key in keys:
+        if getattr(config, key):
+            yield Unsupported(key, getattr(config, key), "the projections of this family have no biases here")
 
 
 def head_size(config: Any) -> int:

@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-from qconvert.models.family import Family, Unsupported
-
-
-def _unsupported(config: Any) -> Iterator[Unsupported]:
-    if config.hidden_act != "silu":
-        yield Unsupported("hidden_act", config.hidden_act, "Qwen2's MLP uses silu")
-    share = config.rope_parameters.get("partial_rotary_factor", 1.0)
-    if share != 1.0:
-        yield Unsupported("partial_rotary_factor", share, "Qwen2 rotates whole heads")
-
+from qconvert.models.family import Family, unsupported_mlp_or_rope
 
 QWEN2 = Family(
     name="Qwen2",
@@ -22,5 +10,6 @@ QWEN2 = Family(
     models="Qwen2, Qwen2.5, Qwen2.5-Coder, Qwen2.5-Math, QwQ-32B, DeepSeek-R1-Distill-Qwen",
     qkv_bias=True,
     qk_norm=False,
-    unsupported=_unsupported,
+    windows=True,
+    unsupported=unsupported_mlp_or_rope,
 )

@@ -9,7 +9,7 @@ import torch
 
 from qconvert.calibration.statistics import window_mask
 from qconvert.checkpoint.weights import CheckpointWeights
-from qconvert.models.families import family_of
+from qconvert.models.families import family_of, spec_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,7 +42,7 @@ class Layer:
         # With o_proj an identity, attention returns o_proj's input.
         module.self_attn.o_proj = torch.nn.Identity()
         self._module, self._rope = module, rope
-        self._mask = window_mask(rope[0].shape[1], module.self_attn.sliding_window)
+        self._mask = window_mask(rope[0].shape[1], spec_of(config).sliding_windows[index])
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = self._module.input_layernorm(hidden)
