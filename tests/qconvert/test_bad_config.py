@@ -46,8 +46,8 @@ def test_malformed_config(tied: Path, text: str, message: str) -> None:
     ("change", "message"),
     [
         (
-            {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-            "LlamaForCausalLM, model_type llama",
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+            "MistralForCausalLM, model_type mistral",
         ),
         ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "Qwen3ForCausalLM"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
@@ -95,7 +95,7 @@ def test_unsupported_config(tied: Path, change: dict[str, Any], message: str) ->
 
 
 def test_another_architecture_is_told_what_is_supported(tied: Path) -> None:
-    edit_json(tied / "config.json", lambda config: config.update(model_type="llama"))
+    edit_json(tied / "config.json", lambda config: config.update(model_type="gpt2"))
     for family in ("Qwen2.5-Coder", "Qwen2.5-Math", "DeepSeek-R1-Distill-Qwen", "QwQ"):
         assert family in str(refusal(tied))
 

@@ -180,7 +180,7 @@ def test_the_command_exits_1_for_a_broken_checkpoint_and_says_what_to_do(tmp_pat
 
 
 def test_the_command_refuses_another_architecture_without_a_traceback(qwen25: Path) -> None:
-    edit_json(qwen25 / "config.json", lambda config: config.update(model_type="llama"))
+    edit_json(qwen25 / "config.json", lambda config: config.update(model_type="gpt2"))
     command = [sys.executable, "-m", "qconvert.cli", "inspect", str(qwen25)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
