@@ -49,7 +49,7 @@ def test_malformed_config(tied: Path, text: str, message: str) -> None:
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
             "MistralForCausalLM, model_type mistral",
         ),
-        ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "Qwen3ForCausalLM"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "Qwen3MoeForCausalLM"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
         ({"model_type": None}, "model_type None"),
         ({"max_position_embeddings": 1}, "a prompt and an answer need a context of two tokens"),
