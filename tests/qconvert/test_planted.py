@@ -17,24 +17,29 @@ from tests.qconvert.planted.table import (
     MISSED,
     Subject,
     caught_by,
+    family_of_column,
     make_tiny_subject,
     to_markdown,
 )
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planted.md"
 Made = Callable[[str], Path]
+SubjectOf = Callable[[str], Subject]
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return make_tiny_subject(tmp_path_factory.mktemp("checkpoint") / "tiny")
+def subject_of(tmp_path_factory: pytest.TempPathFactory) -> SubjectOf:
+    """The checkpoint of a column, made when it is first asked for."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    of_family = cache(lambda family: make_tiny_subject(root / family, family))
+    return lambda column: of_family(family_of_column(column))
 
 
 @pytest.fixture(scope="module")
-def made(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(subject_of: SubjectOf, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The export of a column, made when it is first asked for."""
     root = tmp_path_factory.mktemp("made")
-    return cache(lambda column: subject.export(column, root / column.replace(" ", "-")))
+    return cache(lambda column: subject_of(column).export(column, root / column.replace(" ", "-")))
 
 
 def documented() -> dict[str, dict[str, str]]:
@@ -59,8 +64,8 @@ def test_the_documented_table_has_every_kind_and_column_and_nothing_was_missed()
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_an_export_with_nothing_planted_passes(subject: Subject, made: Made, column: str) -> None:
-    assert not list(subject.failures(made(column)))
+def test_an_export_with_nothing_planted_passes(subject_of: SubjectOf, made: Made, column: str) -> None:
+    assert not list(subject_of(column).failures(made(column)))
 
 
 def _one_column(kind: str) -> str:
@@ -71,15 +76,15 @@ def _one_column(kind: str) -> str:
 
 # Every fifth kind; all of them in every column take a quarter of an hour (`make test-planted`).
 @pytest.mark.parametrize("kind", list(KINDS)[::5])
-def test_a_planted_error_is_caught(subject: Subject, made: Made, tmp_path: Path, kind: str) -> None:
+def test_a_planted_error_is_caught(subject_of: SubjectOf, made: Made, tmp_path: Path, kind: str) -> None:
     column = _one_column(kind)
-    assert caught_by(subject, made(column), kind, tmp_path / "m") == documented()[kind][column]
+    assert caught_by(subject_of(column), made(column), kind, tmp_path / "m") == documented()[kind][column]
 
 
 @pytest.mark.planted
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_planted_error_is_caught_in_every_export(
-    subject: Subject, made: Made, tmp_path: Path, kind: str, column: str
+    subject_of: SubjectOf, made: Made, tmp_path: Path, kind: str, column: str
 ) -> None:
-    assert caught_by(subject, made(column), kind, tmp_path / "m") == documented()[kind][column]
+    assert caught_by(subject_of(column), made(column), kind, tmp_path / "m") == documented()[kind][column]

@@ -16,6 +16,7 @@ from tests.qconvert.planted.table import (
     MISSED,
     Subject,
     caught_by,
+    family_of_column,
     make_tiny_subject,
     to_markdown,
 )
@@ -23,7 +24,7 @@ from tests.qconvert.planted.table import (
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.qconvert.planted", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="default: a tiny random model with windows")
+    parser.add_argument("--checkpoint", type=Path, help="default: tiny random models with windows")
     parser.add_argument("--columns", nargs="*", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--kinds", nargs="*", default=[], help="parts of names of kinds (default: all)")
     parser.add_argument("--json", type=Path, help="also write the table here")
@@ -33,8 +34,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         given = arguments.checkpoint
-        subject = make_tiny_subject(work / "tiny") if given is None else Subject.of(given)
+        subjects = {} if given is None else {"given": Subject.of(given)}
         for column in arguments.columns:
+            family = family_of_column(column) if given is None else "given"
+            if family not in subjects:
+                subjects[family] = make_tiny_subject(work / family, family)
+            subject = subjects[family]
             made = subject.export(column, work / column.replace(" ", "-"))
             for found in subject.failures(made):
                 print(f"{column}, nothing planted: {found}", file=sys.stderr)

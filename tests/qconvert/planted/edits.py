@@ -108,6 +108,8 @@ def rewrite(
 ) -> None:
     """Change one initializer, in the graph or in the data file beside it."""
     model = ir.load(folder / graph)
+    if name not in model.graph.initializers:
+        raise DoesNotApplyError
     value = model.graph.initializers[name]
     tensor = value.const_value
     assert tensor is not None

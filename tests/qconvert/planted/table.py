@@ -17,6 +17,7 @@ from qrun.errors import QrunError
 from tests.qconvert.planted.content import CACHE, CONSTANTS, STORED
 from tests.qconvert.planted.edits import DoesNotApplyError, Plant, in_graph
 from tests.qconvert.planted.files import FILES
+from tests.qconvert.planted.heads import HEADS
 from tests.qconvert.planted.operators import ATTRIBUTES, WIRING
 from tests.qconvert.planted.prompts import PROMPTS
 from tests.tiny import make_tiny_checkpoint
@@ -30,6 +31,9 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "int4 rtn": {"precision": "int4", "recipe": "rtn"},
     "int4 gptq": {"precision": "int4", "recipe": "gptq"},
     "int4, prefill, int8 cache": {"precision": "int4", "prefill": True, "int8_kv_cache": True},
+    "Qwen3 fp32": {"precision": "fp32"},
+    "Qwen3 int8, int8 cache": {"precision": "int8", "int8_kv_cache": True},
+    "Qwen3 int4, prefill, int8 cache": {"precision": "int4", "prefill": True, "int8_kv_cache": True},
 }
 KINDS: dict[str, Plant] = {
     **{kind: in_graph(edit) for kind, edit in (ATTRIBUTES | WIRING).items()},
@@ -37,6 +41,7 @@ KINDS: dict[str, Plant] = {
     **STORED,
     **CACHE,
     **PROMPTS,
+    **HEADS,
     **FILES,
 }
 MISSED = "MISSED"
@@ -72,9 +77,14 @@ class Subject:
             yield "refused", error.what
 
 
-def make_tiny_subject(folder: Path) -> Subject:
+def family_of_column(column: str) -> str:
+    """The model_type of the checkpoint that a column exports."""
+    return "qwen3" if column.startswith("Qwen3") else "qwen2"
+
+
+def make_tiny_subject(folder: Path, family: str) -> Subject:
     """A tiny random model with windows."""
-    return Subject.of(make_tiny_checkpoint(folder, sliding=True, **_TINY))
+    return Subject.of(make_tiny_checkpoint(folder, family=family, sliding=True, **_TINY))
 
 
 def planted(made: Path, kind: str, scratch: Path) -> Path:
