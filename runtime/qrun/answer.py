@@ -36,7 +36,7 @@ class Answer:
         text: all pieces together.
         token_ids: what was generated; an end token is not among them, a stop string's tokens are.
         finish_reason: "eos" (the model ended it), "stop" (a stop string), "length" (max_tokens),
-            "context" (no room left) or "cancelled".
+            "context" (no room left), "time" (the engine's ``max_seconds``) or "cancelled".
         prompt_tokens: length of the prompt, of which ``reused_tokens`` were in the KV cache already.
         completion_tokens: number of ``token_ids``.
         prefill_seconds: until the first logits.

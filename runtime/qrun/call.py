@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import monotonic
 
 from qrun.answer import Answer, Event, Piece, Wording
 from qrun.decoding.sequence import Event as SequenceEvent
@@ -17,11 +18,26 @@ from qrun.sampling.params import SamplingParams
 Listener = Callable[["Event | Scored | QrunError"], None]
 
 
+class EngineBusyError(QrunError):
+    """All slots are taken and the queue is full; a later try may succeed."""
+
+
+class EngineClosedError(QrunError):
+    """The engine takes no more prompts."""
+
+
+class EngineTimeoutError(QrunError):
+    """The time of a prompt was over before its answer had begun."""
+
+
 class Call:
     """One prompt on its way through the engine.
 
     Attributes:
         client: who asks; the queue is fair between clients.
+
+    Args:
+        seconds: that it may take, with waiting; then it ends with what there is of its answer.
     """
 
     def __init__(
@@ -34,8 +50,11 @@ class Call:
         *,
         constraint: Constraint | None = None,
         scoring: Scoring | None = None,
+        seconds: float | None = None,
     ) -> None:
         self.client = client
+        self._seconds = seconds
+        self._until = None if seconds is None else monotonic() + seconds
         limit = model.manifest.model.context_length
         self.sequence = TokenSequence(prompt_ids, params, limit, constraint, scoring)
         self._listener = listener
@@ -47,6 +66,17 @@ class Call:
     def cancel(self) -> None:
         """End it after the step that is running; its ``Answer`` says "cancelled". Any thread may do so."""
         self.sequence.cancel()
+
+    def expire(self, now: float) -> None:
+        """End it if its time is over: with the answer so far, or with an error where there is none yet."""
+        if self.ended or self._until is None or now < self._until:
+            return
+        self.cancel()
+        if not self.sequence.token_ids:
+            self.fail(EngineTimeoutError(f"the answer was not begun within {self._seconds:g} seconds"))
+            return
+        self._show(self._wording.end(), last=True)
+        self._end("time", self.sequence.finish("time"))
 
     def take(self, event: SequenceEvent) -> None:
         """Handle an event of its sequence; the engine's thread calls this."""

@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any
 
 from qrun.answer import Answer, Event
-from qrun.call import Call, Listener
+from qrun.call import Call, EngineBusyError, EngineClosedError, EngineTimeoutError, Listener
 from qrun.decoding.fair_queue import FairQueue
 from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.prefix_files import empty_states, load_prefixes, prefix_file, save_prefixes
@@ -31,15 +32,9 @@ from qrun.model import Model
 from qrun.sampling.constraint import Constraint, Schema
 from qrun.sampling.params import SamplingParams
 
+__all__ = ["Engine", "EngineBusyError", "EngineClosedError", "EngineTimeoutError"]
+
 _log = logging.getLogger("qrun.engine")
-
-
-class EngineBusyError(QrunError):
-    """All slots are taken and the queue is full; a later try may succeed."""
-
-
-class EngineClosedError(QrunError):
-    """The engine takes no more prompts."""
 
 
 class Engine:
@@ -57,6 +52,8 @@ class Engine:
         chunk: tokens of a prompt that are read between two tokens of the other answers.
         prefix_bytes: memory for beginnings of prompts, which are then not read again; 0 keeps none.
         prefix_folder: where these are kept when the engine is closed, and taken from at the start.
+        max_tokens: of an answer; ``resolve`` refuses more, and an answer for which none are asked ends there.
+        max_seconds: for a prompt, from ``submit`` on; see ``Call``.
 
     Raises:
         QrunError: slots or queue out of range, or a model that answers one sequence at a time.
@@ -71,11 +68,14 @@ class Engine:
         chunk: int = PREFILL_CHUNK,
         prefix_bytes: int = 0,
         prefix_folder: Path | None = None,
+        max_tokens: int | None = None,
+        max_seconds: float | None = None,
     ) -> None:
         if slots < 1 or queue < 0:
             raise QrunError(f"{slots} slots and a queue of {queue}", hint="give at least 1 slot and 0 places")
         self.model = model
         self.slots = slots
+        self.max_tokens, self.max_seconds = max_tokens, max_seconds
         self._queue = queue
         self._chunk = chunk
         self._changed = Condition()
@@ -116,7 +116,12 @@ class Engine:
             EngineClosedError: after ``close``.
             QrunError: an empty prompt, or one longer than the context.
         """
-        call = Call(self.model, prompt_ids, params, listener, client, constraint=constraint, scoring=scoring)
+        call = Call(
+            *(self.model, prompt_ids, params, listener, client),
+            constraint=constraint,
+            scoring=scoring,
+            seconds=self.max_seconds,
+        )
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the engine is closing: it takes no more prompts")
@@ -171,7 +176,7 @@ class Engine:
         **sampling: Any,
     ) -> AsyncIterator[Event]:
         """Continue a prompt as it is; see ``Model.generate`` for all arguments and the events."""
-        params, _ = self.model.resolve(sampling)
+        params = self.resolve(sampling)
         if isinstance(prompt, str):
             prompt = await asyncio.to_thread(self.model.tokenizer.encode, prompt, add_special_tokens=True)
         # In a thread, since compiling a form would hold up everyone on the event loop.
@@ -181,24 +186,25 @@ class Engine:
         async for event in self.answer(prompt, params, client=client, constraint=constraint):
             yield event
 
-    async def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        client: str = "",
-        schema: Schema | None = None,
-        regex: str | None = None,
-        grammar: str | None = None,
-        **sampling: Any,
-    ) -> AsyncIterator[Event]:
-        """Answer a conversation, given as messages with "role" and "content"; see ``Model.generate``."""
-        params, _ = self.model.resolve(sampling)
+    async def chat(self, messages: Sequence[Mapping[str, Any]], **asked: Any) -> AsyncIterator[Event]:
+        """Answer a conversation, as messages with "role" and "content"; ``asked`` as for ``generate``."""
         ids = await asyncio.to_thread(self.model.chat_prompt, messages)
-        constraint = await asyncio.to_thread(
-            self.model.constraint, schema=schema, regex=regex, grammar=grammar
-        )
-        async for event in self.answer(ids, params, client=client, constraint=constraint):
+        async for event in self.generate(ids, **asked):
             yield event
+
+    def resolve(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        """Every sampling parameter of a request, see ``Model.resolve``; within ``max_tokens``.
+
+        Raises:
+            QrunError: an unknown parameter or a bad value, by name; or more tokens than an answer may have.
+        """
+        params, _ = self.model.resolve(sampling)
+        most = self.max_tokens
+        if most is None:
+            return params
+        if sampling.get("max_tokens") is not None and (params.max_tokens or 0) > most:
+            raise QrunError(f"max_tokens must be at most {most} here, not {params.max_tokens}")
+        return replace(params, max_tokens=min(params.max_tokens or most, most))
 
     def cancel(self, call: Call) -> None:
         """Cancel a call that waits or is being answered; one that has ended is left as it is."""
@@ -286,6 +292,10 @@ class Engine:
                 for call in self._waiting.remove(lambda waiting: waiting.sequence.cancelled):
                     call.take(call.sequence.finish("cancelled"))
                     self._changed.notify_all()
+                if self.max_seconds is not None:
+                    now = monotonic()
+                    for call in (*self._running.values(), *self._waiting):
+                        call.expire(now)
                 while self._scheduler.room and len(self._waiting):
                     call = self._waiting.get()
                     self._running[id(call.sequence)] = call

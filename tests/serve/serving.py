@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import httpx
 
@@ -24,14 +25,15 @@ KEY = "sk-test"
 
 @contextmanager
 def serving(
-    models: Mapping[str, Model] | Models, *, slots: int = 4, queue: int = 64, **state: object
+    models: Mapping[str, Model] | Models, *, slots: int = 4, queue: int = 64, **state: Any
 ) -> Iterator[str]:
     """The address of a server over these models; at the end every thread of it is gone."""
     if not isinstance(models, Models):
-        engines = {name: Engine(model, slots=slots, queue=queue) for name, model in models.items()}
+        limits = {name: state.get(name) for name in ("max_tokens", "max_seconds")}
+        engines = {name: Engine(model, slots=slots, queue=queue, **limits) for name, model in models.items()}
         models = Models.of(engines)
     with bind("127.0.0.1", 0) as listening:
-        server = make_server(ServerState(models, **state), drain_seconds=5)  # type: ignore[arg-type]
+        server = make_server(ServerState(models, **state), drain_seconds=5)
         thread = Thread(target=lambda: server.run(sockets=[listening]))
         thread.start()
         try:

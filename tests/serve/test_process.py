@@ -70,6 +70,34 @@ def test_a_second_signal_ends_it_at_once(tiny_export):
             assert process.wait(20) == 0
 
 
+@pytest.mark.parametrize(("options", "told"), [([], False), (["--log-text"], True)])
+def test_what_is_said_stands_in_the_log_only_where_the_operator_wants_it(tiny_export, options, told):
+    with server(tiny_export, "--threads", 1, *options) as (process, address, log):
+        said = {"role": "user", "content": "a secret word"}
+        for stream in (False, True):
+            asked = {**ASKED, "messages": [said], "max_tokens": 3, "stream": stream}
+            assert httpx.post(address + CHAT, json=asked, timeout=60).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines() if CHAT in line]
+    assert len(lines) == 2
+    assert ["a secret word" in line.get("prompts", [""])[0] for line in lines] == [told] * 2
+    assert [len(line.get("answers", [])) for line in lines] == [int(told)] * 2
+    assert ("secret" in log.read_text()) == told
+
+
+def test_a_request_ends_where_its_time_does(tiny_export):
+    options = ["--threads", 1, "--max-seconds", 0.2, "--max-tokens", 900]
+    with server(tiny_export, *options) as (process, address, log):
+        found = httpx.post(address + CHAT, json={**ASKED, "n": 4}, timeout=60).json()
+        assert [choice["finish_reason"] for choice in found["choices"]] == ["length"] * 4
+        assert found["usage"]["completion_tokens"] < 4 * 900
+        assert httpx.post(address + CHAT, json={**ASKED, "max_tokens": 901}).status_code == 400
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert '"finish": "time,time,time,time"' in log.read_text()
+
+
 def test_keys_come_from_a_file_and_are_never_shown(tiny_export, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("# ours\nsk-one\n\nsk-two\n")

@@ -113,6 +113,17 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     help="Largest request.",
 )
 @click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Most tokens of an answer; to ask for more is refused. [default: what the context has room for]",
+)
+@click.option(
+    "--max-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time of a request, with waiting and reading; then its answer ends where it is. [default: no limit]",
+)
+@click.option("--log-text", is_flag=True, help="Prompts and answers in the log too. [default: never]")
+@click.option(
     "--drain-seconds",
     type=click.FloatRange(min=0),
     default=30.0,
@@ -138,6 +149,9 @@ def serve(
     allowed_hosts: tuple[str, ...],
     cors_origins: tuple[str, ...],
     max_body_mb: float,
+    max_tokens: int | None,
+    max_seconds: float | None,
+    log_text: bool,
     drain_seconds: float,
     **options: Any,
 ) -> None:
@@ -169,6 +183,8 @@ def serve(
         log_to_stderr()
         LEDGER.limit = limit
 
+        limits: dict[str, Any] = {"max_tokens": max_tokens, "max_seconds": max_seconds}
+
         def source(path: Path) -> Source:
             manifest = read_manifest(path)
             # A plan has one slot, whose keys and values cannot be copied.
@@ -178,7 +194,7 @@ def serve(
             def opened() -> Engine:
                 model = open_model(engine=path, **options)
                 model.literal = not control_tokens
-                return Engine(model, **places, queue=queue, prefix_folder=prefix_cache_dir)
+                return Engine(model, **places, **limits, queue=queue, prefix_folder=prefix_cache_dir)
 
             return Source(opened, manifest, weight_bytes=weight_bytes(path, manifest), **places)
 
@@ -192,7 +208,8 @@ def serve(
         def when_ready() -> None:
             note(f"listening on http://{shown}:{address[1]} ({keyed})")
 
-        state = ServerState(models, keys, names, origins, most_bytes=int(max_body_mb * 1e6))
+        bounds = {**limits, "most_bytes": int(max_body_mb * 1e6)}
+        state = ServerState(models, keys, names, origins, **bounds, log_text=log_text)
         run(state, listening, drain_seconds=drain_seconds, when_ready=when_ready)
 
 

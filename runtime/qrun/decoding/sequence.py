@@ -18,7 +18,7 @@ from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 from qrun.sampling.sampler import Logprobs, Sampler, logprobs
 
-FinishReason = Literal["eos", "length", "context", "stop", "cancelled"]
+FinishReason = Literal["eos", "length", "context", "stop", "time", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)

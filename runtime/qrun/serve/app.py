@@ -67,7 +67,8 @@ def create_app(state: ServerState) -> ASGIApp:
     )
     metrics = app.state.metrics = Metrics(state.models)
     app.state.server = state
-    app.state.openapi = openapi.document(app.routes, __version__, list(state.models))
+    limits = openapi.Limits(state.max_tokens, state.max_seconds)
+    app.state.openapi = openapi.document(app.routes, __version__, list(state.models), limits)
     whole: ASGIApp = Surroundings(app, state, metrics)
     if state.origins:
         whole = CORSMiddleware(

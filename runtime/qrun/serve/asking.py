@@ -187,7 +187,7 @@ def _params(engine: Engine, request: Common, own: dict[str, Any], number: int) -
             raise ApiError(400, f"logit_bias: {bad!r} is not a token id", param="logit_bias")
         sampling["logit_bias"] = {int(key): bias for key, bias in request.logit_bias.items()}
     try:
-        return engine.model.resolve(sampling)[0]
+        return engine.resolve(sampling)
     except QrunError as error:
         refusal = from_qrun(error)
         refusal.param = next((name for name in sampling if error.what.startswith(name)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qrun.engine import EngineBusyError, EngineClosedError
+from qrun.call import EngineBusyError, EngineClosedError, EngineTimeoutError
 from qrun.errors import QrunError
 
 RETRY_SECONDS = 1
@@ -43,7 +43,7 @@ class ApiError(Exception):
     def to_anthropic(self) -> dict[str, Any]:
         """The same in the shape of Anthropic's API."""
         kind = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
-        kind |= {429: "rate_limit_error", 503: "overloaded_error"}
+        kind |= {429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
         found = kind.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": found, "message": self.message}}
 
@@ -56,6 +56,8 @@ def from_qrun(error: QrunError, *, begun: bool = False) -> ApiError:
     """A ``QrunError`` as a refusal; once an answer has ``begun``, the fault is the server's (500)."""
     if isinstance(error, EngineBusyError):
         return ApiError(429, str(error.what), code="queue_full")
+    if isinstance(error, EngineTimeoutError):
+        return ApiError(504, str(error.what), code="timeout")
     if isinstance(error, EngineClosedError):
         return ApiError(503, str(error.what), code="closing")
     text = error.what if error.hint is None else f"{error.what} ({error.hint})"

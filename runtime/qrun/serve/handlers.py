@@ -63,7 +63,7 @@ async def complete(request: Request, dialect: Dialect) -> Response:
     happenings = answers(engine, asked, client_of(request))
     if not fields.stream:
         await streams.unless_gone(request, _collect(reply, happenings))
-        note(request, **reply.facts())
+        _note_reply(request, reply)
         return json_response(reply.whole())
     first = await anext(happenings)  # a refusal has a status of its own only before the stream begins
     chunks = _chunks(request, reply, first, happenings)
@@ -138,7 +138,13 @@ async def _chunks(
         yield reply.done
     finally:
         await happenings.aclose()  # type: ignore[attr-defined]
-        note(request, **reply.facts())
+        _note_reply(request, reply)
+
+
+def _note_reply(request: Request, reply: Reply) -> None:
+    """What the request's log line says of its answers; their texts only where the operator wants them."""
+    state: ServerState = request.app.state.server
+    note(request, **reply.facts(), **(reply.texts() if state.log_text else {}))
 
 
 async def _text_chunks(

@@ -22,6 +22,7 @@ _REASONS = {
     "stop": "stop_sequence",
     "length": "max_tokens",
     "context": "max_tokens",
+    "time": "max_tokens",
     "cancelled": "end_turn",
 }
 

@@ -75,7 +75,7 @@ def ask_messages(engine: Engine, request: MessagesRequest) -> Asked:
         "stop": request.stop_sequences,
     }
     try:
-        params, _ = engine.model.resolve(sampling)
+        params = engine.resolve(sampling)
     except QrunError as error:
         refusal = from_qrun(error)
         named = {"stop": "stop_sequences"}

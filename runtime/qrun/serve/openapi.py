@@ -67,13 +67,45 @@ _NARROWER: dict[str, dict[str, Any]] = {
 }
 
 
-def document(routes: Sequence[BaseRoute], version: str, models: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take; None where nothing is said.
+
+    Attributes:
+        tokens: of an answer.
+        seconds: for its body, and for its answer.
+    """
+
+    tokens: int | None = None
+    seconds: float | None = None
+
+    def told(self) -> str:
+        """For people."""
+        found = []
+        if self.tokens is not None:
+            found.append(f"An answer has at most {self.tokens:,} tokens.")
+        if self.seconds is not None:
+            found.append(
+                f"A request has {self.seconds:g} seconds, with waiting and reading: then its answer ends "
+                'as at max_tokens (finish_reason "length"; of messages stop_reason "max_tokens"; of '
+                'responses "incomplete"). One that was not begun is refused with 504, a late body with 408.'
+            )
+        return " ".join(found) or "Nothing bounds the time of a request, and only the context its answer."
+
+
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+def document(
+    routes: Sequence[BaseRoute], version: str, models: Sequence[str], limits: Limits = Limits()
+) -> dict[str, Any]:
     """OpenAPI 3.1.
 
     Args:
         routes: of the application.
         version: of qrun.
         models: the names of those that there are.
+        limits: of a request.
 
     Raises:
         KeyError: a route is not in ``DESCRIBED``.
@@ -85,6 +117,8 @@ def document(routes: Sequence[BaseRoute], version: str, models: Sequence[str]) -
             properties[name] = {**properties.pop(name), "description": "Accepted, and changes nothing."}
         for name in filter(properties.__contains__, _NARROWER):
             properties[name] = {**properties[name], **_NARROWER[name]}
+        for name in filter(properties.__contains__, _LENGTHS if limits.tokens is not None else ()):
+            properties[name] = {**properties[name], "maximum": limits.tokens}
         if "model" in properties:
             optional = "anyOf" in properties["model"]
             properties["model"] = {"enum": [*models, None] if optional else list(models)}
@@ -100,7 +134,12 @@ def document(routes: Sequence[BaseRoute], version: str, models: Sequence[str]) -
             }
     return {
         "openapi": "3.1.0",
-        "info": {"title": "qrun serve", "version": version, "license": {"name": "Apache-2.0"}},
+        "info": {
+            "title": "qrun serve",
+            "version": version,
+            "description": limits.told(),
+            "license": {"name": "Apache-2.0"},
+        },
         "paths": paths,
         "components": {
             "schemas": {**schemas, "Error": {"type": "object", "description": "What is wrong, in words"}},

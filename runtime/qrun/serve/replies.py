@@ -16,7 +16,10 @@ from qrun.serve.logprobs import PlainLogprobs, of_chat
 from qrun.serve.reply import Chunk, Happening, Reply
 from qrun.text.tool_calls import ToolCall, ToolCallParser
 
-_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
+_REASONS = {
+    **{"eos": "stop", "stop": "stop", "cancelled": "stop"},
+    **{"length": "length", "context": "length", "time": "length"},
+}
 
 
 class CompletionReply(Reply):

@@ -73,6 +73,13 @@ class Reply(ABC):
             found["between_ms"] = round(1000 * seconds / steps, 2)
         return found
 
+    def texts(self) -> dict[str, Any]:
+        """Prompts and answers, for a log that holds them."""
+        prompts = {id(ids): ids for ids in self.asked.prompts}.values()
+        decode = self.engine.model.tokenizer.decode
+        answers = [answer.text for _, answer in sorted(self.answers.items())]
+        return {"prompts": [decode(ids, skip_special_tokens=False) for ids in prompts], "answers": answers}
+
     def collect(self, index: int, piece: Piece) -> None:
         """Keep the tokens of an answer that is given whole."""
         self.tokens.setdefault(index, []).extend(piece.tokens)

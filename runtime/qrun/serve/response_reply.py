@@ -156,7 +156,7 @@ class ResponseReply(BlockReply):
 
 
 def _status(answer: Answer) -> str:
-    return "incomplete" if answer.finish_reason in ("length", "context") else "completed"
+    return "incomplete" if answer.finish_reason in ("length", "context", "time") else "completed"
 
 
 def _item_id(block: Block) -> str:

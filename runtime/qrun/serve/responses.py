@@ -68,6 +68,8 @@ def ask_responses(engine: Engine, request: ResponsesRequest) -> Asked:
     except ApiError as error:
         if error.param is not None and error.param.startswith("response_format"):
             error.param = "text.format"
+        if error.param == "max_tokens":
+            error.param = "max_output_tokens"
         raise
 
 

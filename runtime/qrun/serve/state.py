@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ class ServerState:
         names: hosts that clients may call it beside localhost and addresses, in lower case.
         origins: whose pages may ask it beside its own.
         most_bytes: of a request's body.
+        max_tokens: of an answer, as the engines have it; None for no limit.
+        max_seconds: for a request's body, and as the engines have it for its answer; None for no limit.
+        log_text: whether prompts and answers stand in the log.
         ping_seconds: a stream that is silent for so long sends a comment.
         draining: whether no new requests are taken.
         started: seconds since 1970.
@@ -38,6 +42,9 @@ class ServerState:
     names: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     most_bytes: int = 8 << 20
+    max_tokens: int | None = None
+    max_seconds: float | None = None
+    log_text: bool = False
     ping_seconds: float = 10.0
     draining: bool = False
     started: int = field(default_factory=lambda: int(time()))
@@ -93,17 +100,25 @@ def client_of(request: Request) -> str:
 
 
 async def read_body(request: Request) -> bytes:
-    """The body, bounded.
+    """The body, bounded in size and time.
 
     Raises:
-        ApiError: 413, or 400 where it ends too early.
+        ApiError: 413; 408; or 400 where it ends too early.
     """
     state: ServerState = request.app.state.server
+    try:
+        return await asyncio.wait_for(_whole_body(request, state.most_bytes), state.max_seconds)
+    except asyncio.TimeoutError:
+        text = f"the body did not come within {state.max_seconds:g} seconds"
+        raise ApiError(408, text, code="timeout") from None
+
+
+async def _whole_body(request: Request, most_bytes: int) -> bytes:
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > state.most_bytes:
-            raise ApiError(413, f"the body is larger than {state.most_bytes:,} bytes", code="too_large")
+        if size > most_bytes:
+            raise ApiError(413, f"the body is larger than {most_bytes:,} bytes", code="too_large")
         parts.append(part)
     return b"".join(parts)
 
