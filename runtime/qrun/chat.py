@@ -85,16 +85,23 @@ class Chat:
         system: the system message; None leaves it to the template.
         literal: special tokens that are written out in a message stay text: nobody ends a turn by typing
             ``<|im_end|>``.
+        variables: what else the chat template reads, such as ``{"enable_thinking": False}``.
         sampling: for every turn, fields of ``SamplingParams``.
 
     Raises:
-        QrunError: the model has no chat template, or a bad sampling parameter.
+        QrunError: the model has no chat template, it knows no such variable, or a bad sampling parameter.
     """
 
     def __init__(
-        self, model: Speaker, system: str | None = None, *, literal: bool = False, **sampling: Any
+        self,
+        model: Speaker,
+        system: str | None = None,
+        *,
+        literal: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        **sampling: Any,
     ) -> None:
-        self._template = template_of(model)
+        self._template = template_of(model).given(variables or {})
         _check_text(system, "the system message", or_none=True)
         model.resolve(sampling)  # a bad value is refused now, not at the first turn
         self.model = model

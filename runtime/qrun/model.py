@@ -183,6 +183,7 @@ class Model:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         literal: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Messages with "role" and "content" as the token ids of a prompt, by the model's chat template.
 
@@ -191,23 +192,32 @@ class Model:
             tools: see ``ChatTemplate.render``.
             literal: special tokens that are written out in the messages stay text. By default as ``literal``
                 of this model says.
+            variables: what else the template reads, such as ``{"enable_thinking": False}``.
 
         Raises:
-            QrunError: the model has no chat template, or it refuses these messages.
+            QrunError: the model has no chat template, it refuses these messages, or knows no such variable.
         """
-        template = template_of(self)
+        template = template_of(self).given(variables or {})
         if not (self.literal if literal is None else literal):
             return self.tokenizer.encode(template.render(messages, tools=tools))
         as_text = Literal(self.tokenizer)
         return as_text.encode(template.render(as_text.mask_all(messages), tools=tools))
 
-    def chat(self, system: str | None = None, *, literal: bool = False, **sampling: Any) -> Chat:
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        literal: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Chat:
         """A conversation of several turns, see ``chat.Chat``.
 
         Raises:
-            QrunError: the model has no chat template, or a bad sampling parameter.
+            QrunError: the model has no chat template, it knows none of ``variables``, or a bad sampling
+                parameter.
         """
-        return Chat(self, system, literal=literal, **sampling)
+        return Chat(self, system, literal=literal, variables=variables, **sampling)
 
 
 def _template_of(folder: Path, name: str | None) -> ChatTemplate | None:

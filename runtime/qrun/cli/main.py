@@ -31,6 +31,8 @@ from qrun.cli.options import (
     take_sampling,
     tell_sampling,
     template_option,
+    template_variables,
+    thinking_option,
 )
 from qrun.cli.plan_info import check_plan, describe_plan, plan_lines
 from qrun.cli.serve import serve
@@ -57,10 +59,11 @@ def main() -> None:
 @model_options
 @sampling_options
 @template_option
+@thinking_option
 @speculate_option
 @click.option("--literal", is_flag=True, help="Special tokens in what is typed stay text.")
 @click.option("--system", help="The system message. [default: what the chat template says]")
-def chat(system: str | None, literal: bool, **options: Any) -> None:
+def chat(system: str | None, literal: bool, thinking: bool | None, **options: Any) -> None:
     """Talk with the model, several turns.
 
     Lines come from a pipe or a terminal; /help lists the commands. In a terminal words wrap at its width,
@@ -69,7 +72,8 @@ def chat(system: str | None, literal: bool, **options: Any) -> None:
     sampling = take_sampling(options)
     # The graph for prompts is opened while the user types the first question.
     model = open_model(**options | {"prefill_graph": options["prefill_graph"] and "later"})
-    conversation = Chat(model, system, literal=literal, **sampling)
+    variables = template_variables(thinking)
+    conversation = Chat(model, system, literal=literal, variables=variables, **sampling)
     if options["verbose"]:
         tell_sampling(*model.resolve(sampling))
     ChatConsole(conversation).run()
@@ -87,6 +91,7 @@ def chat(system: str | None, literal: bool, **options: Any) -> None:
 )
 @click.option("--system", help="The system message of a chat.")
 @template_option
+@thinking_option
 @speculate_option
 @click.option("--literal", is_flag=True, help="Special tokens in the prompt stay text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -100,6 +105,7 @@ def generate(
     templated: bool | None,
     system: str | None,
     literal: bool,
+    thinking: bool | None,
     as_json: bool,
     schema: Path | None,
     regex: str | None,
@@ -113,6 +119,8 @@ def generate(
         raise click.UsageError("--system has no place in a --raw prompt.")
     if templated is False and options["chat_template"] is not None:
         raise click.UsageError("--chat-template has no place in a --raw prompt.")
+    if templated is False and thinking is not None:
+        raise click.UsageError("--thinking has no place in a --raw prompt.")
     if schema is not None and regex is not None:
         raise click.UsageError("Give either --schema or --regex.")
     sampling = take_sampling(options)
@@ -123,9 +131,10 @@ def generate(
     if ours:
         sampling["max_tokens"] = DEFAULT_MAX_TOKENS
     if templated is None:
-        templated = model.template is not None or system is not None
+        templated = model.template is not None or system is not None or thinking is not None
     if templated:
-        events = Chat(model, system, literal=literal, **sampling).send(text, **form)
+        variables = template_variables(thinking)
+        events = Chat(model, system, literal=literal, variables=variables, **sampling).send(text, **form)
     else:
         events = model.generate(text, literal=literal, **form, **sampling)
     if options["verbose"]:

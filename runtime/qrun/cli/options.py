@@ -122,6 +122,21 @@ def template_option(command: Command) -> Command:
     )(command)
 
 
+def thinking_option(command: Command) -> Command:
+    """--thinking, for commands that render a chat template."""
+    return click.option(
+        "--thinking/--no-thinking",
+        default=None,
+        help="Whether the model thinks before it answers, where its chat template can say so (Qwen3's can). "
+        "[default: as the template says]",
+    )(command)
+
+
+def template_variables(thinking: bool | None) -> dict[str, Any]:
+    """What --thinking means to a chat template."""
+    return {} if thinking is None else {"enable_thinking": thinking}
+
+
 def speculate_option(command: Command) -> Command:
     """--speculate, for commands that decode one answer at a time."""
     return click.option(

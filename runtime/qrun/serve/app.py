@@ -29,6 +29,7 @@ from qrun.serve.metrics import Metrics
 from qrun.serve.models import Served
 from qrun.serve.state import ServerState, engine_of, json_response, note, read_body
 from qrun.serve.streams import ClientGoneError
+from qrun.serve.tools import check_variables
 
 log = logging.getLogger("qrun.serve")
 # Paths that need no key: a process manager asks them, or a browser opens them before a key is typed.
@@ -208,7 +209,10 @@ async def _detokenize(request: Request) -> Response:
 async def _apply_template(request: Request) -> Response:
     fields = decode(await read_body(request), TemplateRequest)
     model = (await engine_of(request, fields.model)).model
-    return json_response({"prompt": template_of(model).render(texts_only(fields.messages))})
+    variables = fields.chat_template_kwargs or {}
+    check_variables(model, variables)
+    prompt = template_of(model).given(variables).render(texts_only(fields.messages))
+    return json_response({"prompt": prompt})
 
 
 async def _health(request: Request) -> Response:

@@ -15,7 +15,7 @@ from qrun.sampling.params import SamplingParams
 from qrun.serve.errors import ApiError, from_qrun
 from qrun.serve.fields import ChatRequest, Common, CompletionRequest, texts_only
 from qrun.serve.forms import constraint_of
-from qrun.serve.tools import Tools, prompt_with_tools, read_tools
+from qrun.serve.tools import Tools, check_variables, prompt_with_tools, read_tools
 
 _MOST_ANSWERS = 16  # to one prompt
 _MOST_PROMPTS = 128  # in one request
@@ -57,7 +57,9 @@ def ask_chat(engine: Engine, request: ChatRequest) -> Asked:
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise ApiError(400, "give max_tokens or max_completion_tokens", param="max_tokens")
     tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
-    prompt = prompt_with_tools(engine.model, texts_only(request.messages), tools)
+    messages = texts_only(request.messages)
+    check_variables(engine.model, request.variables)
+    prompt = prompt_with_tools(engine.model, messages, tools, request.variables)
     own = {
         "max_tokens": request.max_completion_tokens or request.max_tokens,
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,

@@ -68,6 +68,14 @@ class ChatRequest(Common, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the chat template is given beside messages and tools."""
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {**(self.chat_template_kwargs or {}), **thinking}
 
 
 class CompletionRequest(Common, kw_only=True):
@@ -100,6 +108,7 @@ class TemplateRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     messages: list[dict[str, Any]]
     model: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def decode(body: bytes, kind: type[Request]) -> Request:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qrun.chat import template_of
 from qrun.errors import QrunError
 from qrun.model import Model
 from qrun.sampling.constraint import Constraint, inline
@@ -197,7 +198,25 @@ def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**given, "type": "object"}
 
 
-def prompt_with_tools(model: Model, messages: list[dict[str, Any]], tools: Tools | None) -> list[int]:
+def check_variables(model: Model, variables: Mapping[str, Any]) -> None:
+    """Refuse what the chat template does not read.
+
+    Raises:
+        ApiError: 400, with the field.
+    """
+    for name, value in variables.items():
+        try:
+            template_of(model).given({name: value})
+        except QrunError as error:
+            raise ApiError(400, error.what, param=f"chat_template_kwargs.{name}") from None
+
+
+def prompt_with_tools(
+    model: Model,
+    messages: list[dict[str, Any]],
+    tools: Tools | None,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
     """The prompt of a chat in which tools may be called, or were.
 
     Raises:
@@ -207,12 +226,15 @@ def prompt_with_tools(model: Model, messages: list[dict[str, Any]], tools: Tools
     given = None if tools is None else tools.given
     as_objects = [_with_calls(message, f"messages[{index}]") for index, message in enumerate(messages)]
     try:
-        prompt = model.chat_prompt(as_objects, tools=given)
+        prompt = model.chat_prompt(as_objects, tools=given, variables=variables)
     except QrunError:
         if not any(message.get("tool_calls") for message in messages):
             raise
-        prompt = model.chat_prompt(messages, tools=given)  # some templates expect the arguments as text
-    if tools is not None and not tools.forced and prompt == model.chat_prompt(as_objects):
+        # Some templates expect the arguments as text.
+        prompt = model.chat_prompt(messages, tools=given, variables=variables)
+    if tools is None or tools.forced:
+        return prompt
+    if prompt == model.chat_prompt(as_objects, variables=variables):
         text = "this model's chat template has no place for tools: it would never hear of them"
         raise ApiError(400, text, param="tools")
     return prompt

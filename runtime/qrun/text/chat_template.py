@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 
 from qrun.errors import QrunError
 from qrun.text.sandbox import sandbox
@@ -56,7 +57,12 @@ class ChatTemplate:
         self._where = where
         self._special_tokens = dict(special_tokens)
         self._chosen: str | None = None
+        self._given: dict[str, Any] = {}
         self._templates = {name: self._compile(environment, source) for name, source in templates.items()}
+        self._variables = {
+            name: meta.find_undeclared_variables(environment.parse(source))
+            for name, source in templates.items()
+        }
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ChatTemplate:
@@ -77,7 +83,9 @@ class ChatTemplate:
             templates = _named_templates(read_tokenizer_config(folder).get("chat_template"), path)
         made = cls(templates, special_tokens, where=path)
         for other in sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja")):
-            made._templates |= cls({other.stem: _source(other)}, special_tokens, where=other)._templates
+            more = cls({other.stem: _source(other)}, special_tokens, where=other)
+            made._templates |= more._templates
+            made._variables |= more._variables
         return made
 
     @property
@@ -100,6 +108,27 @@ class ChatTemplate:
         chosen = copy.copy(self)
         chosen._chosen = name
         return chosen
+
+    def given(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        """The same templates with further variables, such as ``{"enable_thinking": False}``.
+
+        Raises:
+            QrunError: a variable that no template reads, so that it would change nothing; by name.
+        """
+        chosen = [self._chosen] if self._chosen is not None else list(self._templates)
+        read = set().union(*(self._variables[name] for name in chosen))
+        for name in variables:
+            if name in _RESERVED or name in self._special_tokens:
+                raise QrunError(f"{name!r} cannot be passed to the chat template as an extra variable")
+            if name not in read:
+                raise QrunError(
+                    f"the model's chat template knows no {name}",
+                    where=self._where,
+                    hint="leave it out: it would change nothing",
+                )
+        found = copy.copy(self)
+        found._given = {**self._given, **_plain(variables)}
+        return found
 
     def render(
         self,
@@ -125,6 +154,7 @@ class ChatTemplate:
             raise QrunError(f"{taken[0]!r} cannot be passed to the chat template as an extra variable")
         context = {
             **self._special_tokens,
+            **self._given,
             **_plain(extra),
             "messages": [_with_reasoning(message) for message in _checked(messages)],
             "tools": None if tools is None else _checked_tools(tools),
