@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconvert.checkpoint.file_state import MERGE
-from qconvert.checkpoint.files import read_weight_files
-from qconvert.checkpoint.fit import holds_plain_floats
+from qconvert.checkpoint.quantised.scheme import find_scheme
 from qconvert.checkpoint.text_files import read_json_object
 from qconvert.checkpoint.tokens import named_tokens
 from qconvert.errors import QconvertError
@@ -28,6 +27,7 @@ STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _NOT_THE_MODELS = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("_attn_implementation_autoset", "experts_implementation", "_experts_implementation"),
+    *("quantization_config", "compression_config"),  # read by quantised/scheme.py
     *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript"),
     *("use_cache", "tp_plan", "base_model_tp_plan", "base_model_pp_plan"),
 )
@@ -40,12 +40,6 @@ _LARGEST = 2**31 - 1
 _COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "max_position_embeddings"),
-)
-
-
-_DEQUANTISED = (
-    ". The weight files hold plain floats: if this model was dequantised, delete quantization_config from "
-    "config.json"
 )
 
 
@@ -71,8 +65,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
     ``auto_map`` (remote code) is ignored: transformers' own class is used and nothing is executed.
 
     Raises:
-        QconvertError: no folder, no or a malformed config.json, another architecture, a quantised
-            checkpoint, or a value that an export does not cover; the message names it.
+        QconvertError: no folder, no or a malformed config.json, another architecture, a way to quantise that
+            is not read, or a value that an export does not cover; the message names it.
     """
     if not folder.exists():
         raise QconvertError(
@@ -143,15 +137,7 @@ def _check_identity(raw: dict[str, Any], path: Path) -> Family:
         found = f"{', '.join(map(str, names))}, model_type {model_type}"
         what = "another architecture" if model_type in FAMILIES else what_it_is(model_type)
         raise QconvertError(f"This checkpoint is {what}: {found}.", where=path, hint=SUPPORTED)
-    quantised = raw.get("quantization_config") or raw.get("compression_config")
-    if quantised:
-        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
-        raise QconvertError(
-            f"This checkpoint is quantised already, with method {method}.",
-            where=f"{path}, quantization_config",
-            hint="give the original checkpoint: qconvert quantises its weights itself (--precision)"
-            + (_DEQUANTISED if holds_plain_floats(read_weight_files(path.parent).tensors) else ""),
-        )
+    find_scheme(path.parent)
     return family
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from qconvert.checkpoint.file_state import BrokenFileError
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-_DTYPE_BITS = {
+DTYPE_BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6},
     **{"F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
     **{"U64": 64, "I64": 64, "F64": 64, "C64": 64},
@@ -63,10 +63,10 @@ def read_header(path: Path, size: int) -> dict[str, tuple[str, tuple[int, ...]]]
 
 def _parse_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in _DTYPE_BITS:
+    if dtype not in DTYPE_BITS:
         raise ValueError(f"unknown dtype {dtype!r}")
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
         raise ValueError(f"shape {shape} or offsets {begin}, {stop} are no sizes")
-    if (stop - begin) * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
+    if (stop - begin) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
         raise ValueError(f"{stop - begin} bytes for shape {shape} of {dtype}")
     return dtype, shape, begin, stop

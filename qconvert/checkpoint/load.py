@@ -18,11 +18,14 @@ from qconvert.checkpoint.file_state import FileState
 from qconvert.checkpoint.files import TensorInfo, inspect_files, read_weight_files
 from qconvert.checkpoint.fit import find_misfit
 from qconvert.checkpoint.hub import resolve_source
+from qconvert.checkpoint.quantised.scheme import find_quantised, find_scheme
 from qconvert.checkpoint.text_files import read_json_object, text_file_states
 from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.checkpoint.tokens import EndTokens, end_tokens
 from qconvert.errors import QconvertError
 from qconvert.formats.recipe import Kept
+from qconvert.models.families import spec_of
+from qconvert.models.recorder import expected_tensors
 from qrun.sampling.params import SamplingParams, resolve, unsupported_settings
 
 if TYPE_CHECKING:
@@ -79,7 +82,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         tokenizer_only = state.name == "tokenizer.json" and state.status == "missing"
         if state.harmful and not tokenizer_only:
             raise file_error(folder, state)
-    if misfit := find_misfit(config, weights.tensors):
+    tensors, quantised = weights.tensors, None
+    if (scheme := find_scheme(folder)) is not None:
+        quantised = find_quantised(folder, scheme, tensors, expected_tensors(spec_of(config)))
+        tensors = quantised.tensors
+    if misfit := find_misfit(config, tensors if quantised is None else quantised.all):
         more = f" (and {len(misfit.problems) - 1} more)" if len(misfit.problems) > 1 else ""
         raise QconvertError(
             f"The weights do not fit the configuration: {misfit.problems[0]}{more}.",
@@ -93,15 +100,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         config=config,
         generation_config=generation,
         weight_files=tuple(sorted({folder / info.file for info in weights.tensors.values()})),
-        tensors=weights.tensors,
+        tensors=tensors,
         name=checkpoint_name(folder),
         ends=ends,
         sampling=resolve({}, generation)[0],
         notes=(
             *weights.notes,
-            *_notes(config, weights.tensors, ends, generation),
+            *(() if quantised is None else quantised.notes),
+            *_notes(config, tensors, ends, generation),
             *_tokenizer_notes(folder, config.vocab_size),
         ),
+        computed={} if quantised is None else quantised.computed,
     )
 
 

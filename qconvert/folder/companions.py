@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert.checkpoint.load import Checkpoint
+from qconvert.checkpoint.quantised.scheme import QUANTISATION_KEYS
 from qconvert.checkpoint.tokenizer import tokenizer_json
 from qconvert.models.spec import DecoderSpec
 from qrun.text.chat_template import ADDITIONAL_TEMPLATES
@@ -36,7 +37,10 @@ def write_companions(
         source = checkpoint.folder / name
         if source.is_file():
             # Many programs cannot read a file with a byte order mark, so the copy has none.
-            (folder / name).write_bytes(source.read_bytes().removeprefix(codecs.BOM_UTF8))
+            content = source.read_bytes().removeprefix(codecs.BOM_UTF8)
+            if name == "config.json" and checkpoint.computed:
+                content = _without_quantisation(content)
+            (folder / name).write_bytes(content)
     tokenizer = tokenizer_json(checkpoint.folder)
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(tokenizer)
@@ -44,6 +48,13 @@ def write_companions(
         return
     text = json.dumps(genai_config(checkpoint, spec), indent=2)
     (folder / "genai_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _without_quantisation(content: bytes) -> bytes:
+    """config.json of a quantised checkpoint: who loads the folder must not look for its tensors."""
+    config = json.loads(content)
+    kept = {key: value for key, value in config.items() if key not in QUANTISATION_KEYS}
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def genai_config(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, Any]:

@@ -221,8 +221,12 @@ class Initializers:
 
     def _pack(self, name: str, layout: Layout) -> PackedWeight:
         if name in self._rounded and isinstance(layout, Blocks):
-            self._weights.release(name)
-            return self._rounded[name]
+            try:
+                return self._rounded[name]
+            except NonFiniteWeightError as error:
+                raise _not_finite(name) from error
+            finally:
+                self._weights.release(name)
         with self._used(name) as weight:
             return layout.pack(weight, self._workers)
 

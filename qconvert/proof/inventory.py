@@ -21,7 +21,7 @@ from qconvert.formats.channels import groups_in_a_part
 from qconvert.formats.graph_file import load_graph
 from qconvert.formats.recipe import ChannelFormat
 from qconvert.formats.shortlist import Shortlist
-from qconvert.formats.stored import joined_name, kv_scale_name
+from qconvert.formats.stored import ORDER_PREFIX, joined_name, kv_scale_name
 from qconvert.models.decoder import lower_decoder
 from qconvert.models.recorder import tensor_groups
 from qconvert.models.spec import DecoderSpec
@@ -111,7 +111,10 @@ def check_inventory(manifest: Manifest, spec: DecoderSpec) -> list[WeightFault]:
 
 def _check(path: Path, due: _Due) -> Iterator[WeightFault]:
     constants = _CONSTANTS | _of_sizes(due.spec)
-    weights = tuple(joined_name(group) for group in tensor_groups(due.spec, lower_decoder))
+    groups = tensor_groups(due.spec, lower_decoder)
+    weights = tuple(joined_name(group) for group in groups)
+    if due.recipe.get("kept"):  # the checkpoint may hold neighbours in different ways
+        weights = (*weights, *(name for group in groups for name in group))
     scales = {
         kv_scale_name(layer, part) for layer in range(due.spec.num_hidden_layers) for part in ("key", "value")
     }
@@ -128,6 +131,8 @@ def _check(path: Path, due: _Due) -> Iterator[WeightFault]:
                 yield from _constant_fault(name, value.const_value.numpy(), wanted)
             elif name in _TABLES:
                 yield from _table_fault(name, tuple(value.const_value.shape.numpy()), due)
+            elif name.startswith(ORDER_PREFIX):
+                pass  # the Gather that reads it is checked, and the columns of the matrices behind it
             elif name not in scales and not _belongs(name, weights):
                 yield WeightFault(name, "a tensor that has no place in an export")
 

@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are quantised already: read field by field, dequantised, or kept as codes."""
