@@ -38,6 +38,7 @@ from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 from qconvert.recipes.choose import Wishes, choose
 from qconvert.recipes.forecast import parameter_count
+from qconvert.recipes.kept import about_codes
 from qconvert.targets import DEFAULT_TARGET, Target, target_named
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
             "(rtn): with one, int4 is rounded on a text, with half of the error"
         )
     recipe = choice.recipe
+    progress.note(*about_codes(checkpoint.stored_as, recipe))
     if choice.calibrated:
         text = calibration_text(
             options.calibrate, checkpoint.folder, spec.vocab_size, spec.context_length, choice.tokens

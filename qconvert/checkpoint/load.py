@@ -66,6 +66,11 @@ class Checkpoint:
         """Matrices that it holds in codes which can be kept."""
         return {name: each.kept for name, each in self.computed.items() if each.kept is not None}
 
+    @property
+    def stored_as(self) -> dict[str, str]:
+        """What the files hold in the place of each computed tensor, for people."""
+        return {name: each.stored_as for name, each in self.computed.items()}
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Checks that the folder is a whole checkpoint that an export covers.
@@ -106,7 +111,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         sampling=resolve({}, generation)[0],
         notes=(
             *weights.notes,
-            *(() if quantised is None else quantised.notes),
             *_notes(config, tensors, ends, generation),
             *_tokenizer_notes(folder, config.vocab_size),
         ),

@@ -44,6 +44,21 @@ class Int4Columns:
             *pack_int4_columns(weight, self.block_size, getattr(torch, self.scale_dtype), workers)
         )
 
+    def repack(self, packed: PackedWeight) -> PackedWeight:
+        """A symmetric matrix that comes in ``blocks.Blocks`` of 4 bits: its own codes, turned round.
+
+        Raises:
+            NonFiniteWeightError: a scale that the type of scales here cannot hold.
+        """
+        import torch
+
+        nibbles = torch.stack((packed.data & 15, packed.data >> 4), -1).flatten(1)
+        signed = (nibbles ^ 8).t().contiguous()  # of a code about 8 the same number about 0, in four bits
+        scales = packed.scales.t().to(getattr(torch, self.scale_dtype)).contiguous()
+        if not bool(torch.isfinite(scales).all()):
+            raise NonFiniteWeightError
+        return PackedWeight(signed[:, 0::2] | (signed[:, 1::2] << 4), scales)
+
     def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
         """Numbers of 4 bits, and their scales."""
         return (

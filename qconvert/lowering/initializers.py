@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import Blocks
+from qconvert.formats.columns import Int4Columns
 from qconvert.formats.folding import NO_FOLDING, FoldedWeights, Folding, Weights
 from qconvert.formats.layout import (
     Layout,
@@ -220,9 +221,10 @@ class Initializers:
         return layout.pieces([self._pack(name, layout) for name in names])
 
     def _pack(self, name: str, layout: Layout) -> PackedWeight:
-        if name in self._rounded and isinstance(layout, Blocks):
+        if name in self._rounded and isinstance(layout, Blocks | Int4Columns):
             try:
-                return self._rounded[name]
+                packed = self._rounded[name]
+                return packed if isinstance(layout, Blocks) else layout.repack(packed)
             except NonFiniteWeightError as error:
                 raise _not_finite(name) from error
             finally:

@@ -11,10 +11,9 @@ from typing import Literal
 
 from qconvert.errors import QconvertError
 from qconvert.formats import shortlist
-from qconvert.formats.columns import BLOCK_SIZES as COLUMN_BLOCK_SIZES
 from qconvert.formats.recipe import PROMPT_GROUPS, BlockFormat, Calibration, ChannelFormat, Kept, Recipe
-from qconvert.formats.stored import VOCABULARY
 from qconvert.models.spec import DecoderSpec
+from qconvert.recipes.kept import keepable
 from qconvert.recipes.precisions import Capabilities, base_recipe
 
 # Balance inputs, round in groups; round to nearest; GPTQ in few bits; GPTQ with more bits where they matter.
@@ -92,8 +91,8 @@ def choose(
     Raises:
         QconvertError: options that do not fit one another, the target or the model.
     """
-    if keeps_codes(wishes, target, held or {}):
-        return _keep(wishes, target, spec, _keepable(target, held or {}))
+    if wishes.precision is None and (kept := keepable(target, held or {})):
+        return _keep(wishes, target, spec, kept)
     precision = wishes.precision or target.precisions[0]
     usual = "awq" if precision == "int4" and target.calibrated else "rtn"
     name = _recipe_name(wishes, usual if reads_text else "rtn")
@@ -114,26 +113,6 @@ def choose(
         recipe = _with_int8_kv_cache(recipe, target)
     called = precision if name == usual else f"{precision}-{name}"
     return Choice(recipe, called, None if name == "rtn" else "awq" if name == "awq" else "gptq")
-
-
-def keeps_codes(wishes: Wishes, target: Capabilities, held: Mapping[str, Kept]) -> bool:
-    """Whether an export is of the codes that a checkpoint holds: unless another precision is asked for."""
-    return wishes.precision is None and bool(_keepable(target, held))
-
-
-def _keepable(target: Capabilities, held: Mapping[str, Kept]) -> dict[str, Kept]:
-    """What a target has a place for."""
-    if not target.packed_columns:
-        return dict(held)
-    return {
-        name: kept
-        for name, kept in held.items()
-        if kept.order is None
-        and kept.fmt.symmetric
-        and kept.fmt.bits == 4
-        and kept.fmt.block_size in COLUMN_BLOCK_SIZES
-        and name not in VOCABULARY
-    }
 
 
 def _keep(wishes: Wishes, target: Capabilities, spec: DecoderSpec, kept: Mapping[str, Kept]) -> Choice:

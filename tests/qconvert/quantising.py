@@ -212,3 +212,121 @@ def make_awq(
     }
     rewrite(folder, config, change)
     return written
+
+
+def compressed_tensors(
+    found: Rounded, bits: int, *, symmetric: bool, integers: bool
+) -> dict[str, torch.Tensor]:
+    half = 1 << (bits - 1)
+    made = {"weight_scale": torch.from_numpy(found.scales.copy()).bfloat16()}
+    if integers:
+        made["weight"] = torch.from_numpy(found.codes.astype(np.int16) - half).to(torch.int8)
+        if not symmetric:
+            made["weight_zero_point"] = torch.from_numpy(found.zeros - half).to(torch.int8)
+        return made
+    made["weight_packed"] = packed(found.codes, bits)
+    made["weight_shape"] = torch.tensor(found.codes.shape)
+    if not symmetric:
+        made["weight_zero_point"] = packed(found.zeros.T, bits).t().contiguous()
+    return made
+
+
+def make_compressed(
+    folder: Path,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    symmetric: bool = True,
+    integers: bool = False,
+    order: bool = False,
+    settings: dict[str, Any] | None = None,
+    weights: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> Written:
+    make_tiny_checkpoint(folder, dtype="bfloat16", **{**SIZES, **overrides})
+    written: Written = {}
+
+    def change(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = order_of_inputs(len(base), weight.shape[1], group) if order else None
+        found = rounded(weight, bits, group, symmetric=symmetric, groups=groups, scale_type=np.float32)
+        found.scales = torch.from_numpy(found.scales).bfloat16().float().numpy()
+        written[f"{base}.weight"] = found
+        made = compressed_tensors(found, bits, symmetric=symmetric, integers=integers)
+        if order:
+            made["weight_g_idx"] = torch.from_numpy(found.groups.astype(np.int32))
+        return {f"{base}.{end}": tensor for end, tensor in made.items()}
+
+    of_weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group == -1 else "group",
+        "group_size": None if group == -1 else group,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": "group" if order else None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        **(weights or {}),
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if integers else "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": of_weights,
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": 1.4,
+        "quantization_status": "compressed",
+        **(settings or {}),
+    }
+    rewrite(folder, config, change)
+    return written
+
+
+def make_float8(
+    folder: Path,
+    *,
+    tile: tuple[int, int] | None = (32, 32),
+    method: str = "fp8",
+    settings: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> dict[str, torch.Tensor]:
+    """Floats of 8 bits; returns what the matrices stand for. ``tile`` (1, 0): a scale for each output."""
+    make_tiny_checkpoint(folder, dtype="bfloat16", **{**SIZES, **overrides})
+    floats: dict[str, torch.Tensor] = {}
+    inverse = method == "fp8"
+
+    def change(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows, columns = weight.shape
+        high, wide = tile or (rows, columns)
+        high, wide = min(high, rows), wide or columns
+        scales = torch.empty(-(-rows // high), -(-columns // wide))
+        codes, due = torch.empty(rows, columns, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
+        for row in range(0, rows, high):
+            for column in range(0, columns, wide):
+                part = (slice(row, row + high), slice(column, column + wide))
+                scale = weight[part].float().abs().max() / 448
+                scales[row // high, column // wide] = scale
+                codes[part] = (weight[part].float() / scale).to(torch.float8_e4m3fn)
+                due[part] = codes[part].float() * scale
+        floats[f"{base}.weight"] = due
+        name = "weight_scale_inv" if inverse else "weight_scale"
+        return {f"{base}.weight": codes, f"{base}.{name}": scales.squeeze() if tile is None else scales}
+
+    of_tiles = None if tile is None or not tile[1] else list(tile)
+    config = {
+        "quant_method": method,
+        **({"weight_block_size": of_tiles, "fmt": "e4m3"} if inverse else {}),
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": None,
+        **(settings or {}),
+    }
+    rewrite(folder, config, change)
+    return floats

@@ -13,9 +13,10 @@ import torch
 
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.checkpoint.weights import CheckpointWeights
+from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
-from tests.qconvert.quantising import Rounded, Written, make_awq, make_gptq
+from tests.qconvert.quantising import Rounded, Written, make_awq, make_compressed, make_float8, make_gptq
 
 QUIET = Progress(quiet=True)
 Make = Callable[[Path], Written]
@@ -42,6 +43,17 @@ KINDS: dict[str, tuple[Callable[..., Written], dict[str, Any]]] = {
     "awq: symmetric": (make_awq, {"symmetric": True}),
     "awq: groups of 64": (make_awq, {"group": 64}),
     "awq: one group a row": (make_awq, {"group": -1}),
+    "compressed-tensors: 4 bits, symmetric": (make_compressed, {}),
+    "compressed-tensors: 4 bits": (make_compressed, {"symmetric": False}),
+    "compressed-tensors: 8 bits, symmetric": (make_compressed, {"bits": 8}),
+    "compressed-tensors: 8 bits": (make_compressed, {"bits": 8, "symmetric": False}),
+    "compressed-tensors: channels": (make_compressed, {"group": -1}),
+    "compressed-tensors: an order of inputs": (make_compressed, {"order": True, "symmetric": False}),
+    "compressed-tensors: integers of 8 bits": (make_compressed, {"bits": 8, "group": -1, "integers": True}),
+    "compressed-tensors: integers with zero points": (
+        make_compressed,
+        {"bits": 8, "group": 64, "integers": True, "symmetric": False},
+    ),
 }
 
 
@@ -76,8 +88,7 @@ def test_it_is_exported_with_its_own_codes(tmp_path: Path, kind: str) -> None:
 def same_codes(found: Rounded, matrix: Rounded) -> None:
     """Bit for bit: codes, and the scale and zero point of every weight."""
     assert np.array_equal(found.codes, matrix.codes)
-    assert found.scales.dtype == matrix.scales.dtype
-    assert np.array_equal(found.scales[:, found.groups], matrix.scales[:, matrix.groups])
+    assert np.array_equal(found.scales[:, found.groups], matrix.scales.astype(np.float32)[:, matrix.groups])
     assert np.array_equal(found.zeros[:, found.groups], matrix.zeros[:, matrix.groups])
 
 
@@ -94,7 +105,7 @@ def stored(folder: Path) -> Written:
         if scales.producer() is not None:  # cast to float32
             scales = scales.producer().inputs[0]
         codes = fields(data.const_value.numpy().reshape(rows, -1), bits)[:, :columns]
-        scales = scales.const_value.numpy()
+        scales = scales.const_value.numpy().astype(np.float32)
         zeros = np.full(scales.shape, 1 << (bits - 1))
         if len(node.inputs) > 3 and node.inputs[3] is not None:
             zeros = fields(node.inputs[3].const_value.numpy(), bits)[:, : scales.shape[1]]
@@ -132,3 +143,130 @@ def test_matrices_that_read_one_input_in_one_order_share_a_gather(tmp_path: Path
     # q, k and v together, o, gate and up together, down: in each of two layers.
     assert len(in_order) == 8
     assert sum(len(node.outputs[0].uses()) for node in in_order) == 10
+
+
+FLOAT8: dict[str, dict[str, Any]] = {
+    "tiles": {},
+    "tiles that do not fit": {"tile": (48, 80)},
+    "one scale": {"tile": None},
+    "one scale, no _inv": {"tile": None, "method": "fbgemm_fp8"},
+    "a scale for each output": {"tile": (1, 0), "method": "fbgemm_fp8"},
+}
+
+
+@pytest.mark.parametrize("kind", FLOAT8)
+def test_floats_of_8_bits_are_what_their_writer_meant(tmp_path: Path, kind: str) -> None:
+    floats = make_float8(tmp_path, **FLOAT8[kind])
+    weights = CheckpointWeights(load_model(open_checkpoint(tmp_path)))
+    for name, due in floats.items():
+        assert torch.equal(weights[name], due), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", None])
+def test_floats_of_8_bits_are_dequantised_and_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str | None
+) -> None:
+    make_float8(tmp_path / "model")
+    exported = export(
+        str(tmp_path / "model"), ExportOptions(precision=precision, output=tmp_path / "out"), Progress()
+    )
+    assert exported.report is not None
+    assert exported.report.passed
+    told = " ".join(capsys.readouterr().err.split())
+    assert "quantised already (floats of 8 bits in tiles of 32 x 32 (fp8))" in told
+    assert ("rounded a second time to int8" if precision is None else "nothing is rounded") in told
+
+
+@pytest.mark.parametrize("kind", ["gptq: an order of inputs", "gptq: 8 bits, symmetric", "awq"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill": True},
+        {"int8_kv_cache": True},
+        {"prefill": True, "int8_kv_cache": True},
+        {"precision": "fp32"},
+        {"precision": "int8"},
+        {"precision": "int4"},
+        {"precision": "int4", "recipe": "gptq"},
+        {"precision": "int4", "recipe": "rtn", "prefill": True, "int8_kv_cache": True},
+        {"precision": "fp16"},
+    ],
+    ids=lambda options: ", ".join(f"{key} {value}" for key, value in options.items()),
+)
+def test_every_option_of_an_export_works_with_it(
+    tmp_path: Path, kind: str, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, settings = KINDS[kind]
+    # Smaller weights: a random model that is rounded to 4 bits loses more than a trained one, and the limits.
+    make(tmp_path / "model", **settings, initializer_range=0.08)
+    chosen = ExportOptions(output=tmp_path / "out", **options)
+    report = export(str(tmp_path / "model"), chosen, Progress()).report
+    assert report is not None
+    assert report.passed
+    told = " ".join(capsys.readouterr().err.split())
+    if "precision" not in options:
+        assert "matrices keep the checkpoint's own codes" in told
+    else:
+        assert {
+            "fp32": "nothing is rounded",
+            "fp16": "rounded to float16",
+            "int8": "rounded a second time to int8",
+            "int4": "rounded a second time to int4",
+        }[options["precision"]] in told
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"block_size": 32}, {"recipe": "gptq"}, {"calibrate": "default"}],
+    ids=lambda each: next(iter(each)),
+)
+def test_what_is_for_rounding_is_refused_where_nothing_is_rounded(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    make_gptq(tmp_path / "model")
+    with pytest.raises(QconvertError, match="this checkpoint's are kept") as caught:
+        export(str(tmp_path / "model"), ExportOptions(output=tmp_path / "out", **options), QUIET)
+    assert "with --precision int4" in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_tensorrt_keeps_symmetric_4_bits(tmp_path: Path) -> None:
+    written = make_gptq(tmp_path / "model")
+    options = ExportOptions(target="tensorrt", output=tmp_path / "out", max_length=128)
+    exported = export(str(tmp_path / "model"), options, QUIET)
+    assert exported.report is not None
+    assert exported.report.passed
+    graph = ir.load(exported.folder / "model.onnx").graph
+    found = 0
+    for node in graph:
+        if node.op_type != "DequantizeLinear":
+            continue
+        data, scales = (each.const_value for each in node.inputs)
+        codes, first = data.numpy().astype(np.int64).T, 0
+        for name, rows in parts(data.name, len(codes)):
+            part = slice(first, first + rows)
+            assert np.array_equal(codes[part] + 8, written[name].codes)
+            due = torch.from_numpy(written[name].scales).bfloat16().float().numpy()
+            assert np.array_equal(scales.numpy().astype(np.float32).T[part], due)
+            first, found = first + rows, found + 1
+    assert found == len(written)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"symmetric": False}, "dequantised, and rounded to bfloat16"),
+        ({"desc_act": True}, "dequantised, and rounded to bfloat16"),
+        ({"bits": 8}, "dequantised, and rounded to bfloat16"),
+        ({}, "14 matrices keep the checkpoint's own codes (4 bits in groups of 32 (gptq))"),
+    ],
+)
+def test_what_tensorrt_has_no_place_for_is_told(
+    tmp_path: Path, settings: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_gptq(tmp_path / "model", **settings)
+    options = ExportOptions(target="tensorrt", output=tmp_path / "out", max_length=128)
+    report = export(str(tmp_path / "model"), options, Progress()).report
+    assert report is not None
+    assert report.passed
+    assert told in " ".join(capsys.readouterr().err.split())

@@ -23,6 +23,7 @@ from qconvert.errors import QconvertError
 if TYPE_CHECKING:
     import torch
 
+_ENDS = ("qweight", "qzeros", "scales")
 _BITS = 4
 _PER_WORD = 32 // _BITS
 _OUTPUT_OF_PLACE = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -38,9 +39,11 @@ class AWQ:
     fields: tuple[Field, ...]
     name: str = "awq"
 
-    def prefixes(self) -> tuple[str, ...]:
-        """Ends of the names of a matrix's tensors, the one that has to be there first."""
-        return ("qweight", "qzeros", "scales")
+    def owns(self, base: str, files: TensorFiles) -> tuple[str, ...]:
+        """The tensors of a quantised matrix; none where it is in floats."""
+        if f"{base}.qweight" not in files:
+            return ()
+        return tuple(name for end in _ENDS if (name := f"{base}.{end}") in files)
 
     def matrix(self, base: str, shape: tuple[int, int], files: TensorFiles) -> AWQMatrix:
         """A matrix of the checkpoint by its name without ``.weight``.
@@ -102,7 +105,7 @@ class AWQMatrix(Grouped):
 
     def __init__(self, base: str, shape: tuple[int, int], groups: Groups, files: TensorFiles) -> None:
         self._base = base
-        parts = tuple(f"{base}.{part}" for part in ("qweight", "qzeros", "scales"))
+        parts = tuple(f"{base}.{part}" for part in _ENDS)
         super().__init__(shape, groups, files, parts, "awq")
 
     def _dequantise(self, rows: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ _HOW = (
     *("auto_forward_data_parallelism", "gc_mode", "wait_for_submodule_finalizers", "pack_impl", "uri"),
     *("mock_quantization", "damp_multiplier", "hessian", "failsafe", "fallback", "group_aware"),
 )
+_ENDS = ("qweight", "qzeros", "scales", "g_idx")
 _OVERRIDES = ("bits", "group_size", "sym", "desc_act")
 
 
@@ -49,9 +50,11 @@ class GPTQ:
     fields: tuple[Field, ...]
     name: str = "gptq"
 
-    def prefixes(self) -> tuple[str, ...]:
-        """Ends of the names of a matrix's tensors, the one that has to be there first."""
-        return ("qweight", "qzeros", "scales", "g_idx")
+    def owns(self, base: str, files: TensorFiles) -> tuple[str, ...]:
+        """The tensors of a quantised matrix; none where it is in floats."""
+        if f"{base}.qweight" not in files:
+            return ()
+        return tuple(name for end in _ENDS if (name := f"{base}.{end}") in files)
 
     def matrix(self, base: str, shape: tuple[int, int], files: TensorFiles) -> GPTQMatrix:
         """A matrix of the checkpoint by its name without ``.weight``.
@@ -179,7 +182,7 @@ class GPTQMatrix(Grouped):
     def __init__(
         self, base: str, shape: tuple[int, int], groups: Groups, first_zero: int, files: TensorFiles
     ) -> None:
-        parts = tuple(f"{base}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
+        parts = tuple(f"{base}.{part}" for part in _ENDS)
         self._base, self._first_zero = base, first_zero
         super().__init__(shape, groups, files, tuple(part for part in parts if part in files), "gptq")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from qconvert.checkpoint.computed import Computed
 from qconvert.checkpoint.files import TensorInfo, read_weight_files
 from qconvert.checkpoint.fit import holds_plain_floats
 from qconvert.checkpoint.quantised.awq import read_awq
+from qconvert.checkpoint.quantised.compressed import read_compressed
 from qconvert.checkpoint.quantised.fields import ORIGINAL, Field
+from qconvert.checkpoint.quantised.floats8 import read_float8
 from qconvert.checkpoint.quantised.gptq import read_gptq
 from qconvert.checkpoint.quantised.tensors import TensorFiles
 from qconvert.checkpoint.text_files import read_json_object
@@ -40,8 +43,8 @@ class Scheme(Protocol):
     @property
     def fields(self) -> tuple[Field, ...]: ...
 
-    def prefixes(self) -> tuple[str, ...]:
-        """Ends of the names of a matrix's tensors; a matrix is quantised where the first is there."""
+    def owns(self, base: str, files: TensorFiles) -> tuple[str, ...]:
+        """The tensors of a quantised matrix, by its name without ``.weight``; none where it is in floats."""
         ...
 
     def matrix(self, base: str, shape: tuple[int, int], files: TensorFiles) -> Computed:
@@ -61,13 +64,11 @@ class Quantised:
         scheme: how they are quantised.
         computed: the quantised ones, by the names that they have as floats.
         tensors: all others.
-        notes: what a user may not expect.
     """
 
     scheme: Scheme
     computed: dict[str, Computed]
     tensors: dict[str, TensorInfo]
-    notes: tuple[str, ...]
 
     @property
     def all(self) -> dict[str, TensorInfo]:
@@ -77,8 +78,16 @@ class Quantised:
         }
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], str], Scheme]] = {"gptq": read_gptq, "awq": read_awq}
-SUPPORTED_METHODS = "GPTQ and AWQ"
+_READERS: dict[str, Callable[[Mapping[str, Any], str], Scheme]] = {
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "compressed-tensors": read_compressed,
+    "fp8": read_float8,
+    "fbgemm_fp8": read_float8,
+}
+SUPPORTED_METHODS = "GPTQ, AWQ, compressed-tensors and FP8"
+# What compressed-tensors keeps for a KV cache in floats of 8 bits, which nothing here has.
+_OF_KV_CACHE = re.compile(r"\.self_attn\.[qkv]_scale$")
 
 
 def find_scheme(folder: Path) -> Scheme | None:
@@ -120,23 +129,25 @@ def find_quantised(
         QconvertError: tensors that are not what they should be.
     """
     files, left = TensorFiles(folder, tensors), dict(tensors)
-    first, *_ = ends = scheme.prefixes()
     computed: dict[str, Computed] = {}
     for name, shape in expected.items():
         base = name.removesuffix(".weight")
-        if len(shape) != 2 or f"{base}.{first}" not in tensors:
+        owned = scheme.owns(base, files)
+        if len(shape) != 2 or not owned:
             continue
         computed[name] = scheme.matrix(base, (shape[0], shape[1]), files)
-        for end in ends:
-            left.pop(f"{base}.{end}", None)
+        for each in owned:
+            del left[each]
         _drop_bias_of_zeros(base, files, left, expected)
-    if f"{_HEAD}.{first}" in left:
+    for name in [name for name in left if _OF_KV_CACHE.search(name)]:
+        del left[name]
+    if f"{_HEAD}.weight" not in computed and scheme.owns(_HEAD, files):
         raise QconvertError(
             "lm_head is quantised by itself, although the config ties it to the embedding.",
             where=folder / "config.json",
             hint="set tie_word_embeddings to false if the head is its own",
         )
-    return Quantised(scheme, computed, left, _notes(scheme, computed))
+    return Quantised(scheme, computed, left)
 
 
 def _drop_bias_of_zeros(
@@ -151,16 +162,6 @@ def _drop_bias_of_zeros(
             f"{name} has no place in this model, and is not all zeros.", where=files.folder, hint=ORIGINAL
         )
     del left[name]
-
-
-def _notes(scheme: Scheme, computed: Mapping[str, Computed]) -> tuple[str, ...]:
-    lost = [name for name, tensor in computed.items() if tensor.kept is None]
-    if not lost or len(lost) == len(computed):
-        return ()
-    count = f"{len(lost)} of {len(computed)} quantised matrices"
-    kinds = ", ".join(sorted({computed[name].stored_as for name in lost}))
-    note = f"{count} fit no block of ONNX Runtime's ({kinds}; {lost[0]}): they are exported dequantised"
-    return (note,)
 
 
 def _refusal(folder: Path, named: object, where: str) -> QconvertError:

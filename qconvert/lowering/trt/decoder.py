@@ -256,7 +256,9 @@ class TensorRTLowering:
 
     def _matrix(self, weights: Sequence[str], name: str) -> ir.Value:
         """Weights side by side as one ``[in, out]`` matrix in the half type."""
-        fmt = self._recipe.linear
+        kept = {self._recipe.kept.get(weight) for weight in weights}
+        same = next(iter(kept)) if len(kept) == 1 else None
+        fmt = self._recipe.linear if same is None else same.fmt
         assert not isinstance(fmt, ChannelFormat), "integer products are for ONNX Runtime"
         if fmt is None:
             return self._transposed(self._initializers.dense(weights, self._dtype), self._half, name)
