@@ -121,6 +121,8 @@ class Call:
                 finished.prefill_seconds,
                 finished.decode_seconds,
                 self._wording.stop,
+                finished.guessed_tokens,
+                finished.accepted_tokens,
             )
         )
 

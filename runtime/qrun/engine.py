@@ -27,6 +27,7 @@ from qrun.decoding.prefix_files import empty_states, load_prefixes, prefix_file,
 from qrun.decoding.scheduler import GRAIN, PREFILL_CHUNK, Scheduler
 from qrun.decoding.sequence import Failed, Finished, Scored, Scoring
 from qrun.decoding.slots import Slots
+from qrun.decoding.speculation import Speculation
 from qrun.errors import QrunError
 from qrun.model import Model
 from qrun.sampling.constraint import Constraint, Schema
@@ -44,6 +45,7 @@ class Engine:
         model: what it answers with.
         slots: how many answers advance together at most.
         prefixes: the kept beginnings of prompts; None where none are kept.
+        speculation: what was learnt of guesses, tried while one answer decodes alone, if ``model.speculate``.
 
     Args:
         model: an opened model folder. Nobody else may use its session meanwhile.
@@ -72,9 +74,8 @@ class Engine:
         max_seconds: float | None = None,
     ) -> None:
         if slots < 1 or queue < 0:
-            raise QrunError(f"{slots} slots and a queue of {queue}", hint="give at least 1 slot and 0 places")
-        self.model = model
-        self.slots = slots
+            raise QrunError(f"{slots} slots and a queue of {queue}", hint="give 1 slot and 0 places, or more")
+        self.model, self.slots = model, slots
         self.max_tokens, self.max_seconds = max_tokens, max_seconds
         self._queue = queue
         self._chunk = chunk
@@ -83,6 +84,7 @@ class Engine:
         self._running: dict[int, Call] = {}
         self._closing = False
         self.prefixes = PrefixCache(prefix_bytes, GRAIN) if prefix_bytes else None
+        self.speculation = Speculation() if model.speculate else None
         self._scheduler = self._new_scheduler()
         self._prefix_file: Path | None = None
         if self.prefixes is not None and prefix_folder is not None:
@@ -266,7 +268,7 @@ class Engine:
 
     def _new_scheduler(self) -> Scheduler:
         slots = Slots(self.model.session, self.slots)
-        return Scheduler(slots, chunk=self._chunk, prefixes=self.prefixes)
+        return Scheduler(slots, chunk=self._chunk, prefixes=self.prefixes, speculation=self.speculation)
 
     def _work(self) -> None:
         while self._admit():

@@ -59,6 +59,30 @@ def _refuses(address: str) -> bool:
         return True
 
 
+def test_answers_that_outlast_the_drain_are_ended_and_the_server_with_them(tiny_export):
+    options = ["--threads", 1, "--drain-seconds", 1]
+    asked = {**ASKED, "stream": True, "n": 4}
+    with (
+        server(tiny_export, *options) as (process, address, log),
+        httpx.stream("POST", address + CHAT, json=asked, timeout=60) as response,
+    ):
+        next(response.iter_lines())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_client_that_goes_away_is_499_in_the_log_and_no_fault(tiny_export):
+    with server(tiny_export, "--threads", 1) as (process, address, log):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(address + CHAT, json={**ASKED, "n": 4}, timeout=0.1)
+        until(lambda: '"status": 499' in log.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert "the client went away" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
 def test_a_second_signal_ends_it_at_once(tiny_export):
     with server(tiny_export, "--threads", 1) as (process, address, _), httpx.Client(timeout=60) as client:
         asked = {**ASKED, "stream": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrun.backends.ledger import LEDGER
-from qrun.cli.options import open_model, opening_options, template_option
+from qrun.cli.options import open_model, opening_options, speculate_option, template_option
 from qrun.cli.terminal import note, size
 from qrun.engine import Engine
 from qrun.errors import QrunError
@@ -130,6 +131,7 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     show_default=True,
     help="Time that running answers have to end after SIGTERM.",
 )
+@speculate_option
 @template_option
 @opening_options
 def serve(
@@ -153,6 +155,7 @@ def serve(
     max_seconds: float | None,
     log_text: bool,
     drain_seconds: float,
+    speculate: bool,
     **options: Any,
 ) -> None:
     """Answer many programs at once over HTTP, as OpenAI's API does (docs/serving.md).
@@ -165,7 +168,7 @@ def serve(
     if prefix_cache_dir is not None and not prefix_cache_bytes:
         raise click.UsageError("--prefix-cache-dir has nothing to keep: --prefix-cache-bytes is 0.")
     from qrun.serve.guard import read_host, read_origin
-    from qrun.serve.models import Models, Source
+    from qrun.serve.models import Models
     from qrun.serve.server import bind, log_to_stderr, run
     from qrun.serve.state import ServerState
 
@@ -184,21 +187,14 @@ def serve(
         LEDGER.limit = limit
 
         limits: dict[str, Any] = {"max_tokens": max_tokens, "max_seconds": max_seconds}
-
-        def source(path: Path) -> Source:
-            manifest = read_manifest(path)
-            # A plan has one slot, whose keys and values cannot be copied.
-            plan = names_plan(path) or manifest.target != "onnxruntime"
-            places = {"slots": 1 if plan else slots, "prefix_bytes": 0 if plan else prefix_cache_bytes}
-
-            def opened() -> Engine:
-                model = open_model(engine=path, **options)
-                model.literal = not control_tokens
-                return Engine(model, **places, **limits, queue=queue, prefix_folder=prefix_cache_dir)
-
-            return Source(opened, manifest, weight_bytes=weight_bytes(path, manifest), **places)
-
-        models = Models({name: source(path) for name, path in named.items()}, lazy=lazy)
+        places = {"slots": slots, "prefix_bytes": prefix_cache_bytes}
+        settings = {**limits, "queue": queue, "prefix_folder": prefix_cache_dir}
+        opening = {**options, "speculate": speculate}
+        sources = {
+            name: source_of(path, **places, settings=settings, opening=opening, literal=not control_tokens)
+            for name, path in named.items()
+        }
+        models = Models(sources, lazy=lazy)
         for name, served in models.items():
             _tell(name, served.source, limit)
         address = listening.getsockname()
@@ -211,6 +207,42 @@ def serve(
         bounds = {**limits, "most_bytes": int(max_body_mb * 1e6)}
         state = ServerState(models, keys, names, origins, **bounds, log_text=log_text)
         run(state, listening, drain_seconds=drain_seconds, when_ready=when_ready)
+
+
+def source_of(
+    path: Path,
+    *,
+    slots: int,
+    prefix_bytes: int,
+    settings: Mapping[str, Any] | None = None,
+    opening: Mapping[str, Any] | None = None,
+    literal: bool = True,
+) -> Source:
+    """What the server knows of a model before it is opened, and how it will be.
+
+    Args:
+        path: a model folder, its .onnx or a .plan.
+        slots: a plan has one, whose keys and values cannot be copied, and so keeps no beginnings of prompts.
+        prefix_bytes: for beginnings of prompts.
+        settings: more for ``Engine``.
+        opening: more for ``open_model``.
+        literal: whether special tokens in messages stay text.
+
+    Raises:
+        QrunError: there is no model folder.
+    """
+    from qrun.serve.models import Source
+
+    manifest = read_manifest(path)
+    plan = names_plan(path) or manifest.target != "onnxruntime"
+    places: dict[str, Any] = {"slots": 1 if plan else slots, "prefix_bytes": 0 if plan else prefix_bytes}
+
+    def opened() -> Engine:
+        model = open_model(engine=path, **{"verbose": False, **(opening or {})})
+        model.literal = literal
+        return Engine(model, **places, **(settings or {}))
+
+    return Source(opened, manifest, weight_bytes=weight_bytes(path, manifest), **places)
 
 
 def _tell(name: str, source: Source, limit: int | None) -> None:

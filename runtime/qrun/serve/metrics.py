@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from qrun.decoding.speculation import Speculation
 from qrun.engine import Engine
 from qrun.serve.models import Served
 
@@ -69,6 +70,12 @@ _MODELS: tuple[tuple[str, str, Callable[[Served], float]], ...] = (
     ("qrun_model_uses", "Requests that use the model, or wait for it.", lambda served: served.uses),
     ("qrun_model_bytes", "Memory of weights and for kept beginnings.", lambda served: served.held_bytes),
 )
+
+
+def _guesses(engine: Engine) -> Speculation:
+    return engine.speculation or Speculation()
+
+
 # Zero for a model that is not open.
 _HELD: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
     ("qrun_active_slots", "Prompts that are being answered.", lambda engine: engine.active),
@@ -76,6 +83,12 @@ _HELD: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
     ("qrun_kv_cache_bytes", "Memory of the slots' keys and values.", lambda engine: engine.cache_bytes),
     ("qrun_prefix_cache_bytes", "Memory of kept beginnings.", lambda engine: engine.prefix_bytes),
     ("qrun_prefix_cache_hit_tokens", "Tokens found there.", lambda engine: engine.prefix_hits),
+    (
+        "qrun_guessed_tokens",
+        "Tokens that were tried in steps of several.",
+        lambda engine: _guesses(engine).guessed,
+    ),
+    ("qrun_accepted_tokens", "Those of them that came true.", lambda engine: _guesses(engine).accepted),
 )
 
 

@@ -1,0 +1,1 @@
+"""Load on servers: how much they answer, and how long clients wait."""

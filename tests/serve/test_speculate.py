@@ -1,0 +1,90 @@
+"""Guesses in the server: if these fail, an answer depends on whether several tokens were tried at once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+
+import qrun
+from tests.fakes import FakeSession, fake_manifest, fake_model
+from tests.serve.serving import ready, serving, until
+
+CHAT = "/v1/chat/completions"
+
+
+def asked(number: int) -> dict:
+    """Of each kind one: greedy, sampled with a seed, penalised, under a form, of several answers."""
+    kinds = [
+        {"temperature": 0},
+        {"temperature": 1.2, "seed": 5},
+        {"temperature": 0, "frequency_penalty": 0.5},
+        {"temperature": 1.0, "seed": 1, "regex": "(ab|ba){20,40}", "ignore_eos": False},
+        {"temperature": 0.8, "seed": 3, "n": 2},
+    ]
+    words = "one two three one two three " * (1 + number % 3)
+    return {
+        "model": "m",
+        "messages": [{"role": "user", "content": words}],
+        "max_tokens": 40 + number,
+        "ignore_eos": True,
+        **kinds[number % len(kinds)],
+    }
+
+
+def answer(address: str, number: int) -> list[str]:
+    response = httpx.post(address + CHAT, json=asked(number), timeout=120)
+    assert response.status_code == 200, response.text
+    return [choice["message"]["content"] for choice in response.json()["choices"]]
+
+
+def guessed(address: str) -> float:
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith("qrun_guessed_tokens{")))
+
+
+def test_answers_are_those_without_guesses_alone_and_side_by_side(tiny_export):
+    """In fp32; with 8 or 4 bits the last bits of a step of several tokens may turn a near tie."""
+    with serving({"m": qrun.open(tiny_export, threads=1)}) as address:
+        wanted = [answer(address, number) for number in range(10)]
+    model = qrun.open(tiny_export, threads=1)
+    model.speculate = True
+    with serving({"m": model}) as address, ThreadPoolExecutor(4) as pool:
+        assert [answer(address, number) for number in range(10)] == wanted
+        tried = guessed(address)
+        assert tried > 0
+        assert list(pool.map(lambda number: answer(address, number), range(10))) == wanted
+        until(lambda: ready(address)["m"]["active"] == 0)
+
+
+def test_none_are_tried_while_several_decode(served_tokenizer):
+    """With several rows a step's weights are shared already: each row's guesses would only cost."""
+    letters = served_tokenizer.encode("abcdefgh")
+
+    class Watched(FakeSession):
+        together = 0  # rows of the step before
+        wrong = False
+
+        def forward(self, token_ids, cache, logits="last"):
+            if logits == "all" and self.together > 1:
+                self.wrong = True
+            if token_ids.shape[1] == 1:
+                self.together = token_ids.shape[0]
+            return super().forward(token_ids, cache, logits)
+
+    def rule(seen):
+        return letters[len(seen) % len(letters)]
+
+    manifest = fake_manifest(context_length=2048)
+    model = fake_model(served_tokenizer, rule, manifest=manifest)
+    session = model.session = Watched(rule, manifest)
+    model.speculate = True
+    alone = {"model": "m", "prompt": "ab", "max_tokens": 400, "temperature": 0}
+    with serving({"m": model}) as address:
+        both = httpx.post(f"{address}/v1/completions", json={**alone, "n": 3}, timeout=60).json()
+        assert len({choice["text"] for choice in both["choices"]}) == 1
+        assert not session.wrong
+        before, session.together = guessed(address), 1
+        one = httpx.post(f"{address}/v1/completions", json=alone, timeout=60).json()
+        assert one["choices"][0]["text"] == both["choices"][0]["text"]
+        assert guessed(address) > before
