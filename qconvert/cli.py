@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,10 @@ def _build_options(command: Any) -> Any:
     return command
 
 
+def _adapter_option(help_text: str) -> Callable[[Any], Any]:
+    return click.option("--adapter", "adapters", metavar="FOLDER[=WEIGHT]", multiple=True, help=help_text)
+
+
 @main.command(short_help="Convert a checkpoint into a verified model folder.")
 @click.argument("source")
 @click.option(
@@ -160,6 +165,7 @@ def _build_options(command: Any) -> Any:
     help="How keys and values are kept: int8 takes a quarter of the memory and decodes faster, but reads "
     "prompts slowly unless --prefill int8 does it.",
 )
+@_adapter_option("A LoRA adapter of PEFT's, merged into the weights; may be given several times.")
 @click.option(
     "-o",
     "--output",
@@ -240,10 +246,13 @@ def export(
 @main.command(short_help="Compare a model folder or a .plan with PyTorch.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The checkpoint: a folder or a model id.")
+@_adapter_option("An adapter that was merged by the export, in its order.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option("--write", is_flag=True, help="Write the report and its verdict into the folder.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def verify(path: Path, reference: str, as_json: bool, write: bool, quiet: bool) -> None:
+def verify(
+    path: Path, *, reference: str, adapters: tuple[str, ...], as_json: bool, write: bool, quiet: bool
+) -> None:
     """Compare PATH, a model folder or a .plan, with PyTorch, as the export does.
 
     Exit code 0: passed; 1: failed.
@@ -251,7 +260,7 @@ def verify(path: Path, reference: str, as_json: bool, write: bool, quiet: bool) 
     from qconvert.proof.finished import verify_folder
     from qconvert.proof.report_view import summary
 
-    report = verify_folder(path, reference, Progress(quiet=quiet), record=write)
+    report = verify_folder(path, reference, Progress(quiet=quiet), record=write, adapters=adapters)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from qconvert.checkpoint.load import (
     open_checkpoint,
     resolve_source,
     stored_dtypes,
+    with_adapters,
 )
 from qconvert.errors import QconvertError
 from qconvert.folder.artifact import ModelFolder, new_model_folder
@@ -49,6 +50,12 @@ if TYPE_CHECKING:
 _LIBRARIES = ("qconvert", "torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 
 
+_NO_TEXT = (
+    "the checkpoint has no tokenizer for its vocabulary, so its weights are rounded to nearest (rtn): with "
+    "one, int4 is rounded on a text, with half of the error"
+)
+
+
 @dataclass(frozen=True)
 class ExportOptions(Wishes):
     """What a user may choose; see ``qconvert export --help``."""
@@ -61,6 +68,7 @@ class ExportOptions(Wishes):
     keep_failed: bool = False
     hub: Hub = "huggingface"
     revision: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,20 +87,16 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     """
     from qconvert.lowering.forecast import data_bytes
 
-    checkpoint = open_checkpoint(resolve_source(source, hub=options.hub, revision=options.revision))
-    progress.note(*checkpoint.notes)
+    found = open_checkpoint(resolve_source(source, hub=options.hub, revision=options.revision))
+    checkpoint = with_adapters(found, options.adapters)
     target = target_named(options.target)
+    options = _packed_again(options, checkpoint, target)
     spec = target.fit(spec_of(checkpoint.config), options.max_length)
     readable = reads_text(checkpoint.folder, spec.vocab_size)
     choice = choose(options, target.capabilities, spec, checkpoint.held, reads_text=readable)
-    text = None
-    if choice.name == "int4-rtn" and options.recipe is None:
-        progress.note(
-            "the checkpoint has no tokenizer for its vocabulary, so its weights are rounded to nearest "
-            "(rtn): with one, int4 is rounded on a text, with half of the error"
-        )
-    recipe = choice.recipe
-    progress.note(*about_codes(checkpoint.stored_as, recipe))
+    text, recipe = None, choice.recipe
+    progress.note(*checkpoint.notes, *about_codes(checkpoint.stored_as, recipe))
+    progress.note(*([_NO_TEXT] if choice.name == "int4-rtn" and options.recipe is None else []))
     if choice.calibrated:
         text = calibration_text(
             options.calibrate, checkpoint.folder, spec.vocab_size, spec.context_length, choice.tokens
@@ -110,7 +114,10 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                 model = load_model(checkpoint)
             balance, values, rounded = NO_FOLDING, NO_FOLDING, None
             if text is not None:
-                rounded = RoundedWeights(folder.output, hashes.result(), recipe)
+                of_adapters = {
+                    f"adapter {place}": f"{each}" for place, each in enumerate(checkpoint.adapters)
+                }
+                rounded = RoundedWeights(folder.output, {**hashes.result(), **of_adapters}, recipe)
                 if choice.method == "awq":
                     leftovers.callback(rounded.remove)  # after a failure nothing is kept: awq is quick
                     factors = balance_and_round(model, recipe, text.sequences, rounded, progress)
@@ -149,6 +156,13 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
         if rounded is not None:
             rounded.remove()
         return Exported(published, report)
+
+
+def _packed_again(options: ExportOptions, checkpoint: Checkpoint, target: Target) -> ExportOptions:
+    """Adapters were merged into codes: by default all of them become codes of as many bits again."""
+    if options.precision is None and checkpoint.repacked in target.capabilities.precisions:
+        return replace(options, precision=checkpoint.repacked)
+    return options
 
 
 def write_graph(
@@ -244,6 +258,7 @@ def describe(
                 {"path": path.name, "size": path.stat().st_size, "sha256": source_hashes[path.name]}
                 for path in checkpoint.weight_files
             ],
+            **({"adapters": list(checkpoint.adapters)} if checkpoint.adapters else {}),
         },
         "model": {
             "architecture": family_of(checkpoint.config).architecture,

@@ -6,11 +6,13 @@ With ``files`` and ``header`` (the weight files), ``config`` (config.json), ``as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qconvert.checkpoint.adapters.adapters import merge, read_adapter
+from qconvert.checkpoint.adapters.merge import Merged
 from qconvert.checkpoint.assemble import assemble
 from qconvert.checkpoint.computed import Computed
 from qconvert.checkpoint.config import load_config
@@ -19,6 +21,7 @@ from qconvert.checkpoint.files import TensorInfo, inspect_files, read_weight_fil
 from qconvert.checkpoint.fit import find_misfit
 from qconvert.checkpoint.hub import resolve_source
 from qconvert.checkpoint.quantised.scheme import find_quantised, find_scheme
+from qconvert.checkpoint.quantised.tensors import TensorFiles
 from qconvert.checkpoint.text_files import read_json_object, text_file_states
 from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.checkpoint.tokens import EndTokens, end_tokens
@@ -47,7 +50,8 @@ __all__ = [
 class Checkpoint:
     """A checked checkpoint. ``tensors`` comes from the headers; no weight was read.
 
-    ``computed`` are those of the model's tensors that no file holds as floats (``computed.py``).
+    ``computed`` are those of the model's tensors that no file holds as floats (``computed.py``). ``adapters``
+    are facts of those that were merged, for the manifest.
     """
 
     folder: Path
@@ -60,16 +64,30 @@ class Checkpoint:
     sampling: SamplingParams
     notes: tuple[str, ...] = ()
     computed: Mapping[str, Computed] = field(default_factory=dict)
+    adapters: tuple[dict[str, Any], ...] = ()
 
     @property
     def held(self) -> dict[str, Kept]:
-        """Matrices that it holds in codes which can be kept."""
+        """Matrices that it holds in codes which can be kept; none once adapters were merged into some."""
+        if self.repacked is not None:
+            return {}
         return {name: each.kept for name, each in self.computed.items() if each.kept is not None}
 
     @property
     def stored_as(self) -> dict[str, str]:
-        """What the files hold in the place of each computed tensor, for people."""
-        return {name: each.stored_as for name, each in self.computed.items()}
+        """What the files hold in the place of each quantised tensor, for people."""
+        return {
+            name: each.stored_as
+            for name, each in self.computed.items()
+            if not isinstance(each, Merged) or each.quantised is not None
+        }
+
+    @property
+    def repacked(self) -> str | None:
+        """The precision of the codes into which adapters were merged, if there are any."""
+        merged = (each.quantised for each in self.computed.values() if isinstance(each, Merged))
+        bits = [each.kept.fmt.bits for each in merged if each is not None and each.kept is not None]
+        return f"int{min(bits)}" if bits else None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -116,6 +134,41 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ),
         computed={} if quantised is None else quantised.computed,
     )
+
+
+def with_adapters(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    """The checkpoint with adapters merged into its weights, which is done while they are read.
+
+    Args:
+        checkpoint: the model on which they were trained.
+        names: each FOLDER or FOLDER=WEIGHT.
+
+    Raises:
+        QconvertError: see ``read_adapter`` and ``merge``.
+    """
+    if not names:
+        return checkpoint
+    adapters = [read_adapter(name) for name in names]
+    config = checkpoint.config
+    files = TensorFiles(checkpoint.folder, checkpoint.tensors)
+    expected = expected_tensors(spec_of(config))
+    merged = merge(adapters, checkpoint.computed, files, expected, config.tie_word_embeddings)
+    facts = tuple(adapter.facts() for adapter in adapters)
+    notes = [
+        f"adapter {fact['name']} (rank {fact['rank']}, weight {fact['weight']:g}) is merged" for fact in facts
+    ]
+    notes.append(f"adapters change {len(merged)} of the model's {len(expected)} tensors")
+    found = replace(
+        checkpoint,
+        computed={**checkpoint.computed, **merged},
+        adapters=facts,
+        name="-".join([checkpoint.name, "with", *(fact["name"] for fact in facts)]),
+        notes=(*checkpoint.notes, *notes),
+    )
+    if found.repacked is None:
+        return found
+    told = "the model is quantised: its weights are dequantised, the adapters merged, and all packed again"
+    return replace(found, notes=(*found.notes, told))
 
 
 def file_error(folder: Path, state: FileState) -> QconvertError:

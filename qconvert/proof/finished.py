@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from qconvert.checkpoint.load import load_model, open_checkpoint, resolve_source
+from qconvert.checkpoint.load import Checkpoint, load_model, open_checkpoint, resolve_source, with_adapters
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
 from qconvert.folder.lock import only_changer
@@ -20,13 +22,16 @@ from qrun.folder.manifest import MANIFEST_NAME, Manifest, names_plan, read_manif
 from qrun.folder.plan import read_plan
 
 
-def verify_folder(path: Path, checkpoint: str, progress: Progress, *, record: bool = False) -> Report:
+def verify_folder(
+    path: Path, checkpoint: str, progress: Progress, *, record: bool = False, adapters: tuple[str, ...] = ()
+) -> Report:
     """The same proof for a finished folder, whose files are hashed against the manifest first.
 
     Args:
         path: the model folder, or a .onnx file or plan inside it.
         checkpoint: a checkpoint's folder or a model id.
         record: write the report and its verdict into the folder; otherwise it is only read.
+        adapters: those that were merged, each FOLDER or FOLDER=WEIGHT.
 
     Raises:
         QrunError: a file that is not the manifest's, a bad checkpoint or one of another model, a plan that
@@ -38,21 +43,42 @@ def verify_folder(path: Path, checkpoint: str, progress: Progress, *, record: bo
     else:
         path = manifest.folder
     if not record:
-        return _verify(path, manifest, checkpoint, progress)
+        return _verify(path, manifest, (checkpoint, adapters), progress)
     _check_writable(manifest.folder)
     with only_changer(manifest.folder):
-        report = _verify(path, manifest, checkpoint, progress)
+        report = _verify(path, manifest, (checkpoint, adapters), progress)
         _record(manifest, report)
     return report
 
 
-def _verify(path: Path, manifest: Manifest, checkpoint: str, progress: Progress) -> Report:
+def _verify(
+    path: Path, manifest: Manifest, reference: tuple[str, tuple[str, ...]], progress: Progress
+) -> Report:
     with progress.task("hashing the files", sum(file.size for file in manifest.files)) as advance:
         manifest.check_files(hashes=True, progress=advance)
-    source = open_checkpoint(resolve_source(checkpoint))
+    checkpoint, adapters = reference
+    source = with_adapters(open_checkpoint(resolve_source(checkpoint)), adapters)
+    _check_adapters(manifest, source)
     with progress.task("loading the checkpoint"):
         model = load_model(source)
     return verify(path, source, Reference(model), progress)
+
+
+def _check_adapters(manifest: Manifest, source: Checkpoint) -> None:
+    """Refuse other adapters than those that were merged, before minutes of work show it."""
+    recorded = (manifest.origin.source or {}).get("adapters", [])
+    if [_identity(each) for each in recorded] == [_identity(each) for each in source.adapters]:
+        return
+    names = " ".join(f"--adapter {each.get('name')}={each.get('weight')}" for each in recorded)
+    raise QconvertError(
+        "these are not the adapters that were merged into the folder's weights",
+        where=manifest.folder,
+        hint=f"give them in their order: {names}" if names else "leave --adapter out: none was merged",
+    )
+
+
+def _identity(adapter: Mapping[str, Any]) -> tuple[Any, Any]:
+    return adapter.get("weight"), adapter.get("sha256")
 
 
 def _check_plan(path: Path, manifest: Manifest, record: bool) -> None:
