@@ -93,9 +93,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
             if state.status == "missing"
             else f"config.json is unusable: {state.detail}"
         )
-        hint = (
-            "give a checkpoint's folder as it comes from a hub" if state.status == "missing" else state.hint
-        )
+        hint = _where_else(folder) if state.status == "missing" else state.hint
         raise QconvertError(f"{what}.", where=path, hint=hint)
 
     family = _check_identity(raw, path)
@@ -117,6 +115,13 @@ def load_config(folder: Path) -> PreTrainedConfig:
         config.pad_token_id = None  # no effect on an export; transformers refuses to build such a model
     config._attn_implementation = "sdpa"
     return config
+
+
+def _where_else(folder: Path) -> str:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return f"give the GGUF file that you want itself, such as {ggufs[0]}"
+    return "give a checkpoint's folder as it comes from a hub"
 
 
 def _of_the_model(raw: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from qconvert.checkpoint.file_state import (
     Status,
     refuse_pointer,
 )
+from qconvert.checkpoint.gguf.marker import parts_of
 from qconvert.checkpoint.header import read_header
 from qconvert.checkpoint.text_files import read_json_object, text_file_states
 
@@ -52,7 +53,12 @@ def inspect_files(folder: Path) -> list[FileState]:
 
 
 def read_weight_files(folder: Path) -> WeightFiles:
-    """Finds the safetensors files as transformers does (one file, else an index) and reads their headers."""
+    """Finds the safetensors files as transformers does (one file, else an index) and reads their headers.
+
+    In the folder of a GGUF file (``gguf/folder.py``) it is that file's parts.
+    """
+    if (parts := parts_of(folder)) is not None:
+        return _read_gguf(parts)
     if (folder / SINGLE_FILE).is_file():
         state, tensors = _read_shard(folder, SINGLE_FILE)
         others = sorted(path.name for path in folder.glob("model*.safetensors") if path.name != SINGLE_FILE)
@@ -61,6 +67,21 @@ def read_weight_files(folder: Path) -> WeightFiles:
     if (folder / INDEX_FILE).is_file():
         return _read_sharded(folder)
     return WeightFiles((_no_weights(folder),), {})
+
+
+def _read_gguf(parts: list[Path]) -> WeightFiles:
+    from qconvert.checkpoint.gguf.container import open_container
+    from qconvert.checkpoint.gguf.metadata import ROPE_FACTORS
+    from qconvert.checkpoint.gguf.tensors import checkpoint_name
+
+    states, tensors = [], {}
+    for path in parts:
+        file = open_container(path)
+        states.append(FileState(path.name, path.stat().st_size, "whole", f"{len(file.tensors)} tensors"))
+        for name, found in file.tensors.items():
+            if name != ROPE_FACTORS:
+                tensors[checkpoint_name(name)] = TensorInfo(found.kind.name, found.shape, path.name)
+    return WeightFiles(tuple(states), tensors)
 
 
 def _read_sharded(folder: Path) -> WeightFiles:
@@ -184,6 +205,7 @@ def _other_kind(folder: Path) -> FileState | None:
         detail = "only pickle weights, which can run code when loaded; qconvert reads safetensors only"
         return FileState(pickles[0].name, pickles[0].stat().st_size, "refused", detail, hint)
     if ggufs := sorted(folder.glob("*.gguf")):
-        hint = "get the original checkpoint with safetensors weights"
-        return FileState(ggufs[0].name, ggufs[0].stat().st_size, "refused", "GGUF weights are not read", hint)
+        hint = f"give the file itself: {ggufs[0]}"
+        detail = "a GGUF file has its own configuration and tokenizer, and is read alone"
+        return FileState(ggufs[0].name, ggufs[0].stat().st_size, "refused", detail, hint)
     return None

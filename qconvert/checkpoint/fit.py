@@ -61,7 +61,7 @@ def find_misfit(config: PreTrainedConfig, tensors: Mapping[str, TensorInfo]) -> 
             problems.append(f"{name} is missing" + (" (tie_word_embeddings is false)" if untied else ""))
         elif tensors[name].shape != shape:
             problems.append(f"{name} has shape {list(tensors[name].shape)}, the config implies {list(shape)}")
-        elif tensors[name].dtype not in FLOAT_DTYPES:
+        elif tensors[name].dtype not in FLOAT_DTYPES and not _is_gguf(tensors[name]):
             problems.append(
                 f"{name} is stored as {tensors[name].dtype}, not as one of {', '.join(FLOAT_DTYPES)}"
             )
@@ -78,6 +78,15 @@ def holds_plain_floats(tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether nothing in the files looks like quantised weights."""
     floats = all(info.dtype in FLOAT_DTYPES for info in tensors.values())
     return bool(tensors) and floats and not any(map(_QUANTISED.search, tensors))
+
+
+def _is_gguf(info: TensorInfo) -> bool:
+    """Whether a tensor has a type of GGUF files, whose matrices are dequantised when they are read."""
+    if not info.file.endswith(".gguf"):
+        return False
+    from qconvert.checkpoint.gguf.container import WEIGHT_TYPES
+
+    return info.dtype in WEIGHT_TYPES
 
 
 def _other_names(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> Misfit | None:

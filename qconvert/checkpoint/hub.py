@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from qconvert.checkpoint.gguf.marker import is_gguf
 from qconvert.errors import QconvertError
 from qrun.folder.paths import user_path
 
@@ -20,8 +21,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def resolve_source(source: str, *, hub: Hub = "huggingface", revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded into the hub's own cache where ``source`` is a hub id.
 
+    Of a GGUF file it is a temporary one (``gguf/folder.py``).
+
     Args:
-        source: an existing folder, or ``org/name``. Anything that looks like a path must exist.
+        source: an existing folder or GGUF file, or ``org/name``. Anything that looks like a path must exist.
         hub: which hub an id means.
         revision: branch, tag or commit of a hub id.
 
@@ -33,7 +36,7 @@ def resolve_source(source: str, *, hub: Hub = "huggingface", revision: str | Non
     if source and path.exists():  # Path("") would be the current folder
         if revision is not None:
             raise QconvertError(f"A revision ({revision}) has no meaning for a folder.", where=source)
-        return path
+        return as_folder(path)
     if not _HUB_ID.fullmatch(source):
         raise QconvertError(
             f"There is no folder {source}.",
@@ -42,6 +45,19 @@ def resolve_source(source: str, *, hub: Hub = "huggingface", revision: str | Non
     if hub == "modelscope":
         return _from_modelscope(source, revision)
     return _from_huggingface(source, revision)
+
+
+def as_folder(path: Path) -> Path:
+    """The temporary folder of a GGUF file; any other path as it is.
+
+    Raises:
+        QconvertError: see ``gguf.folder.unpack``.
+    """
+    if not is_gguf(path):
+        return path
+    from qconvert.checkpoint.gguf.folder import unpack
+
+    return unpack(path)
 
 
 def _from_huggingface(repository: str, revision: str | None) -> Path:

@@ -19,6 +19,7 @@ from qconvert.checkpoint.config import load_config
 from qconvert.checkpoint.file_state import FileState
 from qconvert.checkpoint.files import TensorInfo, inspect_files, read_weight_files
 from qconvert.checkpoint.fit import find_misfit
+from qconvert.checkpoint.gguf.marker import parts_of, told_of_the_file
 from qconvert.checkpoint.hub import resolve_source
 from qconvert.checkpoint.quantised.scheme import find_quantised, find_scheme
 from qconvert.checkpoint.quantised.tensors import TensorFiles
@@ -34,6 +35,8 @@ from qrun.sampling.params import SamplingParams, resolve, unsupported_settings
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from qconvert.checkpoint.gguf.tensors import GgufTensors
+
 __all__ = [
     "Checkpoint",
     "FileState",
@@ -44,6 +47,9 @@ __all__ = [
     "open_checkpoint",
     "resolve_source",
 ]
+
+# How tensors of a GGUF file are stored that are not quantised.
+_FLOATS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Checkpoint:
         return {
             name: each.stored_as
             for name, each in self.computed.items()
-            if not isinstance(each, Merged) or each.quantised is not None
+            if (not isinstance(each, Merged) or each.quantised is not None) and each.stored_as not in _FLOATS
         }
 
     @property
@@ -99,13 +105,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         QconvertError: see ``load_config``; weights that are missing, truncated, garbage, Git LFS pointers,
             pickles or outside the folder; tensors that do not fit the config.
     """
+    with told_of_the_file(folder):
+        return _open(folder)
+
+
+def _open(folder: Path) -> Checkpoint:
     config = load_config(folder)
     weights = read_weight_files(folder)
     for state in (*text_file_states(folder), *weights.states):
         tokenizer_only = state.name == "tokenizer.json" and state.status == "missing"
         if state.harmful and not tokenizer_only:
             raise file_error(folder, state)
-    tensors, quantised = weights.tensors, None
+    tensors, quantised, gguf = weights.tensors, None, _gguf(folder)
     if (scheme := find_scheme(folder)) is not None:
         quantised = find_quantised(folder, scheme, tensors, expected_tensors(spec_of(config)))
         tensors = quantised.tensors
@@ -129,10 +140,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         sampling=resolve({}, generation)[0],
         notes=(
             *weights.notes,
+            *(() if gguf is None else gguf.notes),
             *_notes(config, tensors, ends, generation),
             *_tokenizer_notes(folder, config.vocab_size),
         ),
-        computed={} if quantised is None else quantised.computed,
+        computed=quantised.computed if quantised is not None else {} if gguf is None else gguf.computed,
     )
 
 
@@ -169,6 +181,15 @@ def with_adapters(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
         return found
     told = "the model is quantised: its weights are dequantised, the adapters merged, and all packed again"
     return replace(found, notes=(*found.notes, told))
+
+
+def _gguf(folder: Path) -> GgufTensors | None:
+    """The tensors of a GGUF file, where the folder is one's."""
+    if (parts := parts_of(folder)) is None:
+        return None
+    from qconvert.checkpoint.gguf.tensors import read_tensors
+
+    return read_tensors(parts, read_json_object(folder / "config.json")[1] or {})
 
 
 def file_error(folder: Path, state: FileState) -> QconvertError:
@@ -235,4 +256,5 @@ def stored_dtypes(tensors: dict[str, TensorInfo]) -> list[str]:
     """The types of the tensors on disk, by PyTorch's names, those of most bytes first."""
     names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     held = {info.dtype for info in tensors.values()}
-    return [name for dtype, name in names.items() if dtype in held]
+    of_gguf = {info.dtype for info in tensors.values() if info.file.endswith(".gguf")} - names.keys()
+    return [*sorted(of_gguf), *(name for dtype, name in names.items() if dtype in held)]

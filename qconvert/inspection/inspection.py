@@ -11,6 +11,8 @@ from qconvert.calibration.text import reads_text
 from qconvert.checkpoint.config import load_config
 from qconvert.checkpoint.files import read_weight_files
 from qconvert.checkpoint.fit import find_misfit
+from qconvert.checkpoint.gguf.marker import told_of_the_file
+from qconvert.checkpoint.hub import as_folder
 from qconvert.checkpoint.load import FileState, checkpoint_name
 from qconvert.checkpoint.text_files import text_file_states
 from qconvert.errors import QconvertError
@@ -83,6 +85,12 @@ def describe(folder: Path) -> Inspection:
     Raises:
         QconvertError: no folder, no or a malformed config.json, or a model that an export does not cover.
     """
+    folder = as_folder(folder)
+    with told_of_the_file(folder):
+        return _describe(folder)
+
+
+def _describe(folder: Path) -> Inspection:
     config = load_config(folder)
     spec = spec_of(config)
     weights = read_weight_files(folder)
