@@ -94,6 +94,9 @@ class KeptWeights(Mapping[str, PackedWeight]):
     def __getitem__(self, name: str) -> PackedWeight:
         return self._found[name].pack()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._found  # Mapping's own would pack it
+
     def __iter__(self) -> Any:
         return iter(self._found)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qconvert.checkpoint.quantised.fields import Field, Fields, names, one_of, truth
+from qconvert.checkpoint.quantised.fields import ORIGINAL, Field, Fields, names, one_of, truth
 from qconvert.checkpoint.quantised.grouped import SCALE_DTYPES, Grouped, Groups
 from qconvert.checkpoint.quantised.tensors import TensorFiles
 from qconvert.errors import QconvertError
@@ -54,9 +54,8 @@ class AWQ:
         rows, columns = shape
         length = columns if self.group_size == -1 else self.group_size
         if rows % _PER_WORD or columns % length:
-            raise QconvertError(
-                f"{base}: a matrix {rows} x {columns} has no whole groups of {length}", where=files.folder
-            )
+            what = f"{base}: a matrix {rows} x {columns} has no whole groups of {length}"
+            raise QconvertError(what, where=files.folder, hint=ORIGINAL)
         files.expect(f"{base}.qweight", ("I32",), (columns, rows // _PER_WORD))
         files.expect(f"{base}.qzeros", ("I32",), (columns // length, rows // _PER_WORD))
         files.expect(f"{base}.scales", tuple(SCALE_DTYPES), (columns // length, rows))

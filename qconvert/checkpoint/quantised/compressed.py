@@ -116,7 +116,8 @@ class Compressed:
         if bool((found == -1).all()):  # registered, and never set
             return None
         if int(found.min()) < 0 or int(found.max()) >= count:
-            raise QconvertError(f"{name} names a group of {count} that is not there", where=files.folder)
+            what = f"{name} names a group of {count} that is not there"
+            raise QconvertError(what, where=files.folder, hint=ORIGINAL)
         return None if torch.equal(found, torch.arange(columns) // length) else found.clone()
 
 

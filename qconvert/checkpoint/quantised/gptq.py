@@ -67,9 +67,8 @@ class GPTQ:
         length = columns if length == -1 else length
         per_word, count = 32 // bits, -(-columns // length)
         if rows % per_word or columns % per_word:
-            raise QconvertError(
-                f"{base}: a matrix {rows} x {columns} is not packed in whole words", where=files.folder
-            )
+            what = f"{base}: a matrix {rows} x {columns} is not packed in whole words"
+            raise QconvertError(what, where=files.folder, hint=ORIGINAL)
         files.expect(f"{base}.qweight", ("I32",), (columns // per_word, rows))
         files.expect(f"{base}.qzeros", ("I32",), (count, rows // per_word))
         files.expect(f"{base}.scales", tuple(SCALE_DTYPES), (count, rows))

@@ -1,0 +1,330 @@
+"""If one of these fails, a quantised checkpoint or an adapter that is not covered becomes a wrong model.
+
+Each is typed as a user types it: exit code 1, one message with what is wrong, where, and what to do, and
+nothing left behind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from qconvert.cli import main
+from tests.qconvert.adapting import PREFIX, make_adapter
+from tests.qconvert.breaking import POINTER, edit_json, edit_weights
+from tests.qconvert.quantising import make_awq, make_compressed, make_float8, make_gptq
+from tests.tiny import make_tiny_checkpoint
+
+Break = Callable[[Path], object]
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+def told(tmp_path: Path, *options: str) -> str:
+    """The message of an export that is refused; everything around it stays as it was."""
+    before = sorted((str(path), path.lstat().st_size) for path in tmp_path.rglob("*"))
+    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--no-verify", *options]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception  # anything else is a traceback
+    assert sorted((str(path), path.lstat().st_size) for path in tmp_path.rglob("*")) == before
+    assert "what to do" in result.output
+    return " ".join(result.output.split())
+
+
+def config(**changes: Any) -> Break:
+    """Changes fields of quantization_config."""
+    return lambda folder: edit_json(
+        folder / "config.json", lambda raw: raw["quantization_config"].update(changes)
+    )
+
+
+def group(**changes: Any) -> Break:
+    """Changes fields of the weights in compressed-tensors' only group."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["quantization_config"]["config_groups"]["group_0"]["weights"].update(changes)
+
+    return lambda folder: edit_json(folder / "config.json", change)
+
+
+def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Break:
+    """Changes a tensor of the weight file, or removes it."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        changed = change(tensors.pop(name))
+        if changed is not None:
+            tensors[name] = changed.contiguous()
+
+    return lambda folder: edit_weights(folder, edit)
+
+
+def filled(value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda found: torch.full_like(found, value)
+
+
+def add_bias(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": torch.ones(256)}))
+
+
+def quantised_head(folder: Path) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for end in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors[f"lm_head.{end}"] = tensors[f"{Q0}.{end}"].clone()
+
+    edit_weights(folder, edit)
+
+
+CHECKPOINTS: dict[str, tuple[Callable[..., Any], dict[str, Any], Break, str]] = {
+    "bitsandbytes": (make_gptq, {}, config(quant_method="bitsandbytes"), "method bitsandbytes. Of such"),
+    "hqq": (make_gptq, {}, config(quant_method="hqq"), "method hqq. Of such checkpoints, GPTQ, AWQ, compr"),
+    "no method": (make_gptq, {}, config(quant_method=None), "method unnamed"),
+    "a list in its place": (
+        make_gptq,
+        {},
+        lambda folder: edit_json(folder / "config.json", lambda raw: raw.update(quantization_config=[4])),
+        "method [4]",
+    ),
+    "GPTQ in 2 bits": (
+        make_gptq,
+        {},
+        config(bits=2),
+        "GPTQ with bits = 2 is not supported: 4 and 8 bits are",
+    ),
+    "GPTQ in 3 bits": (make_gptq, {}, config(bits=3), "GPTQ with bits = 3 is not supported"),
+    "GPTQ in Marlin's order": (make_gptq, {}, config(checkpoint_format="marlin"), "= 'marlin' is not"),
+    "GPTQ of Marlin, the older field": (make_gptq, {}, config(is_marlin_format=True), "Marlin's order"),
+    "GPTQ in groups of 0": (make_gptq, {}, config(group_size=0), "group_size = 0"),
+    "GPTQ packed in int64": (make_gptq, {}, config(pack_dtype="int64"), "pack_dtype = 'int64'"),
+    "GPTQ that was rotated": (make_gptq, {}, config(rotation="hadamard"), "rotation = 'hadamard' is not su"),
+    "GPTQ with other overrides": (make_gptq, {}, config(dynamic={".*": {"adapter": 1}}), "dynamic = {'.*'"),
+    "GPTQ of another group size": (make_gptq, {}, config(group_size=64), "qzeros is I32 [4, 16], due is I32"),
+    "GPTQ of other bits": (make_gptq, {}, config(bits=8), "qweight is I32 [16, 128], due is I32 [32, 128]"),
+    "GPTQ with a zero point of 16": (make_gptq, {}, tensor(f"{Q0}.qzeros", filled(-1)), "a zero point of 16"),
+    "GPTQ with a group that is not there": (make_gptq, {}, tensor(f"{Q0}.g_idx", filled(9)), "a group of 4"),
+    "GPTQ without scales": (make_gptq, {}, tensor(f"{Q0}.scales", lambda _: None), f"{Q0}.scales is missing"),
+    "GPTQ with a scale of NaN": (
+        make_gptq,
+        {},
+        tensor(f"{Q0}.scales", lambda found: found * torch.nan),
+        f"{Q0}.weight holds NaN or Inf",
+    ),
+    "GPTQ with a bias that is none": (make_gptq, {}, add_bias, "up_proj.bias has no place in this model"),
+    "GPTQ with a tied head in codes": (make_gptq, {}, quantised_head, "lm_head is quantised by itself"),
+    "AWQ in 8 bits": (make_awq, {}, config(bits=8), "AWQ with bits = 8 is not supported: 4 bits are"),
+    "AWQ packed as gemv": (
+        make_awq,
+        {},
+        config(version="gemv"),
+        "version = 'gemv' is not supported: the pac",
+    ),
+    "AWQ in groups that do not fit": (make_awq, {}, config(group_size=96), "has no whole groups of 96"),
+    "compressed-tensors of 4-bit floats": (
+        make_compressed,
+        {},
+        config(format="nvfp4-pack-quantized"),
+        "format = 'nvfp4-pack-quantized'",
+    ),
+    "compressed-tensors in 3 bits": (make_compressed, {}, group(num_bits=3), "num_bits = 3 is not supported"),
+    "compressed-tensors with holes": (
+        make_compressed,
+        {},
+        config(sparsity_config={"format": "sparse-24-bitmask"}),
+        "weights with holes are not read",
+    ),
+    "compressed-tensors that were rotated": (
+        make_compressed,
+        {},
+        config(transform_config={"config_groups": {"R1": {}}}),
+        "rotated weights are not read",
+    ),
+    "compressed-tensors of a group that names nothing": (
+        make_compressed,
+        {},
+        config(ignore=["re:.*q_proj"]),
+        f"{Q0} is quantised, although no group of config.json names it",
+    ),
+    "compressed-tensors by dynamic scales": (make_compressed, {}, group(dynamic=True), "dynamic = True"),
+    "FP8 of another kind": (make_float8, {}, config(fmt="e5m2"), "FP8 with fmt = 'e5m2' is not supported"),
+    "FP8 without scales": (
+        make_float8,
+        {},
+        tensor(f"{Q0}.weight_scale_inv", lambda _: None),
+        f"{Q0} has no scales (weight_scale_inv or weight_scale)",
+    ),
+    "FP8 in other tiles": (
+        make_float8,
+        {},
+        config(weight_block_size=[64, 64]),
+        "F32 [4, 4], which is none of [[2, 2]]",
+    ),
+    "FP8 in tiles of nothing": (make_float8, {}, config(weight_block_size=[0]), "weight_block_size = [0]"),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_quantised_checkpoint_that_is_not_covered(tmp_path: Path, kind: str) -> None:
+    make, settings, damage, message = CHECKPOINTS[kind]
+    make(tmp_path / "model", **settings)
+    damage(tmp_path / "model")
+    assert message in told(tmp_path)
+
+
+def adapter_config(**changes: Any) -> Break:
+    return lambda folder: edit_json(folder / "adapter_config.json", lambda raw: raw.update(changes))
+
+
+def adapter_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Break:
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        file.rename(folder / "model.safetensors")
+        edit_weights(folder, change)
+        (folder / "model.safetensors").rename(file)
+
+    return edit
+
+
+def text_in_place_of(name: str, text: str) -> Break:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def one_for_another(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{PREFIX}model.layers.7.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 64)
+    tensors[f"{PREFIX}model.layers.7.mlp.up_proj.lora_B.weight"] = torch.zeros(128, 4)
+
+
+ADAPTERS: dict[str, tuple[dict[str, Any], Break, str]] = {
+    "DoRA": ({}, adapter_config(use_dora=True), "an adapter with use_dora = True is not merged: DoRA scales"),
+    "IA3": ({}, adapter_config(peft_type="IA3"), "peft_type = 'IA3' is not merged: LoRA alone is merged"),
+    "a classifier": ({}, adapter_config(task_type="SEQ_CLS"), "another task than generating text"),
+    "PiSSA": ({}, adapter_config(init_lora_weights="pissa"), "init_lora_weights = 'pissa' is not merged"),
+    "QALoRA": ({}, adapter_config(use_qalora=True), "use_qalora = True"),
+    "activated LoRA": ({}, adapter_config(alora_invocation_tokens=[1, 2]), "from certain tokens on only"),
+    "biases inside": ({}, adapter_config(lora_bias=True), "lora_bias = True"),
+    "doubled layers": ({}, adapter_config(layer_replication=[[0, 1]]), "it doubles layers"),
+    "rows of the embedding": (
+        {},
+        adapter_config(trainable_token_indices=[5]),
+        "single rows of the embedding",
+    ),
+    "a field of next year": (
+        {},
+        adapter_config(use_xlora=True),
+        "use_xlora = True is not merged: this field",
+    ),
+    "a rank that is none": (
+        {},
+        adapter_config(r=0),
+        "r = 0 is not merged: a positive whole number is needed",
+    ),
+    "an alpha that is none": ({}, adapter_config(lora_alpha="big"), "lora_alpha = 'big'"),
+    "an expression that is none": (
+        {},
+        adapter_config(target_modules="(q_proj"),
+        "target_modules = '(q_proj'",
+    ),
+    "another rank": (
+        {},
+        adapter_config(r=8),
+        "lora_A.weight is F32 [4, 64], due is [8, 64] for this model and",
+    ),
+    "targets without matrices": ({}, adapter_config(target_modules=["q_proj", "o_proj"]), "has matrices for"),
+    "matrices without targets": ({}, adapter_config(target_modules=["q_proj"]), "has matrices for"),
+    "another model": (
+        {},
+        adapter_weights(one_for_another),
+        "layers.7.mlp.up_proj.weight, which this model do",
+    ),
+    "half a pair": (
+        {},
+        adapter_weights(lambda tensors: tensors.pop(f"{PREFIX}{Q0}.lora_B.weight")),
+        f"{Q0}.lora_B.weight is missing",
+    ),
+    "a tied embedding": (
+        {"modules": "embed_tokens", "target_modules": ["embed_tokens"]},
+        lambda folder: None,
+        "embedding and head are one tensor",
+    ),
+    "no configuration": (
+        {},
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        "There is no adapter_c",
+    ),
+    "no weights": (
+        {},
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        "The adapter has no ad",
+    ),
+    "pickles": ({}, only_pickles, "pickle weights only, which can run code when loaded"),
+    "no JSON": ({}, text_in_place_of("adapter_config.json", "{oops"), "malformed JSON in line 1"),
+    "a Git LFS pointer": ({}, text_in_place_of("adapter_model.safetensors", POINTER), "git lfs pull"),
+    "no safetensors": ({}, text_in_place_of("adapter_model.safetensors", "x" * 99), "not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_that_is_not_covered(tmp_path: Path, kind: str) -> None:
+    settings, damage, message = ADAPTERS[kind]
+    make_tiny_checkpoint(tmp_path / "model")
+    make_adapter(tmp_path / "mine", tmp_path / "model", **settings)
+    damage(tmp_path / "mine")
+    assert message in told(tmp_path, "--adapter", str(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{}/mine=often", "'often' is no weight for an adapter"),
+        ("{}/mine=0", "'0' is no weight"),
+        ("{}/mine=nan", "'nan' is no weight"),
+        ("{}/nowhere", "is not there"),
+        ("{}/mine/adapter_config.json", "is a file, not an adapter's folder"),
+    ],
+)
+def test_an_adapter_that_is_named_wrongly(tmp_path: Path, given: str, message: str) -> None:
+    make_tiny_checkpoint(tmp_path / "model")
+    make_adapter(tmp_path / "mine", tmp_path / "model")
+    assert message in told(tmp_path, "--adapter", given.format(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"saved": ("norm",), "modules_to_save": ["norm"]}, ("mine=0.5",)),
+        ({"biases": True, "bias": "lora_only"}, ("mine", "another")),
+    ],
+    ids=["with a weight", "beside another"],
+)
+def test_what_is_replaced_as_a_whole_stands_alone(
+    tmp_path: Path, settings: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    make_tiny_checkpoint(tmp_path / "model")
+    make_adapter(tmp_path / "mine", tmp_path / "model", **settings)
+    make_adapter(tmp_path / "another", tmp_path / "model")
+    given = [part for name in names for part in ("--adapter", f"{tmp_path / name}")]
+    assert "as a whole, which no weight and no other adapter goes with" in told(tmp_path, *given)
+
+
+def test_a_quantize_config_beside_a_config_without_one(tmp_path: Path) -> None:
+    """AutoGPTQ's first checkpoints have their fields in a file of their own."""
+    make_gptq(tmp_path / "model")
+    raw = json.loads((tmp_path / "model/config.json").read_text())
+    fields = {key: value for key, value in raw.pop("quantization_config").items() if key != "quant_method"}
+    (tmp_path / "model/config.json").write_text(json.dumps(raw))
+    (tmp_path / "model/quantize_config.json").write_text(json.dumps(fields))
+    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "-q"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    (tmp_path / "model/quantize_config.json").write_text(json.dumps({**fields, "bits": 3}))
+    result = CliRunner().invoke(main, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "new")])
+    assert result.exit_code == 1
+    assert "quantize_config.json" in result.output
