@@ -62,7 +62,8 @@ test-matrix: $(VENV)/.ready
 	$(VENV)/bin/pytest -m "matrix or not matrix" tests/matrix
 
 test-mutations: $(VENV)/.ready
-	QCONVERT_MUTATIONS=3000 $(VENV)/bin/pytest tests/qconvert/test_mutations.py
+	QCONVERT_MUTATIONS=3000 QCONVERT_GGUF_MUTATIONS=5000 $(VENV)/bin/pytest tests/qconvert/test_mutations.py \
+		tests/qconvert/test_gguf_mutations.py
 
 # Tiny models come from the pinned environment, which has torch.
 test-oldest: $(OLDEST_VENV)/.ready $(VENV)/.ready
