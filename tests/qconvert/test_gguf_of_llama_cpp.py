@@ -1,0 +1,64 @@
+"""If these fail, files that llama.cpp wrote are read as other numbers than llama.cpp reads in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qconvert.checkpoint.hub import resolve_source
+from qconvert.checkpoint.load import load_model, open_checkpoint
+from qconvert.checkpoint.reference import Reference
+from qconvert.export import ExportOptions, export
+from qconvert.formats.layout import Arrays
+from qconvert.formats.stored import find
+from qconvert.progress import Progress
+from qrun.folder.manifest import read_manifest
+from tests.qconvert.llama_cpp_sources import SOURCES, make_source
+
+FOLDER = Path(__file__).parent / "data" / "gguf"
+FILES = sorted(FOLDER.glob("*.gguf"))
+LOGITS = np.load(FOLDER / "logits.npz")
+TOKENS = (84, 104, 101, 32, 99, 97, 116, 32, 115, 97, 116, 259, 261, 120, 200, 17)
+KEPT = {"Q4_0", "Q5_0", "Q8_0"}
+
+
+def reference(path: Path) -> Reference:
+    return Reference(load_model(open_checkpoint(resolve_source(str(path)))))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_floats_give_llama_cpp_s_logits(tmp_path: Path, name: str) -> None:
+    """Rows of q and k, factors of the rotary embedding, norms of heads: all as llama.cpp takes them."""
+    ours = reference(make_source(name, tmp_path)).logits(TOKENS)
+    assert np.abs(ours - LOGITS[name]).max() < 1e-4
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_own_files_give_its_logits_but_for_rounded_activations(path: Path) -> None:
+    """llama.cpp rounds activations to 8 bits in products; weights that were read wrongly would be far off."""
+    theirs, floats = LOGITS[path.stem], LOGITS[path.stem.split("-")[0]]
+    ours = reference(path).logits(TOKENS)
+    off = np.abs(ours - theirs).mean()
+    assert off < 0.04 * theirs.std()
+    if "Q4" in path.stem:
+        assert off < np.abs(floats - theirs).mean() / 4, "nearer to the floats than to the file"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_own_files_are_exported_and_proven(tmp_path: Path, path: Path) -> None:
+    done = export(str(path), ExportOptions(None, output=tmp_path / "model"), Progress(quiet=True))
+    assert done.report is not None
+    assert done.report.passed
+    manifest = read_manifest(tmp_path / "model")
+    kept = path.stem.split("-")[1] in KEPT
+    assert (manifest.recipe.kept > 0) is kept
+    if not kept:
+        return
+    checkpoint, arrays = open_checkpoint(resolve_source(str(path))), Arrays(tmp_path / "model" / "model.onnx")
+    for name, tensor in checkpoint.computed.items():
+        if name.endswith(("o_proj.weight", "up_proj.weight")):
+            stored = find(arrays, [name], tensor.shape[1])
+            rows = slice(0, tensor.shape[0])
+            assert np.array_equal(stored.rows(rows).numpy(), tensor.rows(slice(None)).numpy()), name
