@@ -93,7 +93,9 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
     options = _packed_again(options, checkpoint, target)
     spec = target.fit(spec_of(checkpoint.config), options.max_length)
     readable = reads_text(checkpoint.folder, spec.vocab_size)
-    choice = choose(options, target.capabilities, spec, checkpoint.held, reads_text=readable)
+    choice = choose(
+        options, target.capabilities, spec, checkpoint.held, reads_text=readable, coarse=checkpoint.stored_as
+    )
     text, recipe = None, choice.recipe
     progress.note(*checkpoint.notes, *about_codes(checkpoint.stored_as, recipe))
     progress.note(*([_NO_TEXT] if choice.name == "int4-rtn" and options.recipe is None else []))

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from qconvert.errors import QconvertError
 from qconvert.formats import shortlist
 from qconvert.formats.recipe import PROMPT_GROUPS, BlockFormat, Calibration, ChannelFormat, Kept, Recipe
+from qconvert.formats.stored import VOCABULARY
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.kept import keepable
-from qconvert.recipes.precisions import Capabilities, base_recipe
+from qconvert.recipes.precisions import Capabilities, base_recipe, recipe_for
 
 # Balance inputs, round in groups; round to nearest; GPTQ in few bits; GPTQ with more bits where they matter.
 RECIPES = ("awq", "rtn", "gptq", "gptq-mixed")
@@ -78,6 +79,7 @@ def choose(
     held: Mapping[str, Kept] | None = None,
     *,
     reads_text: bool = True,
+    coarse: Collection[str] = (),
 ) -> Choice:
     """What the options mean for a target and a model of these sizes.
 
@@ -87,12 +89,13 @@ def choose(
         spec: the model.
         held: matrices that the checkpoint holds in codes which can be kept.
         reads_text: whether the checkpoint has a tokenizer for its vocabulary.
+        coarse: matrices that the checkpoint holds quantised, in codes that can be kept or not.
 
     Raises:
         QconvertError: options that do not fit one another, the target or the model.
     """
     if wishes.precision is None and (kept := keepable(target, held or {})):
-        return _keep(wishes, target, spec, kept)
+        return _keep(wishes, target, spec, kept, coarse)
     precision = wishes.precision or target.precisions[0]
     usual = "awq" if precision == "int4" and target.calibrated else "rtn"
     name = _recipe_name(wishes, usual if reads_text else "rtn")
@@ -115,8 +118,17 @@ def choose(
     return Choice(recipe, called, None if name == "rtn" else "awq" if name == "awq" else "gptq")
 
 
-def _keep(wishes: Wishes, target: Capabilities, spec: DecoderSpec, kept: Mapping[str, Kept]) -> Choice:
-    """The codes as they are, everything else in the activations' type."""
+def _keep(
+    wishes: Wishes,
+    target: Capabilities,
+    spec: DecoderSpec,
+    kept: Mapping[str, Kept],
+    coarse: Collection[str],
+) -> Choice:
+    """The codes as they are, everything else in the activations' type.
+
+    An embedding or a head in other codes is rounded to 8 bits: in floats it would outweigh all the rest.
+    """
     for option, value in (
         ("--block-size", wishes.block_size),
         ("--recipe", wishes.recipe),
@@ -128,11 +140,12 @@ def _keep(wishes: Wishes, target: Capabilities, spec: DecoderSpec, kept: Mapping
                 hint="leave it out; or round its weights a second time, with --precision int4",
             )
     precision = f"int{min(each.fmt.bits for each in kept.values())}"
+    rounded = any(name in coarse and name not in kept for name in VOCABULARY)
     recipe = Recipe(
         precision,
         target.activations,
         None,
-        None,
+        recipe_for("int8", spec.hidden_size).head if rounded and not target.packed_columns else None,
         accuracy_level=0 if target.packed_columns else 4,
         kept=kept,
     )

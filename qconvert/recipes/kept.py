@@ -41,6 +41,9 @@ def about_codes(stored_as: Mapping[str, str], recipe: Recipe) -> tuple[str, ...]
         return (f"the checkpoint's weights are quantised already ({_kinds(stored_as)}): {_again(recipe)}",)
     notes = [f"{len(recipe.kept)} matrices keep the checkpoint's own codes ({_kinds(stored_as)})"]
     lost = {name: kind for name, kind in stored_as.items() if name not in recipe.kept}
+    if recipe.head is not None:
+        rounded = {name: lost.pop(name) for name in VOCABULARY if name in lost}
+        notes.append(f"embedding and head are rounded to {recipe.head.bits} bits ({_kinds(rounded)})")
     if lost:
         first = next(iter(lost))
         notes.append(

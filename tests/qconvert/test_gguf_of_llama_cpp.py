@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qconvert.checkpoint.hub import resolve_source
@@ -62,3 +63,14 @@ def test_its_own_files_are_exported_and_proven(tmp_path: Path, path: Path) -> No
             stored = find(arrays, [name], tensor.shape[1])
             rows = slice(0, tensor.shape[0])
             assert np.array_equal(stored.rows(rows).numpy(), tensor.rows(slice(None)).numpy()), name
+
+
+@pytest.mark.parametrize(("stem", "scales"), [("qwen2-Q8_0", "float16"), ("wide-Q4_0", "float32")])
+def test_an_embedding_is_stored_once_and_in_8_bits(tmp_path: Path, stem: str, scales: str) -> None:
+    """A tied one of Q8_0 was stored in floats as well; and Q6_K, llama.cpp's beside Q4_0, in floats alone."""
+    export(str(FOLDER / f"{stem}.gguf"), ExportOptions(None, output=tmp_path / "m"), Progress(quiet=True))
+    graph = ir.load(tmp_path / "m" / "model.onnx").graph
+    names = {name for name in graph.initializers if "embed_tokens" in name}
+    weight = "model.embed_tokens.weight"
+    assert names == {f"{weight}.q8", f"{weight}.q8.rows", f"{weight}.scales"}
+    assert graph.initializers[f"{weight}.scales"].const_value.dtype.numpy() == scales

@@ -82,7 +82,9 @@ class OnnxRuntimeLowering:
     # The verbs.
 
     def embed(self, weight: str) -> ir.Value:
-        head = self._recipe.head
+        kept = self._recipe.kept.get(weight)
+        looked_up = kept is not None and kept.order is None and kept.fmt.symmetric and kept.fmt.bits == 8
+        head = kept.fmt if kept is not None and looked_up else self._recipe.head
         if head is None:
             table = self._initializers.dense([weight], self._dtype)
             hidden = self._op("Gather", [table, self._input_ids], name=weight)
