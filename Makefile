@@ -9,6 +9,7 @@
 #   make test-gpu  what only an NVIDIA GPU can show; elsewhere each test says why it is skipped
 #   make test-oldest  the runtime with the lowest versions of what it needs; test-newest: all with the newest
 #   make test-clients langchain, litellm, llm-comply, schemathesis and lm-eval against the server (three minutes)
+#   make test-formats what we read of others' formats beside peft, compressed-tensors, AutoAWQ and GPTQModel
 #   make test-schemas the whole JSON-Schema-Test-Suite: each schema enforced or refused (two minutes)
 #   make test-interleavings thousands of interleavings of answers (minutes); make soak: ten minutes of bad clients
 #   make lint      ruff, mypy, import-linter
@@ -35,6 +36,7 @@ OLDEST_TESTS ?= $(filter-out %_sampling.py %_added_tokens.py %_chat_template.py 
 INTEROP_VENV := .venv-interop
 BENCH_VENV := .venv-bench
 CLIENTS_VENV := .venv-clients
+FORMATS_VENV := .venv-formats
 # Kept between runs: the sample checkpoint, which tests and `make interop` share.
 export QCONVERT_TEST_CACHE ?= $(CURDIR)/.cache/tests
 
@@ -50,7 +52,7 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 QUESTION := Name the capital of France.
 
 .PHONY: demo test test-oldest test-newest test-matrix test-mutations test-planted test-docs test-gpu lint
-.PHONY: interop benchmark compare clean test-interleavings test-schemas test-clients soak
+.PHONY: interop benchmark compare clean test-interleavings test-schemas test-clients test-formats soak
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -80,6 +82,11 @@ test-schemas: $(VENV)/.ready
 # Clients that others wrote, against a server of the test's own.
 test-clients: $(CLIENTS_VENV)/.ready
 	$(CLIENTS_VENV)/bin/pytest -rs tests/clients
+
+# The libraries that define formats, beside what we read of them. peft refuses to work where it sees GPTQModel.
+test-formats: $(FORMATS_VENV)/.ready
+	$(FORMATS_VENV)/bin/pytest tests/formats --ignore tests/formats/test_gptqmodel.py
+	PYTHONPATH=$(FORMATS_VENV)/gptqmodel $(FORMATS_VENV)/bin/pytest tests/formats/test_gptqmodel.py
 
 test-newest: $(NEWEST_VENV)/.ready
 	$(NEWEST_VENV)/bin/pytest
@@ -119,7 +126,7 @@ compare: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks.compare --out report
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(INTEROP_VENV) $(BENCH_VENV) $(CLIENTS_VENV) demo .cache build dist
+	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(INTEROP_VENV) $(BENCH_VENV) $(CLIENTS_VENV) $(FORMATS_VENV) demo .cache build dist
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Environments. The stamp comes last, so an interrupted installation is taken up again.
@@ -165,6 +172,19 @@ $(CLIENTS_VENV)/.ready: pyproject.toml constraints-clients.txt
 	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python $(PIP_INSTALL) -c constraints-clients.txt -e '.[cpu,serve]' \
 	    httpx langchain-openai litellm llm-comply schemathesis 'lm-eval[api]' transformers pytest pytest-timeout
+	@touch $@
+
+# AutoAWQ and GPTQModel come as sources: of each a few modules are imported, without their own requirements.
+$(FORMATS_VENV)/.ready: pyproject.toml constraints.txt constraints-formats.txt
+	@$(call check-python)
+	test -x $(FORMATS_VENV)/bin/python || $(PYTHON) -m venv $(FORMATS_VENV)
+	$(FORMATS_VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[cpu,export]' hypothesis pytest \
+	    pytest-timeout -r constraints-formats.txt
+	$(FORMATS_VENV)/bin/python $(PIP_INSTALL) --no-deps autoawq==0.2.9
+	$(FORMATS_VENV)/bin/python -m pip download --quiet --no-deps --no-binary gptqmodel \
+	    --dest $(FORMATS_VENV) gptqmodel==7.7.0
+	mkdir -p $(FORMATS_VENV)/gptqmodel
+	tar -xzf $(FORMATS_VENV)/gptqmodel-7.7.0.tar.gz --strip-components 1 -C $(FORMATS_VENV)/gptqmodel
 	@touch $@
 
 define check-python

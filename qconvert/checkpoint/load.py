@@ -57,7 +57,8 @@ class Checkpoint:
     """A checked checkpoint. ``tensors`` comes from the headers; no weight was read.
 
     ``computed`` are those of the model's tensors that no file holds as floats (``computed.py``). ``adapters``
-    are facts of those that were merged, for the manifest.
+    are facts of those that were merged, for the manifest, and ``merged_folders`` where they are, with their
+    weights.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     computed: Mapping[str, Computed] = field(default_factory=dict)
     adapters: tuple[dict[str, Any], ...] = ()
+    merged_folders: tuple[tuple[Path, float], ...] = ()
 
     @property
     def held(self) -> dict[str, Kept]:
@@ -174,6 +176,7 @@ def with_adapters(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
         checkpoint,
         computed={**checkpoint.computed, **merged},
         adapters=facts,
+        merged_folders=tuple((adapter.folder, adapter.weight) for adapter in adapters),
         name="-".join([checkpoint.name, "with", *(fact["name"] for fact in facts)]),
         notes=(*checkpoint.notes, *notes),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,22 @@ from typing import Any
 from qconvert.calibration.text import reads_text
 from qconvert.checkpoint.config import load_config
 from qconvert.checkpoint.files import read_weight_files
-from qconvert.checkpoint.fit import find_misfit
+from qconvert.checkpoint.fit import Misfit, find_misfit
 from qconvert.checkpoint.gguf.marker import told_of_the_file
 from qconvert.checkpoint.hub import as_folder
 from qconvert.checkpoint.load import FileState, checkpoint_name
+from qconvert.checkpoint.quantised.scheme import find_quantised, find_scheme
 from qconvert.checkpoint.text_files import text_file_states
 from qconvert.errors import QconvertError
+from qconvert.formats.recipe import Kept
 from qconvert.inspection.facts import Fact, find_facts
+from qconvert.inspection.quantisation import quantisation_facts
 from qconvert.models.families import spec_of
+from qconvert.models.recorder import expected_tensors
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.choose import RECIPES, Wishes, choose
 from qconvert.recipes.forecast import kv_bytes_per_token, parameter_count
+from qconvert.recipes.kept import keepable
 from qconvert.targets import DEFAULT_TARGET, TARGETS, Target
 from qrun.errors import QrunError
 
@@ -101,23 +106,44 @@ def _describe(folder: Path) -> Inspection:
     files = (*text_file_states(folder), *weights.states)
     problems = [state.problem for state in files if state.harmful]
     hints = [state.hint for state in files if state.harmful and state.hint]
+    scheme, tensors, computed = find_scheme(folder), weights.tensors, {}
     if all(state.status == "whole" for state in weights.states):
-        misfit = find_misfit(config, weights.tensors)
+        try:
+            if scheme is not None:
+                quantised = find_quantised(folder, scheme, tensors, expected_tensors(spec))
+                tensors, computed = quantised.all, quantised.computed
+            misfit = find_misfit(config, tensors)
+        except QconvertError as error:  # a quantised matrix that is not what it should be
+            misfit = Misfit((error.what,), error.hint or "")
         if misfit is not None:
             problems += misfit.problems
             hints.append(misfit.hint)
+    facts = list(find_facts(folder, config, spec, weights.tensors, files))
+    if scheme is not None:
+        facts += quantisation_facts(scheme, computed)
+    held = {name: each.kept for name, each in computed.items() if each.kept is not None}
     return Inspection(
         name=checkpoint_name(folder),
         folder=str(folder),
-        facts=tuple(find_facts(folder, config, spec, weights.tensors, files)),
+        facts=tuple(facts),
         parameters=parameter_count(spec),
-        weight_bytes={name: _weight_bytes(spec, *offer, readable) for name, offer in _offers()},
+        weight_bytes={
+            name: _weight_bytes(spec, *offer, readable, held if offer[1].precision is None else {})
+            for name, offer in (*_kept_offers(held), *_offers())
+        },
         context_length=spec.context_length,
         kv_bytes_per_token={name: kv_bytes_per_token(spec, dtype) for name, dtype in _KV_DTYPES.items()},
         files=files,
         problems=tuple(problems),
         hints=tuple(dict.fromkeys(hints)),
     )
+
+
+def _kept_offers(held: Mapping[str, Kept]) -> Iterator[tuple[str, tuple[Target, Wishes]]]:
+    """Exports of the codes that a checkpoint holds."""
+    for target in TARGETS.values():
+        if keepable(target.capabilities, held):
+            yield f"{'' if target.name == DEFAULT_TARGET else f'{target.name} '}kept", (target, Wishes())
 
 
 def _offers() -> Iterator[tuple[str, tuple[Target, Wishes]]]:
@@ -132,12 +158,14 @@ def _offers() -> Iterator[tuple[str, tuple[Target, Wishes]]]:
     yield "int4 --prefill int8", (target, Wishes("int4", prefill=True))
 
 
-def _weight_bytes(spec: DecoderSpec, target: Target, wishes: Wishes, readable: bool) -> int | None:
+def _weight_bytes(
+    spec: DecoderSpec, target: Target, wishes: Wishes, readable: bool, held: Mapping[str, Kept]
+) -> int | None:
     from qconvert.lowering.forecast import data_bytes
 
     try:
         spec = target.fit(spec, None)
-        choice = choose(wishes, target.capabilities, spec, reads_text=readable)
+        choice = choose(wishes, target.capabilities, spec, held, reads_text=readable)
     except QconvertError:
         return None
     return sum(data_bytes(target.lower, spec, choice.recipe).values())

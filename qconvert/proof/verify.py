@@ -23,6 +23,7 @@ from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
 from qconvert.formats.record import read_record
 from qconvert.progress import Progress
+from qconvert.proof.adapter_check import check_adapters
 from qconvert.proof.companion_proof import prove_companions
 from qconvert.proof.evidence import Evidence
 from qconvert.proof.graph_check import check_graphs
@@ -157,6 +158,12 @@ def _wrong_weights(seen: Evidence) -> list[Failure]:
         )
 
 
+def _wrong_adapters(seen: Evidence) -> list[Failure]:
+    return [
+        Failure(fault.tensor, fault.what) for fault in check_adapters(seen.checkpoint, seen.reference.model)
+    ]
+
+
 def _wrong_prompt_weights(seen: Evidence) -> list[Failure]:
     path = seen.manifest.prefill_path
     assert path is not None
@@ -242,6 +249,7 @@ PROOFS = (
     Proof("recorded scales of the KV cache", lambda seen: seen.has_int8_cache, _unrecorded_scales),
     Proof("sharp twin", lambda seen: not seen.of_plan, prove_twin),
     Proof("scales of the KV cache", lambda seen: seen.has_int8_cache, _wrong_scales),
+    Proof("merged adapters", lambda seen: bool(seen.checkpoint.merged_folders), _wrong_adapters),
     Proof("logits on every path", _always, _wrong_paths),
     Proof("greedy answer", _always, _wrong_answer),
     Proof("rounding beside the sharp twin", lambda seen: seen.rounds and not seen.of_plan, prove_rounding),

@@ -68,6 +68,9 @@ NOT_RUN = {
     r"make (test|test-matrix|test-planted|test-docs|lint|interop|demo|test-schemas)": _CHECK_ALL,
     r"make (benchmark|compare)": _HOURS,
     r"make test-gpu": _GPU,
+    r".*GPTQ-Int4.*": "tests/qconvert/test_quantised.py runs these on tiny checkpoints",
+    r"qconvert .* --adapter .*": "an adapter of the user's: tests/qconvert/test_adapters.py runs these",
+    r"make test-formats": "an environment of its own, with four libraries: it runs tests/formats",
     r"make test-clients": "an environment of its own, with five other projects: it runs tests/clients",
     r"python -m benchmarks\..*": _HOURS,
     r"python -m tests\.qconvert\.planted.*": (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from qconvert.checkpoint.adapters.merge import Product
 from qconvert.checkpoint.load import load_model, open_checkpoint, with_adapters
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.cli import main
+from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
 from tests.qconvert.adapting import make_adapter
@@ -148,3 +152,29 @@ def make_adapter_of(tmp_path: Path, written: dict[str, Any]) -> None:
         {name: matrix.floats for name, matrix in written.items()}, tmp_path / "floats/model.safetensors"
     )
     make_adapter(tmp_path / "mine", tmp_path / "floats", lora_alpha=1)
+
+
+PLANTED: dict[str, Callable[[float], float]] = {
+    "its scale ignored": lambda factor: 1.0,
+    "added twice": lambda factor: 2 * factor,
+    "its sign": lambda factor: -factor,
+    "not added": lambda factor: 0.0,
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_an_error_in_the_merge_is_caught(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What an export is compared with is merged by the same code; the proof has other code for some rows."""
+    make_adapter(tmp_path / "mine", base)
+    right = Product.rows
+
+    def wrong(product: Product, rows: Any) -> torch.Tensor:
+        return right(replace(product, factor=PLANTED[kind](product.factor)), rows)
+
+    monkeypatch.setattr(Product, "rows", wrong)
+    options = ExportOptions(precision="fp32", adapters=(str(tmp_path / "mine"),), output=tmp_path / "out")
+    with pytest.raises(QconvertError, match="adapters are merged wrongly"):
+        export(str(base), options, QUIET)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "mine"}

@@ -1,7 +1,6 @@
 """If one of these fails, a quantised checkpoint or an adapter that is not covered becomes a wrong model.
 
-Each is typed as a user types it: exit code 1, one message with what is wrong, where, and what to do, and
-nothing left behind.
+Each is typed by a user: exit code 1, one message with what to do, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from click.testing import CliRunner
 from qconvert.cli import main
 from tests.qconvert.adapting import PREFIX, make_adapter
 from tests.qconvert.breaking import POINTER, edit_json, edit_weights
-from tests.qconvert.quantising import make_awq, make_compressed, make_float8, make_gptq
+from tests.qconvert.quantising import make_awq, make_compressed, make_gptq
+from tests.qconvert.quantising_floats import make_float8
 from tests.tiny import make_tiny_checkpoint
 
 Break = Callable[[Path], object]

@@ -10,13 +10,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
+from qconvert.inspection.inspection import describe
 from qconvert.progress import Progress
-from tests.qconvert.quantising import Rounded, Written, make_awq, make_compressed, make_float8, make_gptq
+from tests.qconvert.quantising import Rounded, Written, make_awq, make_compressed, make_gptq
+from tests.qconvert.quantising_floats import make_float8
 
 QUIET = Progress(quiet=True)
 Make = Callable[[Path], Written]
@@ -270,3 +273,38 @@ def test_what_tensorrt_has_no_place_for_is_told(
     assert report is not None
     assert report.passed
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "said"),
+    [
+        ("gptq: an order of inputs", 4.75, {"quant_method": "gptq", "desc_act": True, "orders of inputs": 8}),
+        ("gptq: 8 bits, symmetric", 8.875, {"bits": 8, "sym": True, "group_size": 32}),
+        ("awq", 4.625, {"version": "gemm", "zero_point": True}),
+        ("compressed-tensors: 4 bits", 4.625, {"format": "pack-quantized", "group_0.symmetric": False}),
+    ],
+)
+def test_inspect_explains_the_quantisation(
+    tmp_path: Path, kind: str, bits: float, said: dict[str, Any]
+) -> None:
+    make, settings = KINDS[kind]
+    written = make(tmp_path / "model", **settings)
+    inspection = describe(tmp_path / "model")
+    assert inspection.whole, inspection.problems
+    facts = {fact.key: fact.value for fact in inspection.facts if fact.section == "quantisation"}
+    assert facts["codes that can be kept"] == len(written)
+    assert {key: facts[key] for key in said} == said
+    (found,) = (value for key, value in facts.items() if "bits in groups" in key)
+    assert abs(found - bits) < 0.4  # the smallest matrices have the longest share of orders and shapes
+    exported = export(str(tmp_path / "model"), ExportOptions(output=tmp_path / "out", verify=False), QUIET)
+    forecast = inspection.weight_bytes["kept"]
+    assert forecast == (exported.folder / "model.onnx.data").stat().st_size
+
+
+def test_inspect_names_a_matrix_that_is_not_what_it_should_be(tmp_path: Path) -> None:
+    make_gptq(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.scales"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    inspection = describe(tmp_path)
+    assert inspection.problems == ("model.layers.0.mlp.up_proj.scales is missing",)
