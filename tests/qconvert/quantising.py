@@ -144,9 +144,13 @@ def make_gptq(
     skip: str = " ",
     head: bool = False,
     own_orders: bool = False,
+    others: tuple[str, int, int] = (" ", 0, 0),
     **overrides: Any,
 ) -> Written:
-    """A GPTQ checkpoint; q, k and v have one order of inputs, gate and up another."""
+    """A GPTQ checkpoint; q, k and v have one order of inputs, gate and up another.
+
+    ``others`` is an expression for modules with bits and groups of their own.
+    """
     make_tiny_checkpoint(folder, dtype="float16", **{**SIZES, **overrides})
     written: Written = {}
 
@@ -155,13 +159,14 @@ def make_gptq(
             return {f"{base}.weight": weight}
         columns = weight.shape[1]
         groups = None
+        of_bits, of_group = others[1:] if re.match(others[0], base) else (bits, group)
         if desc_act:
             kind = base if own_orders else re.sub(r"[qkv]_proj|gate_proj|up_proj", "", base)
             seed = sum(map(ord, kind))
             groups = order_of_inputs(seed, columns, columns if group == -1 else group)
-        found = rounded(weight, bits, group, symmetric=symmetric, groups=groups)
+        found = rounded(weight, of_bits, of_group, symmetric=symmetric, groups=groups)
         written[f"{base}.weight"] = found
-        made = gptq_tensors(found, bits, version=version)
+        made = gptq_tensors(found, of_bits, version=version)
         if bias_of_zeros and not re.search("[qkv]_proj$", base):
             made["bias"] = torch.zeros(len(weight), dtype=torch.float16)
         return {f"{base}.{end}": tensor for end, tensor in made.items()}
@@ -179,6 +184,9 @@ def make_gptq(
         "model_file_base_name": "model",
         **({"checkpoint_format": "gptq_v2"} if version == 2 else {}),
         **({"lm_head": True} if head else {}),
+        **(
+            {"dynamic": {f"+:{others[0]}": {"bits": others[1], "group_size": others[2]}}} if others[1] else {}
+        ),
         **(settings or {}),
     }
     rewrite(folder, config, change, LINEAR_AND_HEAD if head else LINEAR)

@@ -10,16 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
-from qconvert.inspection.inspection import describe
 from qconvert.progress import Progress
 from tests.qconvert.quantising import Rounded, Written, make_awq, make_compressed, make_gptq
-from tests.qconvert.quantising_floats import make_float8
 
 QUIET = Progress(quiet=True)
 Make = Callable[[Path], Written]
@@ -42,6 +39,7 @@ KINDS: dict[str, tuple[Callable[..., Written], dict[str, Any]]] = {
     "gptq: a quantised head": (make_gptq, {"tie_word_embeddings": False, "head": True, "desc_act": True}),
     "gptq: v_proj in floats": (make_gptq, {"skip": "v_proj"}),
     "gptq: an order for each matrix": (make_gptq, {"desc_act": True, "own_orders": True}),
+    "gptq: 8 bits for some": (make_gptq, {"others": (".*down_proj", 8, 64)}),
     "awq": (make_awq, {}),
     "awq: symmetric": (make_awq, {"symmetric": True}),
     "awq: groups of 64": (make_awq, {"group": 64}),
@@ -148,38 +146,6 @@ def test_matrices_that_read_one_input_in_one_order_share_a_gather(tmp_path: Path
     assert sum(len(node.outputs[0].uses()) for node in in_order) == 10
 
 
-FLOAT8: dict[str, dict[str, Any]] = {
-    "tiles": {},
-    "tiles that do not fit": {"tile": (48, 80)},
-    "one scale": {"tile": None},
-    "one scale, no _inv": {"tile": None, "method": "fbgemm_fp8"},
-    "a scale for each output": {"tile": (1, 0), "method": "fbgemm_fp8"},
-}
-
-
-@pytest.mark.parametrize("kind", FLOAT8)
-def test_floats_of_8_bits_are_what_their_writer_meant(tmp_path: Path, kind: str) -> None:
-    floats = make_float8(tmp_path, **FLOAT8[kind])
-    weights = CheckpointWeights(load_model(open_checkpoint(tmp_path)))
-    for name, due in floats.items():
-        assert torch.equal(weights[name], due), name
-
-
-@pytest.mark.parametrize("precision", ["fp32", None])
-def test_floats_of_8_bits_are_dequantised_and_that_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str | None
-) -> None:
-    make_float8(tmp_path / "model")
-    exported = export(
-        str(tmp_path / "model"), ExportOptions(precision=precision, output=tmp_path / "out"), Progress()
-    )
-    assert exported.report is not None
-    assert exported.report.passed
-    told = " ".join(capsys.readouterr().err.split())
-    assert "quantised already (floats of 8 bits in tiles of 32 x 32 (fp8))" in told
-    assert ("rounded a second time to int8" if precision is None else "nothing is rounded") in told
-
-
 @pytest.mark.parametrize("kind", ["gptq: an order of inputs", "gptq: 8 bits, symmetric", "awq"])
 @pytest.mark.parametrize(
     "options",
@@ -273,38 +239,3 @@ def test_what_tensorrt_has_no_place_for_is_told(
     assert report is not None
     assert report.passed
     assert told in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize(
-    ("kind", "bits", "said"),
-    [
-        ("gptq: an order of inputs", 4.75, {"quant_method": "gptq", "desc_act": True, "orders of inputs": 8}),
-        ("gptq: 8 bits, symmetric", 8.875, {"bits": 8, "sym": True, "group_size": 32}),
-        ("awq", 4.625, {"version": "gemm", "zero_point": True}),
-        ("compressed-tensors: 4 bits", 4.625, {"format": "pack-quantized", "group_0.symmetric": False}),
-    ],
-)
-def test_inspect_explains_the_quantisation(
-    tmp_path: Path, kind: str, bits: float, said: dict[str, Any]
-) -> None:
-    make, settings = KINDS[kind]
-    written = make(tmp_path / "model", **settings)
-    inspection = describe(tmp_path / "model")
-    assert inspection.whole, inspection.problems
-    facts = {fact.key: fact.value for fact in inspection.facts if fact.section == "quantisation"}
-    assert facts["codes that can be kept"] == len(written)
-    assert {key: facts[key] for key in said} == said
-    (found,) = (value for key, value in facts.items() if "bits in groups" in key)
-    assert abs(found - bits) < 0.4  # the smallest matrices have the longest share of orders and shapes
-    exported = export(str(tmp_path / "model"), ExportOptions(output=tmp_path / "out", verify=False), QUIET)
-    forecast = inspection.weight_bytes["kept"]
-    assert forecast == (exported.folder / "model.onnx.data").stat().st_size
-
-
-def test_inspect_names_a_matrix_that_is_not_what_it_should_be(tmp_path: Path) -> None:
-    make_gptq(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.layers.0.mlp.up_proj.scales"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    inspection = describe(tmp_path)
-    assert inspection.problems == ("model.layers.0.mlp.up_proj.scales is missing",)

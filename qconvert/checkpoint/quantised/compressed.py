@@ -204,6 +204,10 @@ def _read_group(name: str, group: Any, outer: Fields, where: str) -> _Weights:
     fields.pass_over(*_HOW)
     if (kind == "float" and strategy == "group") or (kind == "int" and strategy == "block"):
         raise outer.refusal(f"{name}.strategy", strategy, f"it is not known with type {kind}")
+    for key in ("input_activations", "output_activations"):
+        if isinstance(of_other := group.get(key), dict):
+            meaning = "bits to which other programs round activations; not done here"
+            outer.told.append(Field(f"{name}.{key}", of_other.get("num_bits"), meaning))
     outer.told += [Field(f"{name}.{each.key}", each.value, each.meaning) for each in fields.finish()]
     return _Weights(
         tuple(targets), bits, kind, symmetric, strategy, group_size, None if tile is None else tuple(tile)
