@@ -1,0 +1,81 @@
+"""Qwen3 and Llama with vocabularies of real size, in every precision and recipe, each with its own proof.
+
+``make test-matrix`` runs all of them, ``make test`` one of each family.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qconvert.export import ExportOptions, export
+from qconvert.progress import Progress
+from qrun.folder.manifest import read_manifest
+from tests.tiny import make_tiny_checkpoint
+
+QUIET = Progress(quiet=True)
+# Heads that are wider than the residual stream, and Llama 3.2's tied head and stretched frequencies.
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3": {"vocab_size": 151_936, "head_dim": 32},
+    "llama": {"vocab_size": 128_256},
+}
+_COMMON = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 32}
+OPTIONS: list[dict[str, Any]] = [
+    {"precision": "fp32"},
+    {"precision": "fp16"},
+    {"precision": "int8"},
+    {"precision": "int8", "block_size": 32},
+    {"precision": "int8", "int8_kv_cache": True},
+    {"precision": "int4", "recipe": "rtn"},
+    {"precision": "int4", "recipe": "awq"},
+    {"precision": "int4", "recipe": "gptq"},
+    {"precision": "int4", "recipe": "gptq-mixed"},
+    {"precision": "int4", "prefill": True, "int8_kv_cache": True},
+    {"precision": "int4", "recipe": "gptq", "prefill": True, "int8_kv_cache": True},
+    {"target": "tensorrt", "precision": "bf16"},
+    {"target": "tensorrt", "precision": "fp16"},
+    {"target": "tensorrt", "precision": "fp32"},
+    {"target": "tensorrt", "precision": "int4"},
+]
+EVERY = [
+    pytest.param(family, options, id=f"{family} {options}", marks=() if index == 9 else pytest.mark.matrix)
+    for family in SIZES
+    for index, options in enumerate(OPTIONS)
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("matrix")
+    return cache(
+        lambda family: make_tiny_checkpoint(root / family, family=family, **_COMMON, **SIZES[family])
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(f"{number} bottles stand on the wall. " for number in range(100)))
+    return str(file)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "model"
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "options"), EVERY)
+def test_it_is_exported_and_proven(
+    made: Callable[[str], Path], text: str, output: Path, family: str, options: dict[str, Any]
+) -> None:
+    calibrate = text if options.get("recipe") not in (None, "rtn") else None
+    done = export(str(made(family)), ExportOptions(**options, calibrate=calibrate, output=output), QUIET)
+    assert done.report is not None
+    assert done.report.passed
+    assert read_manifest(output).model.vocab_size == SIZES[family]["vocab_size"]
