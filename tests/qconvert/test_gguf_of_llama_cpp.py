@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from qconvert.formats.layout import Arrays
 from qconvert.formats.stored import find
 from qconvert.progress import Progress
 from qrun.folder.manifest import read_manifest
+from tests.qconvert.adapting import make_adapter
 from tests.qconvert.llama_cpp_sources import SOURCES, make_source
 
 FOLDER = Path(__file__).parent / "data" / "gguf"
@@ -74,3 +76,32 @@ def test_an_embedding_is_stored_once_and_in_8_bits(tmp_path: Path, stem: str, sc
     weight = "model.embed_tokens.weight"
     assert names == {f"{weight}.q8", f"{weight}.q8.rows", f"{weight}.scales"}
     assert graph.initializers[f"{weight}.scales"].const_value.dtype.numpy() == scales
+
+
+@pytest.mark.parametrize(
+    ("stem", "options"),
+    [
+        ("qwen3-Q4_0", {"target": "tensorrt"}),
+        ("llama-Q4_0", {"target": "tensorrt"}),
+        ("wide-Q4_0", {"prefill": True, "int8_kv_cache": True}),
+        ("qwen2-Q8_0", {"prefill": True, "int8_kv_cache": True}),
+    ],
+    ids=str,
+)
+def test_its_own_files_with_other_options(tmp_path: Path, stem: str, options: dict[str, Any]) -> None:
+    chosen = ExportOptions(None, output=tmp_path / "m", **options)
+    done = export(str(FOLDER / f"{stem}.gguf"), chosen, Progress(quiet=True))
+    assert done.report is not None
+    assert done.report.passed
+    assert read_manifest(tmp_path / "m").recipe.kept > 0
+
+
+def test_an_adapter_is_merged_into_its_own_file(tmp_path: Path) -> None:
+    """Rows of Llama's q and k stand in another order there than in the adapter."""
+    make_source("llama", tmp_path)
+    make_adapter(tmp_path / "adapter", tmp_path / "llama" / "llama-original")
+    path, chosen = FOLDER / "llama-Q4_0.gguf", {"adapters": (str(tmp_path / "adapter"),)}
+    done = export(str(path), ExportOptions(None, output=tmp_path / "m", **chosen), Progress(quiet=True))
+    assert done.report is not None
+    assert done.report.passed
+    assert read_manifest(tmp_path / "m").recipe.kept == 0
