@@ -20,7 +20,7 @@ from time import monotonic
 from typing import Any
 
 from qrun.answer import Answer, Event
-from qrun.call import Call, EngineBusyError, EngineClosedError, EngineTimeoutError, Listener
+from qrun.call import Call, EngineBusyError, EngineClosedError, Listener
 from qrun.decoding.fair_queue import FairQueue
 from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.prefix_files import empty_states, load_prefixes, prefix_file, save_prefixes
@@ -32,8 +32,6 @@ from qrun.errors import QrunError
 from qrun.model import Model
 from qrun.sampling.constraint import Constraint, Schema
 from qrun.sampling.params import SamplingParams
-
-__all__ = ["Engine", "EngineBusyError", "EngineClosedError", "EngineTimeoutError"]
 
 _log = logging.getLogger("qrun.engine")
 
@@ -51,7 +49,7 @@ class Engine:
         model: an opened model folder. Nobody else may use its session meanwhile.
         slots: rows of the KV cache; 1 for a plan.
         queue: prompts that may wait for a slot.
-        chunk: tokens of a prompt that are read between two tokens of the other answers.
+        chunk: tokens of a prompt that are read between two tokens of the other answers; a multiple of 64.
         prefix_bytes: memory for beginnings of prompts, which are then not read again; 0 keeps none.
         prefix_folder: where these are kept when the engine is closed, and taken from at the start.
         max_tokens: of an answer; ``resolve`` refuses more, and an answer for which none are asked ends there.
@@ -73,6 +71,8 @@ class Engine:
         max_tokens: int | None = None,
         max_seconds: float | None = None,
     ) -> None:
+        if chunk % GRAIN or chunk < GRAIN:
+            raise QrunError(f"pieces of {chunk} tokens", hint=f"give a multiple of {GRAIN}")
         if slots < 1 or queue < 0:
             raise QrunError(f"{slots} slots and a queue of {queue}", hint="give 1 slot and 0 places, or more")
         self.model, self.slots = model, slots
@@ -88,7 +88,7 @@ class Engine:
         self._scheduler = self._new_scheduler()
         self._prefix_file: Path | None = None
         if self.prefixes is not None and prefix_folder is not None:
-            self._prefix_file = prefix_file(prefix_folder, model.session, GRAIN)
+            self._prefix_file = prefix_file(prefix_folder, model.session, GRAIN, chunk)
             load_prefixes(self.prefixes, self._prefix_file, empty_states(model.session))
         self._thread = Thread(target=self._work, name="qrun-engine", daemon=True)
         self._thread.start()

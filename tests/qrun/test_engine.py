@@ -8,8 +8,9 @@ import threading
 import pytest
 
 import qrun
+from qrun.call import EngineBusyError, EngineClosedError
 from qrun.decoding.fair_queue import FairQueue
-from qrun.engine import Engine, EngineBusyError, EngineClosedError
+from qrun.engine import Engine
 from qrun.errors import QrunError
 from tests.fakes import IM_END, fake_manifest, fake_model, repeating, scripted
 

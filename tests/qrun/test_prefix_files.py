@@ -112,11 +112,12 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytes
 
 def test_other_models_and_devices_have_files_of_their_own(tmp_path: Path) -> None:
     session = FakeSession(lambda _: 5)
-    path = prefix_file(tmp_path, session, 64)
-    assert path == prefix_file(tmp_path, FakeSession(lambda _: 6), 64)
+    path = prefix_file(tmp_path, session, 64, 256)
+    assert path == prefix_file(tmp_path, FakeSession(lambda _: 6), 64, 256)
     session.device = "another"
-    assert prefix_file(tmp_path, session, 64) != path
-    assert prefix_file(tmp_path, FakeSession(lambda _: 5), 32) != path
+    assert prefix_file(tmp_path, session, 64, 256) != path
+    assert prefix_file(tmp_path, FakeSession(lambda _: 5), 32, 256) != path
+    assert prefix_file(tmp_path, FakeSession(lambda _: 5), 64, 128) != path  # other pieces have other bits
 
 
 async def _answer(engine: Engine) -> Answer:

@@ -251,3 +251,14 @@ def test_a_folder_for_prefixes_without_a_prefix_cache_is_refused(tiny_export, tm
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 2
     assert "nothing to keep" in done.output
+
+
+def test_pieces_of_prompts_are_as_the_operator_says(tiny_export):
+    with server(tiny_export, "--threads", 1, "--prompt-piece", 64) as (_, address, _log):
+        asked = {"model": "tiny", "prompt": "a" * 200, "max_tokens": 1}
+        for cached in (0, 192):  # multiples of 256 with the default
+            found = httpx.post(f"{address}/v1/completions", json=asked, timeout=60).json()["usage"]
+            assert found["prompt_tokens_details"]["cached_tokens"] == cached
+    done = CliRunner().invoke(main, ["serve", "--engine", str(tiny_export), "--prompt-piece", "100"])
+    assert done.exit_code == 2
+    assert "no multiple of 64" in done.output

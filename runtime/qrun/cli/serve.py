@@ -57,6 +57,13 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     help="Requests that may wait for a slot; others are told to come again.",
 )
 @click.option(
+    "--prompt-piece",
+    type=click.IntRange(min=64),
+    default=256,
+    show_default=True,
+    help="Tokens of a prompt that are read between two tokens of the other answers; a multiple of 64.",
+)
+@click.option(
     "--lazy",
     is_flag=True,
     help="Open a model when it is first asked for, and close the least recently used one where another needs "
@@ -141,6 +148,7 @@ def serve(
     port: int,
     slots: int,
     queue: int,
+    prompt_piece: int,
     lazy: bool,
     memory_gb: float | None,
     prefix_cache_bytes: int,
@@ -165,6 +173,8 @@ def serve(
     for package in ("starlette", "uvicorn", "msgspec", "prometheus_client"):
         if find_spec(package) is None:
             raise QrunError(f"{package} is not installed", hint="pip install 'qconvert[serve]'")
+    if prompt_piece % 64:
+        raise click.UsageError(f"--prompt-piece {prompt_piece} is no multiple of 64.")
     if prefix_cache_dir is not None and not prefix_cache_bytes:
         raise click.UsageError("--prefix-cache-dir has nothing to keep: --prefix-cache-bytes is 0.")
     from qrun.serve.guard import read_host, read_origin
@@ -188,7 +198,7 @@ def serve(
 
         limits: dict[str, Any] = {"max_tokens": max_tokens, "max_seconds": max_seconds}
         places = {"slots": slots, "prefix_bytes": prefix_cache_bytes}
-        settings = {**limits, "queue": queue, "prefix_folder": prefix_cache_dir}
+        settings = {**limits, "queue": queue, "chunk": prompt_piece, "prefix_folder": prefix_cache_dir}
         opening = {**options, "speculate": speculate}
         sources = {
             name: source_of(path, **places, settings=settings, opening=opening, literal=not control_tokens)

@@ -29,11 +29,20 @@ _NAME_BYTES = 20
 _HEADER_BYTES = 256  # what numpy writes before an array, at most
 
 
-def prefix_file(folder: Path, session: Session, grain: int) -> Path:
+def prefix_file(folder: Path, session: Session, grain: int, chunk: int) -> Path:
     """The file of this model on this machine; it need not exist."""
     manifest, known = session.manifest, hashlib.blake2b(_FORMAT, digest_size=16)
     graphs = sorted((each.path, each.sha256) for each in manifest.files if ".onnx" in each.path)
-    facts = (graphs, manifest.kv.dtype, grain, session.device, _versions(), platform.machine(), _processor())
+    facts = (
+        graphs,
+        manifest.kv.dtype,
+        grain,
+        chunk,
+        session.device,
+        _versions(),
+        platform.machine(),
+        _processor(),
+    )
     known.update(repr(facts).encode())
     return folder / f"qrun-prefixes-{known.hexdigest()}.npz"
 

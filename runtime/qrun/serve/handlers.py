@@ -27,7 +27,8 @@ from qrun.serve.response_reply import ResponseReply
 from qrun.serve.responses import ResponsesRequest, ask_responses
 from qrun.serve.state import ServerState, client_of, engine_of, json_response, note, read_body
 
-Happened = tuple[int, Happening]
+# What has happened to which answer; None where nothing has for a while.
+Happened = tuple[int, Happening | None]
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,27 @@ async def complete(request: Request, dialect: Dialect) -> Response:
     except QrunError as error:
         raise from_qrun(error) from None
     reply = dialect.reply(engine, fields, asked)
-    happenings = answers(engine, asked, client_of(request))
+    silence = state.ping_seconds if fields.stream else None
+    happenings = answers(engine, asked, client_of(request), silence)
     if not fields.stream:
         await streams.unless_gone(request, _collect(reply, happenings))
         _note_reply(request, reply)
         return json_response(reply.whole())
     first = await anext(happenings)  # a refusal has a status of its own only before the stream begins
-    chunks = _chunks(request, reply, first, happenings)
     return StreamingResponse(
-        streams.with_pings(chunks, state.ping_seconds),
+        _chunks(request, reply, first, happenings),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def answers(engine: Engine, asked: Asked, client: str) -> AsyncIterator[Happened]:
+async def answers(
+    engine: Engine, asked: Asked, client: str, silence: float | None
+) -> AsyncIterator[Happened]:
     """What happens to all answers of a request, with their indices, as it happens.
+
+    With ``silence`` it is also told that nothing has happened for so many seconds: without a sign of life a
+    proxy may take the connection for dead while a long prompt is read.
 
     Raises:
         ApiError: one of them cannot go on; the others are ended.
@@ -89,6 +95,7 @@ async def answers(engine: Engine, asked: Asked, client: str) -> AsyncIterator[Ha
         return listen
 
     calls, left = [], len(asked.prompts)
+    quiet = None if silence is None else streams.Silence(silence, lambda: events.put_nowait((0, None)))
     try:
         wanted = zip(asked.prompts, asked.params, asked.constraints)
         for index, (ids, params, constraint) in enumerate(wanted):
@@ -104,17 +111,22 @@ async def answers(engine: Engine, asked: Asked, client: str) -> AsyncIterator[Ha
                 raise from_qrun(error) from None
         while left:
             index, event = await events.get()
+            if quiet is not None and event is not None:
+                quiet.heard()
             if isinstance(event, QrunError):
                 raise from_qrun(event, begun=True)
             left -= isinstance(event, Answer)
             yield index, event
     finally:
+        if quiet is not None:
+            quiet.close()
         for call in calls:
             engine.cancel(call)
 
 
 async def _collect(reply: Reply, happenings: AsyncIterator[Happened]) -> None:
     async for index, event in happenings:
+        assert event is not None, "nobody waits for signs of life"
         reply.see(index, event)
         if isinstance(event, Piece):
             reply.collect(index, event)
@@ -127,8 +139,8 @@ async def _chunks(
         try:
             for chunk in reply.opening():
                 yield reply.encode(chunk)
-            async for chunk in _text_chunks(reply, first, happenings):
-                yield reply.encode(chunk)
+            async for found in _text_chunks(reply, first, happenings):
+                yield streams.PING if found is None else reply.encode(found)
             for chunk in reply.closing():
                 yield reply.encode(chunk)
         except ApiError as error:
@@ -149,19 +161,23 @@ def _note_reply(request: Request, reply: Reply) -> None:
 
 async def _text_chunks(
     reply: Reply, first: Happened, happenings: AsyncIterator[Happened]
-) -> AsyncIterator[Chunk]:
+) -> AsyncIterator[Chunk | None]:
+    """Chunks with text; None where nothing has happened for a while."""
     index, event = first
     while True:
-        reply.see(index, event)
-        found: list[Chunk] = []
+        found: list[Chunk | None] = []
+        if event is None:
+            found.append(None)
+        else:
+            reply.see(index, event)
         if isinstance(event, Piece):
-            found = reply.piece(index, event)
+            found += reply.piece(index, event)
         elif isinstance(event, Scored):
-            found = reply.scored(index)
+            found += reply.scored(index)
         elif isinstance(event, Answer):
-            found = reply.ended(index, event)
-        for chunk in found:
-            yield chunk
+            found += reply.ended(index, event)
+        for each in found:
+            yield each
         try:
             index, event = await anext(happenings)
         except StopAsyncIteration:

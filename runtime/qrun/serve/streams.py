@@ -6,7 +6,7 @@ Source: the WHATWG HTML standard, section "Server-sent events".
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -24,32 +24,33 @@ def event(content: Mapping[str, Any], name: str | None = None) -> bytes:
     return head + b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
-async def with_pings(chunks: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """The same chunks, and a comment whenever none has come for so many seconds.
+class Silence:
+    """Tells whenever nothing has been heard for so many seconds; ``close`` ends it.
 
-    Without them a proxy may take the connection for dead while a long prompt is read.
+    One timer that looks back, and not one that is set anew for each token: that would cost more than the
+    token's own way to the client.
     """
-    pending: asyncio.Task[bytes] | None = None
-    try:
-        while True:
-            if pending is None:
-                pending = asyncio.ensure_future(anext(chunks))
-            done, _ = await asyncio.wait({pending}, timeout=seconds)
-            if not done:
-                yield PING
-                continue
-            finished, pending = pending, None
-            try:
-                chunk = finished.result()
-            except StopAsyncIteration:
-                return
-            yield chunk
-    finally:
-        if pending is not None:
-            pending.cancel()
-            with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-                await pending
-        await chunks.aclose()  # type: ignore[attr-defined]
+
+    def __init__(self, seconds: float, tell: Callable[[], None]) -> None:
+        self._seconds, self._tell = seconds, tell
+        self._loop = asyncio.get_running_loop()
+        self._heard = self._loop.time()
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def heard(self) -> None:
+        """Something has come."""
+        self._heard = self._loop.time()
+
+    def close(self) -> None:
+        """Tell nothing any more."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if now - self._heard >= self._seconds:
+            self._tell()
+            self._heard = now
+        self._timer = self._loop.call_at(self._heard + self._seconds, self._look)
 
 
 class ClientGoneError(Exception):
