@@ -208,6 +208,8 @@ def test_nothing_overflows_on_a_desk_or_a_phone(browser, address, theme, size):
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=theme)
     page = context.new_page()
     page.goto(address)
+    # A name as folders have them made the whole page wider than a phone.
+    page.evaluate("document.querySelector('#model').add(new Option('Qwen2.5-1.5B-Instruct-onnx-int8', 'x'))")
     page.select_option("#model", "echo")
     say(
         page,
@@ -228,6 +230,11 @@ def test_nothing_overflows_on_a_desk_or_a_phone(browser, address, theme, size):
         assert page.locator("#chats .name").is_visible()
         page.keyboard.press("Escape")
         assert not page.locator("#chats .name").is_visible()
+    if size[0] == 360:
+        other = context.new_page()
+        other.goto(f"{address}/docs")
+        assert other.locator("h1").is_visible()
+        other.close()
     if folder := os.environ.get("QRUN_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/{size[0]}-{theme}.png")
         page.click("#open-settings")
