@@ -17,25 +17,33 @@ from qrun.machine import usable_cores
 @contextmanager
 def piece_workers() -> Iterator[Executor]:
     """A pool with a thread for each usable core; torch runs single-threaded within it."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(usable_cores(), thread_name_prefix="pack") as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
+    with _threads(1), ThreadPoolExecutor(usable_cores(), thread_name_prefix="pack") as pool:
+        yield pool
 
 
 @contextmanager
-def all_threads() -> Iterator[None]:
-    """Within ``piece_workers``: torch itself takes every usable core, for one large operation."""
+def all_threads(but: int = 0) -> Iterator[None]:
+    """In this thread torch itself takes every usable core but some, for large operations, and at least one."""
+    with _threads(max(1, usable_cores() - but)):
+        yield
+
+
+@contextmanager
+def one_beside() -> Iterator[Executor]:
+    """A thread beside this one; torch is single-threaded in both (see ``all_threads`` for large operations)."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(usable_cores())
+    with _threads(1), ThreadPoolExecutor(1, "beside", torch.set_num_threads, (1,)) as pool:
+        yield pool
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

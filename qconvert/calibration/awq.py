@@ -29,22 +29,22 @@ from qconvert.formats.folding import LARGEST_FACTOR, FoldedInput, Folding, folde
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
 from qconvert.formats.recipe import BlockFormat, Recipe
 from qconvert.models.families import spec_of
-from qconvert.parallel import all_threads, piece_workers
+from qconvert.parallel import all_threads, one_beside
 from qconvert.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Exponents of the input's sizes are tried with the first of the weights'; then, with the best, the others.
-_INPUT_EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+_INPUT_EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _WEIGHT_EXPONENTS = (0.7, 0.5, 0.3, 0.0)
-# Rows of each matrix on which they are tried, and the shares of a block's range.
+# Rows of each matrix on which they are tried, and the share of a block's range.
 _ROWS = 128
-_SHARES = (1.0, 0.9)
+_SHARES = (0.9,)
 # Columns that make up for one another's errors: whole blocks of about this many.
 GROUP = 256
-# Weights that one thread rounds at a time.
-_PIECE = 1 << 20
+# Weights of one column of every group that are rounded at a time: what is at work stays in the cache.
+_LANES = 1 << 14
 _SMALLEST = 1e-20
 
 Factors = dict[FoldedInput, torch.Tensor]
@@ -67,8 +67,8 @@ def balance_and_round(
     store.remove()
     factors: Factors = {}
     layers = model.config.num_hidden_layers
-    with piece_workers() as workers, progress.task("balancing and rounding the weights", layers) as advance:
-        balance = Balance(model, recipe, sequences, workers)
+    with one_beside() as beside, progress.task("balancing and rounding the weights", layers) as advance:
+        balance = Balance(model, recipe, sequences, beside)
         for index in range(layers):
             try:
                 found, rounded = balance.layer(index)
@@ -81,22 +81,26 @@ def balance_and_round(
 
 
 class Balance:
-    """The walk through the decoder. Memory: ``Pass``, one layer's statistics, and what threads work on.
+    """The walk through the decoder. Memory: ``Pass`` and the statistics of two layers.
+
+    Rounding is many short operations, which threads of one interpreter cannot share: each waits for the others
+    longer than it works. So one thread rounds, and meanwhile another takes the text through the next layer.
 
     Args:
         model: the checkpoint, of any type; nothing of it is changed.
         recipe: with a format for every linear weight.
         sequences: token ids, all of one length.
-        workers: threads that share the work (see ``parallel.piece_workers``).
+        beside: the other thread (see ``parallel.one_beside``).
     """
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, sequences: Sequence[Sequence[int]], workers: Executor
+        self, model: PreTrainedModel, recipe: Recipe, sequences: Sequence[Sequence[int]], beside: Executor
     ) -> None:
         self._spec = spec_of(model.config)
         self._weights = CheckpointWeights(model)
-        self._recipe, self._workers = recipe, workers
+        self._recipe, self._beside = recipe, beside
         self._pass = Pass(model, sequences)
+        self._ahead = beside.submit(self._look, 0)
 
     def layer(self, index: int) -> tuple[Factors, dict[str, PackedWeight]]:
         """The factors of one layer's inputs and its rounded weights. Layers are to be asked for in order.
@@ -104,16 +108,14 @@ class Balance:
         Raises:
             NonFiniteWeightError: NaN or Inf in a weight, or in what the layers before make of it.
         """
-        norms_and_mlp, values = folded_inputs(index), value_input(index, *self._heads)
-        # up_proj and v_proj are divided first: what reads a norm is balanced as it will be rounded.
-        inputs = (norms_and_mlp[2], values, *norms_and_mlp[:2])
-        seen = self._look(index, inputs)
-        factors: Factors = {}
-        for found in inputs:
+        seen, factors = self._ahead.result(), Factors()
+        if index + 1 < self._spec.num_hidden_layers:
+            self._ahead = self._beside.submit(self._look, index + 1)
+        for found in seen:
             factors[found] = self._factors(found, seen[found], Folding.of_inputs(factors))
         folding = Folding.of_inputs(factors)
         rounded = {}
-        for found in inputs:
+        for found in seen:
             columns = found.of_columns(factors[found])
             uppers = [_upper_factors(run, part) for run, part in _cut(seen[found].products, columns)]
             for name in found.readers:
@@ -126,14 +128,18 @@ class Balance:
     def _heads(self) -> tuple[int, int]:
         return self._spec.num_attention_heads, self._spec.num_key_value_heads
 
-    def _look(self, index: int, inputs: Sequence[FoldedInput]) -> Mapping[FoldedInput, InputStatistics]:
+    def _look(self, index: int) -> Mapping[FoldedInput, InputStatistics]:
+        """What the inputs of one layer are like, those first whose factors change what reads the others."""
+        norms_and_mlp, values = folded_inputs(index), value_input(index, *self._heads)
+        # up_proj and v_proj are divided first: what reads a norm is balanced as it will be rounded.
+        inputs = (norms_and_mlp[2], values, *norms_and_mlp[:2])
         prefix, seen, looks = f"model.layers.{index}.", {}, {}
         for found in inputs:
             name = found.readers[0]
             columns = self._weights[name].shape[1]
             seen[found] = InputStatistics(columns, group_of(columns, self._format(name)), self._pass.tokens)
             looks[name.removeprefix(prefix).removesuffix(".weight")] = seen[found].add
-        with all_threads():
+        with all_threads(but=1):
             self._pass.layer(index, looks)
         bad = [found for found in inputs if not bool(torch.isfinite(seen[found].squares).all())]
         if bad:  # the cause is a weight of this layer, or else something before its first product
@@ -152,7 +158,7 @@ class Balance:
         trial = _Trial(samples, squares, seen.sample, fmt)
 
         def tried(pairs: Sequence[tuple[float, float]]) -> tuple[float, tuple[float, float]]:
-            return min(zip(self._workers.map(lambda pair: trial.error(columns(pair)), pairs), pairs))
+            return min((trial.error(columns(pair)), pair) for pair in pairs)
 
         def columns(pair: tuple[float, float]) -> torch.Tensor:
             return found.of_columns(_geometric(pair[0] * size - pair[1] * width))
@@ -165,7 +171,7 @@ class Balance:
     def _round(self, name: str, folding: Folding, uppers: Sequence[torch.Tensor]) -> PackedWeight:
         """One matrix of the folded model; each of ``uppers`` is ``solve_groups``'s for one run of groups."""
         weight, fmt = self._weights[name], self._format(name)
-        step = max(64, _PIECE // weight.shape[1])
+        step = max(64, _LANES // sum(len(upper) for upper in uppers))
         pieces = [slice(start, start + step) for start in range(0, len(weight), step)]
 
         def rounded(rows: slice) -> PackedWeight:
@@ -180,7 +186,7 @@ class Balance:
             )
             return assemble(codes, scales, None if fmt.symmetric else zeros, fmt)
 
-        parts = list(self._workers.map(rounded, pieces))
+        parts = [rounded(rows) for rows in pieces]
         zeros = [part.zero_points for part in parts if part.zero_points is not None]
         return PackedWeight(
             torch.cat([part.data for part in parts]),
@@ -204,21 +210,21 @@ class _Trial:
         inputs: torch.Tensor,
         fmt: BlockFormat,
     ) -> None:
-        self._samples, self._squares, self._inputs, self._fmt = samples, squares, inputs, fmt
-        self._outputs = [float((rows.square() * squares).sum()) or 1.0 for rows, _ in samples]
+        self._squares, self._inputs, self._fmt = squares, inputs, fmt
+        # [B, block, rows of all matrices]: a block is a column.
+        self._rows = torch.cat([_blocks(rows, fmt).permute(1, 2, 0) for rows, _ in samples], 2)
+        outputs = [float((rows.square() * squares).sum()) or 1.0 for rows, _ in samples]
+        self._shares = torch.cat([torch.full((len(rows),), 1 / all_) for (rows, _), all_ in zip(samples, outputs)])
 
     def error(self, factors: torch.Tensor) -> float:
         """The square error of the products in all, each relative to its matrix's outputs."""
         fmt, importance = self._fmt, _blocks(self._squares / factors.square(), self._fmt)
         steps = _blocks(self._inputs / factors, fmt).abs().amax(-1) / 127
         noise = steps.square().mean(0) / 12  # of activations rounded with such steps
-        total = 0.0
-        for (rows, _), outputs in zip(self._samples, self._outputs):
-            balanced = _blocks(rows * factors, fmt)
-            _, _, errors = search_steps(balanced.permute(1, 2, 0), importance, fmt, _SHARES)
-            activations = balanced.square().sum((0, 2)) @ noise
-            total += float(errors.sum() + activations) / outputs
-        return total
+        balanced = self._rows * _blocks(factors, fmt)[:, :, None]
+        _, _, errors = search_steps(balanced, importance, fmt, _SHARES)
+        activations = noise @ balanced.square_().sum(1)
+        return float((errors.sum(0) + activations) @ self._shares)
 
 
 def group_of(columns: int, fmt: BlockFormat) -> int:

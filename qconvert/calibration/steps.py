@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qconvert.formats.recipe import BlockFormat
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 # Which parts of a block's range its steps may cover: clipping one far weight can pay.
-SYMMETRIC_SHARES = (1.0, 0.93, 0.85)
-ASYMMETRIC_SHARES = (1.0, 0.9, 0.8)
+SYMMETRIC_SHARES = (0.93,)
+ASYMMETRIC_SHARES = (0.9,)
 # Weights that are searched at a time: temporaries of this many stay in the processor's cache.
 _PIECE = 1 << 16
 
@@ -57,72 +57,82 @@ def _search(
     """``search_steps`` of blocks ``[block, n]`` that weigh their places alike, ``[block]``."""
     import torch
 
-    top, weighted = (1 << fmt.bits) - 1, values * weights[:, None]
-
-    def best_of(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        levels = (values * scale.reciprocal()).round_()
-        torch.minimum(torch.maximum(levels, -zero, out=levels), top - zero, out=levels)
-        return _least_squares(levels, weighted, weights, scale)
-
-    best: torch.Tensor | None = None
-    for wished, zero in _candidates(values, fmt, shares):
-        scale, gain = best_of(wished, zero)
-        if best is None:
-            best, scales, zeros = gain, scale, zero
-            continue
-        better = gain > best
-        best = torch.where(better, gain, best)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    assert best is not None
+    trial = _Trial(values, weights, fmt)
+    wished, zeros = _candidates(values, fmt, shares)
+    scales, gains = trial.least_squares(wished, zeros)
+    best, choice = gains.max(0)
+    scale, zero = (tried.gather(0, choice[None])[0] for tried in (scales, zeros))
     if shares is None:
-        scale, gain = best_of(scales, zeros)
-        scales, best = torch.where(gain > best, scale, scales), torch.maximum(gain, best)
-    rounded = scales.to(getattr(torch, fmt.scale_dtype)).float()
-    scales = torch.where(rounded == 0, 1.0, rounded)
-    return scales, zeros, (weighted * values).sum(0).sub_(best).clamp_(min=0)
+        refined, gain = (found[0] for found in trial.least_squares(scale[None], zero[None]))
+        scale, best = torch.where(gain > best, refined, scale), torch.maximum(gain, best)
+    rounded = scale.to(getattr(torch, fmt.scale_dtype)).float()
+    scale = torch.where(rounded == 0, 1.0, rounded)
+    return scale, zero, trial.total().sub_(best).clamp_(min=0)
+
+
+class _Trial:
+    """Blocks ``[block, n]`` for which scales are tried. What is as large as they are is allocated once."""
+
+    def __init__(self, values: torch.Tensor, weights: torch.Tensor, fmt: BlockFormat) -> None:
+        import torch
+
+        self._values, self._weights, self._top = values, weights, (1 << fmt.bits) - 1
+        self._weighted = values * weights[:, None]
+        self._levels, self._product = torch.empty_like(values), torch.empty_like(values)
+
+    def least_squares(self, scales: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best scales for the levels that each of ``scales`` chooses, and what they explain of ``total``.
+
+        With levels L they are n / d and n^2 / d, where n = sum w v L and d = sum w L^2.
+
+        Args:
+            scales: none of them 0, ``[C, n]``.
+            zeros: zero points, of the same shape.
+        """
+        import torch
+
+        inverse, lowest, highest = scales.reciprocal(), -zeros, self._top - zeros
+        numerator, denominator = torch.empty_like(scales), torch.empty_like(scales)
+        levels, product = self._levels, self._product
+        for index in range(len(scales)):
+            torch.mul(self._values, inverse[index], out=levels).round_()
+            torch.clamp(levels, lowest[index], highest[index], out=levels)
+            torch.sum(torch.mul(levels, self._weighted, out=product), 0, out=numerator[index])
+            torch.mv(levels.square_().t(), self._weights, out=denominator[index])
+        best = numerator / denominator
+        usable = torch.isfinite(best) & (best * scales > 0)
+        return torch.where(usable, best, scales), torch.where(usable, numerator * best, 0.0)
+
+    def total(self) -> torch.Tensor:
+        """sum w v^2, ``[n]``."""
+        import torch
+
+        return torch.mul(self._weighted, self._values, out=self._product).sum(0)
 
 
 def _candidates(
     values: torch.Tensor, fmt: BlockFormat, shares: Sequence[float] | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Scales, never 0, and zero points ``[n]`` to begin with; the first is that of rounding to nearest."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales, never 0, and zero points ``[C, n]`` to begin with; the first is that of rounding to nearest."""
     import torch
 
-    low, high = torch.aminmax(values, dim=0)
+    low, high = values.amin(0), values.amax(0)
     top, middle = (1 << fmt.bits) - 1, 1 << (fmt.bits - 1)
     if fmt.symmetric:
-        farthest, middles = torch.where(high > -low, high, low), torch.full_like(low, middle)
-        wished = [(farthest.abs() / (middle - 1), middles)]
-        for share in shares or SYMMETRIC_SHARES:
-            wished += [
-                (farthest * (-share / middle), middles),
-                (farthest * (share / (middle - 0.5)), middles),
-            ]
+        farthest = torch.where(high > -low, high, low)
+        wished = [farthest.abs() / (middle - 1)]
+        for share in SYMMETRIC_SHARES if shares is None else shares:
+            wished += [farthest * (-share / middle), farthest * (share / (middle - 0.5))]
+        scales = torch.stack(wished)
+        zeros = torch.full_like(scales, middle)
     else:
         low, high = low.clamp_(max=0), high.clamp_(min=0)
         scale = (high - low) / top
-        wished = [(scale, torch.round(-low / scale))]
-        for share in shares or ASYMMETRIC_SHARES:
+        wished, zero = [scale], [torch.round(-low / scale)]
+        for share in ASYMMETRIC_SHARES if shares is None else shares:
             shorter = scale * share
             centre = top / 2 - (low + high) / 2 / shorter
-            wished += [(shorter, rounded(centre)) for rounded in (torch.floor, torch.ceil)]
-    for scale, zero in wished:
-        yield torch.where(scale == 0, 1.0, scale), zero.nan_to_num(0.0).clamp_(0, top)
-
-
-def _least_squares(
-    levels: torch.Tensor, weighted: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best scale for the ``levels`` that ``scale`` chooses, and how much of ``sum w v^2`` it explains.
-
-    With levels L that is n / d and n^2 / d, where n = sum w v L and d = sum w L^2.
-    ``levels`` are overwritten.
-    """
-    import torch
-
-    numerator = (levels * weighted).sum(0)
-    denominator = weights @ levels.square_()
-    best = numerator / denominator
-    usable = torch.isfinite(best) & (best * scale > 0)
-    gain = torch.where(usable, numerator * best, torch.zeros_like(best))
-    return torch.where(usable, best, scale), gain
+            wished += [shorter, shorter]
+            zero += [torch.floor(centre), torch.ceil(centre)]
+        scales, zeros = torch.stack(wished), torch.stack(zero)
+    return torch.where(scales == 0, 1.0, scales), zeros.nan_to_num_(0.0).clamp_(0, top)

@@ -29,6 +29,8 @@ _BATCH_TOKENS = 2048
 # Rounding reads more text than the other calibrations: up to 16,384 tokens of both of the package's texts.
 _SEQUENCE_TOKENS = 512
 _MOST_TOKENS = 32 * _SEQUENCE_TOKENS
+# Sequences are short enough to come from as many places of the text.
+_PLACES = 16
 _TEXTS = ("text.txt", "more.txt")
 
 
@@ -81,7 +83,7 @@ def calibration_text(
         tokenizer_folder: the checkpoint's.
         vocab_size: the model's.
         context_length: the model's; sequences are no longer.
-        most_tokens: how many are taken.
+        most_tokens: how many are taken, at places spread over the text.
 
     Raises:
         QconvertError: the file cannot be read or is not text, or has too little of it.
@@ -89,9 +91,13 @@ def calibration_text(
     own = source is None or str(source) == DEFAULT_TEXT
     text = SEPARATOR.join(_own_texts()) if own else _read(Path(str(source)))
     sequences = calibration_ids(tokenizer_folder, vocab_size, text=text)
-    tokens = [token for sequence in sequences for token in sequence][:most_tokens]
-    length = min(_SEQUENCE_TOKENS, context_length, len(tokens))
-    cut = tuple(tuple(tokens[start : start + length]) for start in range(0, len(tokens) - length + 1, length))
+    tokens = [token for sequence in sequences for token in sequence]
+    length = min(_SEQUENCE_TOKENS, max(1, most_tokens // _PLACES), context_length, len(tokens))
+    starts = range(0, len(tokens) - length + 1, length)
+    count = min(len(starts), max(1, most_tokens // length))
+    # Spread over the text, since each of its passages is of another kind.
+    chosen = [starts[place * len(starts) // count] for place in range(count)]
+    cut = tuple(tuple(tokens[start : start + length]) for start in chosen)
     if not own and len(tokens) < _SEQUENCE_TOKENS:
         raise QconvertError(
             f"the calibration text has {len(tokens)} tokens, too few to see what a model does",

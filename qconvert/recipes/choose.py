@@ -20,7 +20,7 @@ from qconvert.recipes.precisions import Capabilities, base_recipe, recipe_for
 # Balance inputs, round in groups; round to nearest; GPTQ in few bits; GPTQ with more bits where they matter.
 RECIPES = ("awq", "rtn", "gptq", "gptq-mixed")
 # Tokens of the calibration text that a recipe reads at most; twice as many gain awq nothing.
-_TOKENS = {"awq": 8192, "gptq": 16384}
+_TOKENS = {"awq": 4_096, "gptq": 16384}
 _MIXED_BLOCK = 32  # weights in a block of "gptq-mixed"
 _SEVERAL = "leave --recipe and --calibrate out, or use --target onnxruntime --precision int4"
 

@@ -19,7 +19,7 @@ from qconvert.checkpoint.reference import Reference
 from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.folding import Folding
 from qconvert.formats.recipe import BlockFormat, Recipe
-from qconvert.parallel import piece_workers
+from qconvert.parallel import one_beside
 from tests.qconvert.test_smoothing import FoldedSource
 from tests.tiny import make_tiny_checkpoint
 
@@ -43,8 +43,8 @@ def sequences(model) -> list[list[int]]:
 
 def balanced(model, sequences, recipe: Recipe = RECIPE):
     factors, rounded = {}, {}
-    with piece_workers() as workers:
-        balance = Balance(model, recipe, sequences, workers)
+    with one_beside() as beside:
+        balance = Balance(model, recipe, sequences, beside)
         for index in range(model.config.num_hidden_layers):
             found, packed = balance.layer(index)
             factors |= found

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DAMPING = 0.01
 # Columns whose errors are spread at once: long runs suit a large Hessian, short ones the processor's cache.
 _CHUNK, _SHORT_CHUNK, _LARGEST_GROUP = 128, 32, 256
+# Columns whose errors are spread one by one; every block size is a multiple.
+_RUN = 8
 # Rows that one thread solves at a time.
 _ROWS = 768
 
@@ -123,33 +125,43 @@ def solve_groups(
     """
     import torch
 
-    rows = len(weight)
+    rows, top = len(weight), (1 << fmt.bits) - 1
     groups, size = upper.shape[:2]
     blocks = -(-size // fmt.block_size)
     # [G, columns of a group, N]: one column of the matrix is one run of memory.
-    left = weight.reshape(rows, groups, size).permute(1, 2, 0).contiguous()
-    codes = torch.zeros((groups, size, rows), dtype=torch.uint8)
+    # clone: where K or N is 1 the transpose is contiguous as it is, and it is written to below.
+    left = weight.t().clone(memory_format=torch.contiguous_format).view(groups, size, rows)
+    codes = torch.empty((groups, size, rows), dtype=torch.uint8)
     scales, zeros = (torch.empty((groups, blocks, rows)) for _ in range(2))
-    importance = upper.diagonal(dim1=1, dim2=2).square().reciprocal()
-    top, chunk = (1 << fmt.bits) - 1, _CHUNK if size > _LARGEST_GROUP else _SHORT_CHUNK
+    diagonal = upper.diagonal(dim1=1, dim2=2)
+    importance, shares = diagonal.square().reciprocal(), upper / diagonal[:, :, None]
+    chunk = _CHUNK if size > _LARGEST_GROUP else _SHORT_CHUNK
     for first in range(0, size, chunk):
         last = min(first + chunk, size)
         errors = torch.empty((groups, last - first, rows))
-        for column in range(first, last):
-            block, values = column // fmt.block_size, left[:, column]
-            if column % fmt.block_size == 0:  # its columns are up to date: chunks and blocks are multiples
-                inside = slice(column, min(column + fmt.block_size, size))
-                scales[:, block], zeros[:, block], _ = search_steps(
-                    left[:, inside], importance[:, inside], fmt
-                )
-            code = (values / scales[:, block]).round_().add_(zeros[:, block]).clamp_(0, top)
-            codes[:, column] = code.to(torch.uint8)
-            error = errors[:, column - first]
-            torch.sub(values, code.sub_(zeros[:, block]).mul_(scales[:, block]), out=error)
-            error.div_(upper[:, column, column, None])
-            due = upper[:, column, column + 1 : last, None]
-            left[:, column + 1 : last].addcmul_(due, error[:, None], value=-1)
-        if last < size:
-            left[:, last:].baddbmm_(upper[:, first:last, last:].transpose(1, 2), errors, alpha=-1)
-    codes, scales, zeros = (part.permute(2, 0, 1).reshape(rows, -1) for part in (codes, scales, zeros))
+        for start in range(first, last, _RUN):
+            block, stop = start // fmt.block_size, min(start + _RUN, last)
+            if start % fmt.block_size == 0:  # its columns are up to date: blocks are multiples of runs
+                inside = slice(start, min(start + fmt.block_size, size))
+                scale, zero, _ = search_steps(left[:, inside], importance[:, inside], fmt)
+                scales[:, block], zeros[:, block] = scale, zero
+                inverse, lowest, highest = scale.reciprocal(), -zero, top - zero
+            levels = torch.empty((groups, stop - start, rows))
+            for column in range(start, stop):
+                values, level = left[:, column], levels[:, column - start]
+                torch.clamp(torch.mul(values, inverse, out=level).round_(), lowest, highest, out=level)
+                error = errors[:, column - first]
+                torch.addcmul(values, level, scale, value=-1, out=error)
+                due = shares[:, column, column + 1 : stop, None]
+                left[:, column + 1 : stop].addcmul_(due, error[:, None], value=-1)
+            codes[:, start:stop] = levels.add_(zero[:, None])
+            _spread(left[:, stop:last], shares[:, start:stop, stop:last], errors[:, start - first : stop - first])
+        _spread(left[:, last:], shares[:, first:last, last:], errors)
+    codes, scales, zeros = (part.view(-1, rows).t().contiguous() for part in (codes, scales, zeros))
     return codes, scales, zeros
+
+
+def _spread(left: torch.Tensor, shares: torch.Tensor, errors: torch.Tensor) -> None:
+    """Columns still to come ``[G, m, N]`` make up for ``errors`` [G, n, N] of others by ``shares`` [G, n, m]."""
+    if left.shape[1]:
+        left.baddbmm_(shares.transpose(1, 2), errors, alpha=-1)
