@@ -23,14 +23,14 @@ def piece_workers() -> Iterator[Executor]:
 
 @contextmanager
 def all_threads(but: int = 0) -> Iterator[None]:
-    """In this thread torch itself takes every usable core but some, for large operations, and at least one."""
+    """In this thread torch itself takes all usable cores but some, for one large operation."""
     with _threads(max(1, usable_cores() - but)):
         yield
 
 
 @contextmanager
 def one_beside() -> Iterator[Executor]:
-    """A thread beside this one; torch is single-threaded in both (see ``all_threads`` for large operations)."""
+    """A thread beside this one; torch is single-threaded in both, unless in ``all_threads``."""
     import torch
 
     with _threads(1), ThreadPoolExecutor(1, "beside", torch.set_num_threads, (1,)) as pool:

@@ -83,8 +83,8 @@ def balance_and_round(
 class Balance:
     """The walk through the decoder. Memory: ``Pass`` and the statistics of two layers.
 
-    Rounding is many short operations, which threads of one interpreter cannot share: each waits for the others
-    longer than it works. So one thread rounds, and meanwhile another takes the text through the next layer.
+    Rounding is many short operations, which threads of one interpreter cannot share: each would wait for
+    the others longer than it works. So one thread rounds, and another reads the text with the next layer.
 
     Args:
         model: the checkpoint, of any type; nothing of it is changed.
@@ -129,7 +129,7 @@ class Balance:
         return self._spec.num_attention_heads, self._spec.num_key_value_heads
 
     def _look(self, index: int) -> Mapping[FoldedInput, InputStatistics]:
-        """What the inputs of one layer are like, those first whose factors change what reads the others."""
+        """What the inputs of one layer are like, first those that change what reads others."""
         norms_and_mlp, values = folded_inputs(index), value_input(index, *self._heads)
         # up_proj and v_proj are divided first: what reads a norm is balanced as it will be rounded.
         inputs = (norms_and_mlp[2], values, *norms_and_mlp[:2])
@@ -214,7 +214,9 @@ class _Trial:
         # [B, block, rows of all matrices]: a block is a column.
         self._rows = torch.cat([_blocks(rows, fmt).permute(1, 2, 0) for rows, _ in samples], 2)
         outputs = [float((rows.square() * squares).sum()) or 1.0 for rows, _ in samples]
-        self._shares = torch.cat([torch.full((len(rows),), 1 / all_) for (rows, _), all_ in zip(samples, outputs)])
+        self._shares = torch.cat(
+            [torch.full((len(rows),), 1 / all_) for (rows, _), all_ in zip(samples, outputs)]
+        )
 
     def error(self, factors: torch.Tensor) -> float:
         """The square error of the products in all, each relative to its matrix's outputs."""

@@ -124,8 +124,10 @@ class Pass:
                 product = _Product(self._weights[f"{prefix}{name}.weight"].to(dtype), bias)
                 setattr(module.get_submodule(owner), child, product)
             else:
+                # Norms of heads lie between products, the others before them.
+                norm_dtype = dtype if name.startswith("self_attn.") else torch.float32
                 for child, _ in list(part.named_parameters(recurse=False)):
-                    value = self._weights[f"{prefix}{name}.{child}"].float()
+                    value = self._weights[f"{prefix}{name}.{child}"].to(norm_dtype)
                     setattr(part, child, torch.nn.Parameter(value, requires_grad=False))
         return module
 

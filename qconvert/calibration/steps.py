@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 # Which parts of a block's range its steps may cover: clipping one far weight can pay.
-SYMMETRIC_SHARES = (0.93,)
+SYMMETRIC_SHARES = (1.0, 0.9)
 ASYMMETRIC_SHARES = (0.9,)
 # Weights that are searched at a time: temporaries of this many stay in the processor's cache.
 _PIECE = 1 << 16

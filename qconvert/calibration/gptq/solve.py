@@ -155,13 +155,15 @@ def solve_groups(
                 due = shares[:, column, column + 1 : stop, None]
                 left[:, column + 1 : stop].addcmul_(due, error[:, None], value=-1)
             codes[:, start:stop] = levels.add_(zero[:, None])
-            _spread(left[:, stop:last], shares[:, start:stop, stop:last], errors[:, start - first : stop - first])
+            _spread(
+                left[:, stop:last], shares[:, start:stop, stop:last], errors[:, start - first : stop - first]
+            )
         _spread(left[:, last:], shares[:, first:last, last:], errors)
     codes, scales, zeros = (part.view(-1, rows).t().contiguous() for part in (codes, scales, zeros))
     return codes, scales, zeros
 
 
 def _spread(left: torch.Tensor, shares: torch.Tensor, errors: torch.Tensor) -> None:
-    """Columns still to come ``[G, m, N]`` make up for ``errors`` [G, n, N] of others by ``shares`` [G, n, m]."""
+    """Columns to come ``[G, m, N]`` make up for ``errors`` [G, n, N] of others by ``shares`` [G, n, m]."""
     if left.shape[1]:
         left.baddbmm_(shares.transpose(1, 2), errors, alpha=-1)
