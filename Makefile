@@ -37,6 +37,10 @@ INTEROP_VENV := .venv-interop
 BENCH_VENV := .venv-bench
 CLIENTS_VENV := .venv-clients
 FORMATS_VENV := .venv-formats
+
+# Whole files at a time, one for each core, since the tests of a file share what they make: make test SIDE_BY_SIDE= for one.
+SIDE_BY_SIDE ?= -n auto --dist loadfile
+
 # Kept between runs: the sample checkpoint, which tests and `make interop` share.
 export QCONVERT_TEST_CACHE ?= $(CURDIR)/.cache/tests
 
@@ -58,7 +62,7 @@ demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
 
 test: $(VENV)/.ready
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(SIDE_BY_SIDE)
 
 test-matrix: $(VENV)/.ready
 	$(VENV)/bin/pytest -m "matrix or not matrix" tests/matrix
