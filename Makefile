@@ -31,7 +31,7 @@ NEWEST_VENV := .venv-newest
 OLDEST_PYTHON ?= $(shell for each in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/python $(PYTHON); do \
 	$$each -c '' 2> /dev/null && echo $$each && break; done)
 # What needs no torch: the rest of tests/qrun compares with transformers.
-OLDEST_TESTS ?= $(filter-out %_sampling.py %_added_tokens.py %_chat_template.py %_text.py %_tokenizer.py %_bench.py, \
+OLDEST_TESTS ?= $(filter-out %_sampling.py %_added_tokens.py %_chat_template.py %_text.py %_tokenizer.py %_thinking.py %_bench.py, \
 	$(wildcard tests/qrun/test_*.py))
 INTEROP_VENV := .venv-interop
 BENCH_VENV := .venv-bench
