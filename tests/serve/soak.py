@@ -102,11 +102,12 @@ class Client(Thread):
         """What a client is told that may come again: the queue is full, or the server has just started."""
         if response.status_code not in (429, 503):
             return None
-        code = json.loads(response.read()).get("error", {}).get("code")
+        error = json.loads(response.read())["error"]
         time.sleep(0.1)
-        return (
-            "429" if response.status_code == 429 else "loading" if code == "model_loading" else f"503 {code}"
-        )
+        if response.status_code == 429:
+            return "429"
+        # Anthropic's shape of an error has no code, so the words tell.
+        return "loading" if "is being loaded" in error["message"] else f"503 {error['message']}"
 
     def chat(self, client: httpx.Client) -> str:
         asked = self.asked()
