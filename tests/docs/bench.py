@@ -15,8 +15,12 @@ import httpx
 from click.testing import CliRunner
 
 from tests.docs.commands_page import PROGRAMS
-from tests.docs.tables import MADE_BY, SERVER, SMALLER, STANDS_FOR, TYPED
+from tests.docs.tables import GGUF_FILES, MADE_BY, SERVER, SMALLER, STANDS_FOR, TYPED
+from tests.fakes import REPOSITORY
+from tests.qconvert.ggufs import split
 from tests.serve.serving import serve_process
+
+GGUF = REPOSITORY / "tests" / "qconvert" / "data" / "gguf" / "qwen2-Q8_0.gguf"
 
 
 class Bench:
@@ -32,6 +36,11 @@ class Bench:
         (folder / "keys").write_text("sk-one\n")
         for name in ("checkpoint", "Qwen2.5-1.5B-Instruct", "demo/sample-model"):
             shutil.copytree(checkpoint, folder / name, copy_function=_link_or_copy)
+        for name, parts in GGUF_FILES.items():
+            if parts == 1:
+                shutil.copyfile(GGUF, folder / name)
+            else:
+                split(GGUF, folder / name.split("-")[0], parts)
 
     def run(self, command: str) -> str:
         """What the command prints (both streams); a command that was run already is not run again.

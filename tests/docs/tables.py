@@ -32,8 +32,12 @@ MADE_BY = {
     "demo/sample-model-onnx-int8": (
         "qconvert export demo/sample-model --output demo/sample-model-onnx-int8 --force"
     ),
+    "from-gguf": "qconvert export ./qwen2.5-1.5b-instruct-q8_0.gguf --output ./from-gguf",
     "for-gpu": "qconvert export ./checkpoint --engine --compute-capability 8.9 --output ./for-gpu",
 }
+
+# GGUF files of the pages, small ones here: that name, and into how many parts it is split.
+GGUF_FILES = {"qwen2.5-1.5b-instruct-q8_0.gguf": 1, "model-00001-of-00003.gguf": 3}
 
 # Where the pages' server listens; here it takes a free port.
 SERVER = "http://127.0.0.1:8080"
@@ -65,7 +69,7 @@ NOT_RUN = {
         "another program's command, for a repository or an account of the user's"
     ),
     r"pip (install|uninstall|config) .*": _NETWORK,
-    r"make (test|test-matrix|test-planted|test-docs|lint|interop|demo|test-schemas)": _CHECK_ALL,
+    r"make (test|lint|interop|demo)|make test-(matrix|planted|mutations|docs|schemas)": _CHECK_ALL,
     r"make (benchmark|compare)": _HOURS,
     r"make test-gpu": _GPU,
     r".*GPTQ-Int4.*": "tests/qconvert/test_quantised.py runs these on tiny checkpoints",

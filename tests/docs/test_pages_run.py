@@ -13,7 +13,7 @@ import tomllib
 from tests.docs.bench import Bench, find_command
 from tests.docs.commands_page import PROGRAMS
 from tests.docs.reading import OURS, REPOSITORY, Block, Place, blocks, commands, pages
-from tests.docs.tables import MADE_BY, NOT_RUN, is_slow, why_not_run
+from tests.docs.tables import GGUF_FILES, MADE_BY, NOT_RUN, is_slow, why_not_run
 
 ALL = [place for page in pages() for place in commands(page)]
 DEMO_EXPORT = "qconvert export demo/sample-model --output demo/sample-model-onnx-int8 --force"
@@ -150,7 +150,7 @@ def test_an_extra_that_is_installed_exists() -> None:
 
 @pytest.mark.parametrize("place", [place for place in TYPED if "-m benchmarks." in place.text], ids=str)
 def test_a_benchmark_has_the_options_that_are_named(place: Place) -> None:
-    module = place.text.split()[2].removeprefix("benchmarks.")
+    module = place.text.split()[2].removeprefix("benchmarks.").replace(".", "/")
     folder = REPOSITORY / "benchmarks"
     files = (
         [folder / f"{module}.py"]
@@ -172,5 +172,5 @@ def test_pages_name_no_folder_that_is_made_nowhere() -> None:
     for place in RUN:
         for word in shlex.split(place.text):
             if word.startswith("./") and "--output" not in place.text:
-                known = {"checkpoint", "Qwen2.5-1.5B-Instruct", *MADE_BY}
+                known = {"checkpoint", "Qwen2.5-1.5B-Instruct", *MADE_BY, *GGUF_FILES}
                 assert Path(word).parts[0] in known, str(place)

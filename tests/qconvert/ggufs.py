@@ -172,8 +172,8 @@ def split(path: Path, target: Path, count: int) -> None:
     content = path.read_bytes()
     file = open_container(path)
     names = list(file.tensors)
-    entries_end = _entries_end(content)
-    target.parent.mkdir()
+    entries_end = _entries_end(content, names[0])
+    target.parent.mkdir(exist_ok=True)
     for number in range(count):
         mine = names[number::count]
         parts = [
@@ -200,6 +200,6 @@ def split(path: Path, target: Path, count: int) -> None:
         target.with_name(f"{target.name}-{number + 1:05}-of-{count:05}.gguf").write_bytes(head + data)
 
 
-def _entries_end(content: bytes) -> int:
+def _entries_end(content: bytes, first: str) -> int:
     """Where the entries of a file end: before the name of its first tensor."""
-    return content.index(b"token_embd.weight") - 8
+    return content.index(struct.pack("<Q", len(first)) + first.encode())

@@ -192,7 +192,8 @@ def test_scales_that_the_graph_exchanges_show_in_the_logits(exporter: Exporter, 
     report = exporter.verify(folder)
     assert not report.passed
     assert not named(report)
-    assert any(", " in failure.where for failure in report.failed)
+    # Not the graph's structure alone: what it computes is wrong too, by its logits or the tokens they choose.
+    assert any("GroupQueryAttention" not in failure.where for failure in report.failed), report.failed
 
 
 def test_graphs_that_do_not_share_their_scales_are_noticed(exporter: Exporter) -> None:
