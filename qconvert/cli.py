@@ -139,7 +139,7 @@ def _adapter_option(help_text: str) -> Callable[[Any], Any]:
 @click.option(
     "--recipe",
     type=click.Choice(RECIPES),
-    help="How int4 is rounded: awq balances inputs and rounds in groups on a text (1.6 minutes for a 0.5B on "
+    help="How int4 is rounded: awq balances inputs and rounds in groups on a text (about 25 s for a 0.5B on "
     "2 cores, longer for larger models); rtn rounds to nearest, at once, for more than twice the error; gptq "
     "takes longer than awq for a little less error; gptq-mixed has shorter blocks, and down_proj and head in "
     "8 bits.  "
