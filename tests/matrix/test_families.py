@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama": {"vocab_size": 128_256},
 }
 _COMMON = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 32}
+REPRESENTATIVE = {"precision": "int4", "prefill": True, "int8_kv_cache": True}
 OPTIONS: list[dict[str, Any]] = [
+    REPRESENTATIVE,
     {"precision": "fp32"},
     {"precision": "fp16"},
     {"precision": "int8"},
@@ -35,7 +36,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"precision": "int4", "recipe": "awq"},
     {"precision": "int4", "recipe": "gptq"},
     {"precision": "int4", "recipe": "gptq-mixed"},
-    {"precision": "int4", "prefill": True, "int8_kv_cache": True},
     {"precision": "int4", "recipe": "gptq", "prefill": True, "int8_kv_cache": True},
     {"target": "tensorrt", "precision": "bf16"},
     {"target": "tensorrt", "precision": "fp16"},
@@ -43,9 +43,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"target": "tensorrt", "precision": "int4"},
 ]
 EVERY = [
-    pytest.param(family, options, id=f"{family} {options}", marks=() if index == 9 else pytest.mark.matrix)
+    pytest.param(
+        family,
+        options,
+        id=f"{family} {options}",
+        marks=() if options == REPRESENTATIVE else pytest.mark.matrix,
+    )
     for family in SIZES
-    for index, options in enumerate(OPTIONS)
+    for options in OPTIONS
 ]
 
 
@@ -55,19 +60,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return cache(
         lambda family: make_tiny_checkpoint(root / family, family=family, **_COMMON, **SIZES[family])
     )
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("".join(f"{number} bottles stand on the wall. " for number in range(100)))
-    return str(file)
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "model"
-    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize(("family", "options"), EVERY)

@@ -6,8 +6,7 @@ tokens on. ``make test-matrix`` runs all of them, ``make test`` the representati
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -60,20 +59,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DecoderSp
         )
 
     return of
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A text for calibration, a token to each letter."""
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("".join(f"{number} bottles stand on the wall. " for number in range(100)))
-    return str(file)
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "model"
-    shutil.rmtree(tmp_path)
 
 
 def options_of(combination: Combination, output: Path, text: str) -> ExportOptions:
