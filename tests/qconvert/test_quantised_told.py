@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.export import ExportOptions, export
 from qconvert.inspection.inspection import describe
 from qconvert.progress import Progress
-from tests.qconvert.quantising import make_gptq
+from tests.qconvert.quantising import make_compressed, make_gptq
 from tests.qconvert.quantising_floats import make_float8
 from tests.qconvert.test_quantised import KINDS, QUIET, stored
 
@@ -74,6 +75,25 @@ def test_inspect_explains_the_quantisation(
     exported = export(str(tmp_path / "model"), ExportOptions(output=tmp_path / "out", verify=False), QUIET)
     forecast = inspection.weight_bytes["kept"]
     assert forecast == (exported.folder / "model.onnx.data").stat().st_size
+
+
+def test_what_other_programs_would_do_with_activations_and_cache_is_told(tmp_path: Path) -> None:
+    eight = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    make_compressed(tmp_path / "model", settings={"kv_cache_scheme": eight})
+    config = tmp_path / "model" / "config.json"
+    content = json.loads(config.read_text())
+    content["quantization_config"]["config_groups"]["group_0"]["input_activations"] = eight
+    config.write_text(json.dumps(content))
+    file = tmp_path / "model" / "model.safetensors"
+    scales = {f"model.layers.0.self_attn.{part}_scale": torch.ones(1) for part in "kv"}
+    save_file({**load_file(file), **scales}, file, metadata={"format": "pt"})
+    inspection = describe(tmp_path / "model")
+    assert inspection.whole, inspection.problems
+    facts = {fact.key: fact.value for fact in inspection.facts if fact.section == "quantisation"}
+    assert facts["kv_cache_scheme"] == facts["group_0.input_activations"] == 8
+    exported = export(str(tmp_path / "model"), ExportOptions(output=tmp_path / "out"), QUIET)
+    assert exported.report is not None
+    assert exported.report.passed
 
 
 def test_inspect_names_a_matrix_that_is_not_what_it_should_be(tmp_path: Path) -> None:

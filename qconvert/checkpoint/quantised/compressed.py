@@ -157,8 +157,14 @@ def read_compressed(raw: Mapping[str, Any], where: str) -> Compressed:
     groups = fields.take(
         "config_groups", None, lambda value: isinstance(value, dict) and bool(value), "at least one group is"
     )
-    fields.pass_over("quant_method", "global_compression_ratio", "version", "kv_cache_scheme")
+    fields.pass_over("quant_method", "global_compression_ratio", "version")
     fields.told.pop()  # each group is told by itself
+    scheme = raw.get("kv_cache_scheme")
+    fields.pass_over("kv_cache_scheme")
+    if scheme is not None:
+        bits = scheme.get("num_bits") if isinstance(scheme, Mapping) else scheme
+        meaning = "bits in which other programs keep keys and values; here --kv-cache says it"
+        fields.told.append(Field("kv_cache_scheme", bits, meaning))
     found = [_read_group(name, group, fields, where) for name, group in groups.items()]
     return Compressed(tuple(found), tuple(ignored), fields.finish())
 
