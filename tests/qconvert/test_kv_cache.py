@@ -192,8 +192,9 @@ def test_scales_that_the_graph_exchanges_show_in_the_logits(exporter: Exporter, 
     report = exporter.verify(folder)
     assert not report.passed
     assert not named(report)
-    # Not the graph's structure alone: what it computes is wrong too, by its logits or the tokens they choose.
-    assert any("GroupQueryAttention" not in failure.where for failure in report.failed), report.failed
+    computed = [each.where for each in report.failed if "GroupQueryAttention" not in each.where]
+    # 4 bits may be off by more than this in their logits: there the tokens that they choose show it.
+    assert any(", " in where for where in computed) or (precision == "int4" and computed), report.failed
 
 
 def test_graphs_that_do_not_share_their_scales_are_noticed(exporter: Exporter) -> None:
