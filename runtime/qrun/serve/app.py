@@ -21,9 +21,10 @@ from qrun import __version__
 from qrun.chat import template_of
 from qrun.errors import QrunError
 from qrun.serve import guard, openapi, pages
+from qrun.serve.dialects import CHAT, COMPLETION, MESSAGES, RESPONSES
 from qrun.serve.errors import ApiError, from_qrun
 from qrun.serve.fields import DetokenizeRequest, TemplateRequest, TokenizeRequest, decode, texts_only
-from qrun.serve.handlers import CHAT, COMPLETION, MESSAGES, RESPONSES, complete
+from qrun.serve.handlers import complete
 from qrun.serve.messages import CountRequest, prompt_of
 from qrun.serve.metrics import Metrics
 from qrun.serve.models import Served

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from qrun.answer import Answer, Piece
 from qrun.engine import Engine
 from qrun.serve.asking import Asked
 from qrun.serve.reply import Chunk, Reply
+from qrun.serve.stamps import Stamps
 from qrun.text.tool_calls import ToolCall
 
 
@@ -33,8 +33,8 @@ class Block:
 class BlockReply(Reply):
     """A request with one answer. It has at least one block when it has ended, if only an empty text."""
 
-    def __init__(self, engine: Engine, model: str, asked: Asked) -> None:
-        super().__init__(engine, model, asked)
+    def __init__(self, engine: Engine, model: str, asked: Asked, stamps: Stamps) -> None:
+        super().__init__(engine, model, asked, stamps)
         self.blocks: list[Block] = []
         self._open: Block | None = None  # a text that may go on
         self._parser = None if asked.tools is None else asked.tools.parser()
@@ -75,7 +75,7 @@ class BlockReply(Reply):
         return chunks + (self.added(self._open, found) if found else [])
 
     def _new(self, call: ToolCall | None) -> Block:
-        self.blocks.append(Block(len(self.blocks), uuid.uuid4().hex, call=call))
+        self.blocks.append(Block(len(self.blocks), self.stamps.key(), call=call))
         return self.blocks[-1]
 
     def _close(self) -> list[Chunk]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -16,34 +14,17 @@ from qrun.decoding.sequence import Scored
 from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.serve import streams
-from qrun.serve.asking import Asked, ask_chat, ask_completion
+from qrun.serve.asking import Asked
+from qrun.serve.dialects import Dialect
 from qrun.serve.errors import ApiError, from_qrun
-from qrun.serve.fields import ChatRequest, CompletionRequest, decode
-from qrun.serve.message_reply import MessageReply
-from qrun.serve.messages import MessagesRequest, ask_messages
-from qrun.serve.replies import CompletionReply
+from qrun.serve.events import PING
+from qrun.serve.fields import decode
 from qrun.serve.reply import Chunk, Happening, Reply
-from qrun.serve.response_reply import ResponseReply
-from qrun.serve.responses import ResponsesRequest, ask_responses
+from qrun.serve.stamps import Stamps
 from qrun.serve.state import ServerState, client_of, engine_of, json_response, note, read_body
 
 # What has happened to which answer; None where nothing has for a while.
 Happened = tuple[int, Happening | None]
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """What tells one API from another: its fields, what they ask, and how answers look."""
-
-    fields: type[msgspec.Struct]
-    ask: Callable[[Engine, Any], Asked]
-    reply: Callable[[Engine, Any, Asked], Reply]
-
-
-CHAT = Dialect(ChatRequest, ask_chat, CompletionReply)
-COMPLETION = Dialect(CompletionRequest, ask_completion, CompletionReply)
-RESPONSES = Dialect(ResponsesRequest, ask_responses, ResponseReply)
-MESSAGES = Dialect(MessagesRequest, ask_messages, MessageReply)
 
 
 async def complete(request: Request, dialect: Dialect) -> Response:
@@ -60,7 +41,7 @@ async def complete(request: Request, dialect: Dialect) -> Response:
         asked = await asyncio.to_thread(dialect.ask, engine, fields)
     except QrunError as error:
         raise from_qrun(error) from None
-    reply = dialect.reply(engine, fields, asked)
+    reply = dialect.reply(engine, fields, asked, Stamps())
     silence = state.ping_seconds if fields.stream else None
     happenings = answers(engine, asked, client_of(request), silence)
     if not fields.stream:
@@ -140,7 +121,7 @@ async def _chunks(
             for chunk in reply.opening():
                 yield reply.encode(chunk)
             async for found in _text_chunks(reply, first, happenings):
-                yield streams.PING if found is None else reply.encode(found)
+                yield PING if found is None else reply.encode(found)
             for chunk in reply.closing():
                 yield reply.encode(chunk)
         except ApiError as error:

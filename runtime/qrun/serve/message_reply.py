@@ -6,16 +6,16 @@ Source: "Messages" and "Streaming Messages" in Anthropic's API documentation.
 from __future__ import annotations
 
 import json
-import uuid
 
 from qrun.answer import Answer
 from qrun.engine import Engine
-from qrun.serve import streams
+from qrun.serve import events
 from qrun.serve.asking import Asked
 from qrun.serve.blocks import Block, BlockReply
 from qrun.serve.errors import ApiError
 from qrun.serve.messages import MessagesRequest
 from qrun.serve.reply import Chunk
+from qrun.serve.stamps import Stamps
 
 _REASONS = {
     "eos": "end_turn",
@@ -32,9 +32,9 @@ class MessageReply(BlockReply):
 
     done = b""  # the event message_stop ends a stream
 
-    def __init__(self, engine: Engine, fields: MessagesRequest, asked: Asked) -> None:
-        super().__init__(engine, fields.model, asked)
-        self.id = f"msg_{uuid.uuid4().hex}"
+    def __init__(self, engine: Engine, fields: MessagesRequest, asked: Asked, stamps: Stamps) -> None:
+        super().__init__(engine, fields.model, asked, stamps)
+        self.id = f"msg_{stamps.key()}"
 
     def whole(self) -> Chunk:
         answer = self.answers[0]
@@ -75,7 +75,7 @@ class MessageReply(BlockReply):
         return error.to_anthropic()
 
     def encode(self, chunk: Chunk) -> bytes:
-        return streams.event(chunk, chunk["type"])
+        return events.event(chunk, chunk["type"])
 
     def _message(self, content: list[Chunk], answer: Answer | None) -> Chunk:
         return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from qrun.serve.asking import Asked
 from qrun.serve.fields import ChatRequest, Common
 from qrun.serve.logprobs import PlainLogprobs, of_chat
 from qrun.serve.reply import Chunk, Happening, Reply
+from qrun.serve.stamps import Stamps
 from qrun.text.tool_calls import ToolCall, ToolCallParser
 
 _REASONS = {
@@ -29,13 +28,14 @@ class CompletionReply(Reply):
         engine: where they come from.
         fields: of the request.
         asked: the same request, as it was handed to the engine.
+        stamps: where ids and times come from.
     """
 
-    def __init__(self, engine: Engine, fields: Common, asked: Asked) -> None:
-        super().__init__(engine, fields.model, asked)
+    def __init__(self, engine: Engine, fields: Common, asked: Asked, stamps: Stamps) -> None:
+        super().__init__(engine, fields.model, asked, stamps)
         self.chat = isinstance(fields, ChatRequest)
-        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{stamps.key()}"
+        self.created = stamps.now()
         options = fields.stream_options
         self._tells_usage = options is not None and options.include_usage
         self._plain: dict[int, PlainLogprobs] = {}
@@ -115,7 +115,7 @@ class CompletionReply(Reply):
             return {"content": found}
         place = self._called.get(index, 0)
         self._called[index] = place + 1
-        return {"tool_calls": [{"index": place, **_described(found)}]}
+        return {"tool_calls": [{"index": place, **_described(found, self.stamps)}]}
 
     def _message(self, index: int, answer: Answer) -> dict[str, Any]:
         message: dict[str, Any] = {
@@ -128,7 +128,7 @@ class CompletionReply(Reply):
             return message
         parser = self.asked.tools.parser()
         found = [*parser.push(answer.text), *parser.flush()]
-        calls = [_described(each) for each in found if isinstance(each, ToolCall)]
+        calls = [_described(each, self.stamps) for each in found if isinstance(each, ToolCall)]
         if not calls:
             return message
         self._called[index] = len(calls)
@@ -182,6 +182,6 @@ class CompletionReply(Reply):
         return self._plain[index].push(tokens)
 
 
-def _described(call: ToolCall) -> dict[str, Any]:
+def _described(call: ToolCall, stamps: Stamps) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return {"id": f"call_{stamps.key()[:24]}", "type": "function", "function": function}

@@ -10,9 +10,10 @@ from typing import Any
 from qrun.answer import Answer, Piece
 from qrun.decoding.sequence import Prefilled, Scored, Token
 from qrun.engine import Engine
-from qrun.serve import streams
+from qrun.serve import events
 from qrun.serve.asking import Asked
 from qrun.serve.errors import ApiError
+from qrun.serve.stamps import Stamps
 
 Chunk = dict[str, Any]
 Happening = Piece | Answer | Prefilled | Scored
@@ -36,13 +37,14 @@ class Reply(ABC):
         asked: what was asked.
         answers: by index, as they end.
         tokens: by index, those with log-probabilities, of answers that are given whole.
+        stamps: where ids and times come from.
     """
 
     # The bytes that end a stream.
-    done = streams.DONE
+    done = events.DONE
 
-    def __init__(self, engine: Engine, model: str, asked: Asked) -> None:
-        self.engine, self.model, self.asked = engine, model, asked
+    def __init__(self, engine: Engine, model: str, asked: Asked, stamps: Stamps) -> None:
+        self.engine, self.model, self.asked, self.stamps = engine, model, asked, stamps
         self.answers: dict[int, Answer] = {}
         self.tokens: dict[int, list[Token]] = {}
         self._started, self._first_text = perf_counter(), 0.0
@@ -124,4 +126,4 @@ class Reply(ABC):
 
     def encode(self, chunk: Chunk) -> bytes:
         """A chunk as an event."""
-        return streams.event(chunk)
+        return events.event(chunk)

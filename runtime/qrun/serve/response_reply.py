@@ -5,18 +5,17 @@ Source: "Responses" and "Streaming events" in OpenAI's API reference.
 
 from __future__ import annotations
 
-import time
-import uuid
 from typing import Any
 
 from qrun.answer import Answer
 from qrun.engine import Engine
-from qrun.serve import streams
+from qrun.serve import events
 from qrun.serve.asking import Asked
 from qrun.serve.blocks import Block, BlockReply
 from qrun.serve.errors import ApiError
 from qrun.serve.reply import Chunk
 from qrun.serve.responses import ResponsesRequest
+from qrun.serve.stamps import Stamps
 
 _TOOL = {"type": "function", "description": None, "parameters": None, "strict": False}
 
@@ -26,11 +25,11 @@ class ResponseReply(BlockReply):
 
     done = b""  # the event response.completed, or response.incomplete, ends a stream
 
-    def __init__(self, engine: Engine, fields: ResponsesRequest, asked: Asked) -> None:
-        super().__init__(engine, fields.model, asked)
+    def __init__(self, engine: Engine, fields: ResponsesRequest, asked: Asked, stamps: Stamps) -> None:
+        super().__init__(engine, fields.model, asked, stamps)
         self._fields = fields
-        self._id = f"resp_{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self._id = f"resp_{stamps.key()}"
+        self._created = stamps.now()
         self._events = 0
 
     def whole(self) -> Chunk:
@@ -76,7 +75,7 @@ class ResponseReply(BlockReply):
         return self._event("error", code=found["code"], message=found["message"], param=found["param"])
 
     def encode(self, chunk: Chunk) -> bytes:
-        return streams.event(chunk, chunk["type"])
+        return events.event(chunk, chunk["type"])
 
     def _event(self, kind: str, **content: Any) -> Chunk:
         number, self._events = self._events, self._events + 1
@@ -113,7 +112,7 @@ class ResponseReply(BlockReply):
             "object": "response",
             "created_at": self._created,
             "status": "in_progress" if answer is None else _status(answer),
-            "completed_at": None if answer is None or cut else int(time.time()),
+            "completed_at": None if answer is None or cut else self.stamps.now(),
             "background": False,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,

@@ -1,27 +1,15 @@
-"""Server-sent events, and answers that end when their client goes away.
-
-Source: the WHATWG HTML standard, section "Server-sent events".
-"""
+"""Streams over HTTP: signs of life amid silence, and answers that end when their client goes away."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 from starlette.requests import Request
 
 Result = TypeVar("Result")
-PING = b": ping\n\n"
-DONE = b"data: [DONE]\n\n"
-
-
-def event(content: Mapping[str, Any], name: str | None = None) -> bytes:
-    """One event with a JSON object."""
-    head = b"" if name is None else f"event: {name}\n".encode()
-    return head + b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 class Silence:
