@@ -138,7 +138,7 @@ clean:
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(call check-python)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[cpu,serve,export,rtx,dev]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[cpu,batch,serve,export,rtx,dev]'
 	@touch $@
 
 $(OLDEST_VENV)/.ready: pyproject.toml constraints-oldest.txt
@@ -152,7 +152,7 @@ $(NEWEST_VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
 	grep '^torch==' constraints.txt > $(NEWEST_VENV)/torch.txt
 	$(NEWEST_VENV)/bin/python $(PIP_INSTALL) --upgrade -c $(NEWEST_VENV)/torch.txt \
-	    -e '.[cpu,serve,export,rtx,dev]'
+	    -e '.[cpu,batch,serve,export,rtx,dev]'
 	@touch $@
 
 # Without the export extra: its transformers 5 and optimum's 4.57 exclude each other.

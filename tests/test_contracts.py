@@ -52,6 +52,15 @@ BREAKS: dict[str, list[dict[str, str]]] = {
         {"runtime/qrun/errors.py": "import qrun.machine\n"},
         {"runtime/qrun/attic.py": ""},
     ],
+    "a batch's data moves one way": [
+        {"runtime/qrun/batch/lines.py": "import qrun.batch.sources\n"},
+        {"runtime/qrun/batch/requests.py": "if TYPE_CHECKING:\n    import qrun.batch.asking\n"},
+        {"runtime/qrun/batch/unplaced.py": ""},
+    ],
+    "a batch needs nothing of what HTTP needs": [
+        {"runtime/qrun/batch/asking.py": "import qrun.serve.handlers\n"},
+        {"runtime/qrun/serve/asking.py": "import qrun.serve.streams\n"},  # through the server's room
+    ],
     "one runtime knows nothing of the other": [
         {"runtime/qrun/backends/ort/cache.py": "import qrun.backends.trt.cuda\n"},
         {"runtime/qrun/backends/kvcache.py": "import qrun.backends.opening\n"},

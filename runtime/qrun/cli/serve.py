@@ -170,7 +170,7 @@ def serve(
 
     A model without a name has that of its folder. SIGTERM or Ctrl-C ends it: running answers are completed.
     """
-    for package in ("starlette", "uvicorn", "msgspec", "prometheus_client"):
+    for package in ("starlette", "uvicorn", "prometheus_client"):
         if find_spec(package) is None:
             raise QrunError(f"{package} is not installed", hint="pip install 'qconvert[serve]'")
     if prompt_piece % 64:
