@@ -10,12 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconvert.calibration.awq import balance_and_round
-from qconvert.calibration.gptq.rounding import round_weights, write_record
+from qconvert.calibration.calibrate import calibrate
 from qconvert.calibration.gptq.store import RoundedWeights
-from qconvert.calibration.kv_scales import KVScales, scales_for
-from qconvert.calibration.smoothing import folding_for
-from qconvert.calibration.text import calibration_text, reads_text
+from qconvert.calibration.kv_scales import KVScales
+from qconvert.calibration.observer import TOKENS
+from qconvert.calibration.text import CalibrationText, calibration_text, reads_text
 from qconvert.checkpoint.hashing import hashed_meanwhile
 from qconvert.checkpoint.hub import Hub
 from qconvert.checkpoint.load import (
@@ -32,7 +31,6 @@ from qconvert.folder.companions import write_companions
 from qconvert.formats.folding import NO_FOLDING, Folding
 from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import Recipe
-from qconvert.formats.record import add_to_record, digest_of, write_factors
 from qconvert.models.families import family_of, rope_tables, spec_of
 from qconvert.models.spec import DecoderSpec
 from qconvert.parallel import piece_workers
@@ -97,12 +95,14 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
         options, target.capabilities, spec, checkpoint.held, reads_text=readable, coarse=checkpoint.stored_as
     )
     text, recipe = None, choice.recipe
+
+    def read_text(source: str | None, tokens: int) -> CalibrationText:
+        return calibration_text(source, checkpoint.folder, spec.vocab_size, spec.context_length, tokens)
+
     progress.note(*checkpoint.notes, *about_codes(checkpoint.stored_as, recipe))
     progress.note(*([_NO_TEXT] if choice.name == "int4-rtn" and options.recipe is None else []))
     if choice.calibrated:
-        text = calibration_text(
-            options.calibrate, checkpoint.folder, spec.vocab_size, spec.context_length, choice.tokens
-        )
+        text = read_text(options.calibrate, choice.tokens)
         recipe = choice.on_text(text.facts)
     output = options.output or Path(f"{checkpoint.name}-{target.folder_name}-{choice.name}")
     needed = sum(data_bytes(target.lower, spec, recipe).values()) + (64 << 20)  # graph, tokenizer and reports
@@ -114,7 +114,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
         with hashed_meanwhile(checkpoint.weight_files) as hashes:
             with progress.task("loading the checkpoint"):
                 model = load_model(checkpoint)
-            balance, values, rounded = NO_FOLDING, NO_FOLDING, None
+            rounded = None
             if text is not None:
                 of_adapters = {
                     f"adapter {place}": f"{each}" for place, each in enumerate(checkpoint.adapters)
@@ -122,17 +122,15 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                 rounded = RoundedWeights(folder.output, {**hashes.result(), **of_adapters}, recipe)
                 if choice.method == "awq":
                     leftovers.callback(rounded.remove)  # after a failure nothing is kept: awq is quick
-                    factors = balance_and_round(model, recipe, text.sequences, rounded, progress)
-                    write_factors(folder.path, {found.divided: each for found, each in factors.items()})
-                    balance = Folding.of_inputs(factors)
-                    # These divide what is in the KV cache, so every graph that reads or fills it needs them.
-                    values = Folding.of_inputs({f: each for f, each in factors.items() if f.of_values})
-                else:
-                    round_weights(model, recipe, text.sequences, rounded, progress)
-                write_record(folder.path, model, recipe, rounded)
-            folding = folding_for(recipe, model, checkpoint.folder, progress) | values
-            kv_scales = scales_for(recipe, model, checkpoint.folder, progress, values)
-            add_to_record(folder.path, {name: digest_of(scale) for name, scale in kv_scales.items()})
+            calibrated = calibrate(
+                model,
+                recipe,
+                rounded=rounded,
+                text=text,
+                own_text=lambda: read_text(None, TOKENS),
+                folder=folder.path,
+                progress=progress,
+            )
             with progress.task("writing the graph", parameter_count(spec)) as advance:
                 write_graph(
                     model,
@@ -140,10 +138,10 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                     recipe,
                     target,
                     folder.path,
-                    folding=folding,
-                    balance=balance,
+                    folding=calibrated.folding,
+                    balance=calibrated.balance,
                     rounded=rounded,
-                    kv_scales=kv_scales,
+                    kv_scales=calibrated.kv_scales,
                     advance=advance,
                 )
             write_companions(checkpoint, spec, folder.path, for_genai=target.read_by_genai)

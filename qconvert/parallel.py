@@ -29,12 +29,10 @@ def all_threads(but: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def one_beside() -> Iterator[Executor]:
-    """A thread beside this one; torch is single-threaded in both, unless in ``all_threads``."""
-    import torch
-
-    with _threads(1), ThreadPoolExecutor(1, "beside", torch.set_num_threads, (1,)) as pool:
-        yield pool
+def single_threads() -> Iterator[None]:
+    """torch is single-threaded, unless in ``all_threads``."""
+    with _threads(1):
+        yield
 
 
 @contextmanager

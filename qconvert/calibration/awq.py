@@ -12,42 +12,40 @@ Sources: Lin et al., AWQ, arXiv:2306.00978; Frantar et al., GPTQ, arXiv:2210.173
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from queue import SimpleQueue
+from threading import Event, Semaphore
 from typing import TYPE_CHECKING
 
 import torch
 
+from qconvert.calibration.balance import Factors, LayerWork
 from qconvert.calibration.gptq.rounding import not_finite
-from qconvert.calibration.gptq.solve import inverse_factor, solve_groups
 from qconvert.calibration.gptq.store import RoundedWeights
-from qconvert.calibration.statistics import InputStatistics, Pass
-from qconvert.calibration.steps import search_steps
+from qconvert.calibration.helper import Helper
+from qconvert.calibration.statistics import InputStatistics, Pass, Watcher
 from qconvert.checkpoint.weights import CheckpointWeights
-from qconvert.formats.blocks import assemble, pack
-from qconvert.formats.folding import LARGEST_FACTOR, FoldedInput, Folding, folded_inputs, value_input
+from qconvert.formats.folding import FoldedInput, folded_inputs, value_input
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
 from qconvert.formats.recipe import BlockFormat, Recipe
 from qconvert.models.families import spec_of
-from qconvert.parallel import all_threads, one_beside
+from qconvert.parallel import all_threads, single_threads
 from qconvert.progress import Progress
+from qrun.machine import usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Exponents of the input's sizes are tried with the first of the weights'; then, with the best, the others.
-_INPUT_EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-_WEIGHT_EXPONENTS = (0.7, 0.5, 0.3, 0.0)
-# Rows of each matrix on which they are tried, and the share of a block's range.
-_ROWS = 128
-_SHARES = (0.9,)
 # Columns that make up for one another's errors: whole blocks of about this many.
 GROUP = 256
-# Weights of one column of every group that are rounded at a time: what is at work stays in the cache.
-_LANES = 1 << 14
-_SMALLEST = 1e-20
+# Another process takes two seconds to start: what this many weights take to be rounded.
+_WORTH_A_PROCESS = 50_000_000
+_MOST_PROCESSES = 7
 
-Factors = dict[FoldedInput, torch.Tensor]
+Rounded = tuple[Factors, dict[str, PackedWeight]]
+Engine = Callable[[LayerWork], Rounded]
 
 
 def balance_and_round(
@@ -55,144 +53,152 @@ def balance_and_round(
     recipe: Recipe,
     sequences: Sequence[Sequence[int]],
     store: RoundedWeights,
+    *,
     progress: Progress,
+    watcher: Watcher | None = None,
+    helpers: int | None = None,
 ) -> Factors:
     """Round every linear weight of the decoder into ``store``; the factors that were folded into them before.
 
     What an interrupted export has left is made again: nothing of it is kept.
 
-    Raises:
-        QconvertError: a weight holds NaN or Inf.
-    """
-    store.remove()
-    factors: Factors = {}
-    layers = model.config.num_hidden_layers
-    with one_beside() as beside, progress.task("balancing and rounding the weights", layers) as advance:
-        balance = Balance(model, recipe, sequences, beside)
-        for index in range(layers):
-            try:
-                found, rounded = balance.layer(index)
-            except NonFiniteWeightError as error:
-                raise not_finite(error) from error
-            factors |= found
-            store.add_layer(index, rounded)
-            advance(1)
-    return factors
-
-
-class Balance:
-    """The walk through the decoder. Memory: ``Pass`` and the statistics of two layers.
-
-    Rounding is many short operations, which threads of one interpreter cannot share: each would wait for
-    the others longer than it works. So one thread rounds, and another reads the text with the next layer.
-
     Args:
         model: the checkpoint, of any type; nothing of it is changed.
         recipe: with a format for every linear weight.
         sequences: token ids, all of one length.
-        beside: the other thread (see ``parallel.one_beside``).
+        store: gets each layer as soon as it is rounded.
+        progress: is told of each layer.
+        watcher: looks at every layer of the text too.
+        helpers: processes beside this one; None: one for each further core, where the model is worth it.
+            The result is the same to the bit.
+
+    Raises:
+        QconvertError: a weight holds NaN or Inf.
+    """
+    store.remove()
+    walk = Walk(model, recipe, sequences, watcher)
+    factors = Factors()
+    if helpers is None:
+        helpers = min(usable_cores() - 1, _MOST_PROCESSES) if walk.weights >= _WORTH_A_PROCESS else 0
+    with progress.task("balancing and rounding the weights", walk.layers) as advance:
+        try:
+            with closing(walk.rounded(helpers)) as layers:
+                for index, (found, rounded) in enumerate(layers):
+                    store.add_layer(index, rounded)
+                    factors |= found
+                    advance(1)
+        except NonFiniteWeightError as error:
+            raise not_finite(error) from error
+    return factors
+
+
+class Walk:
+    """The walk through the decoder.
+
+    One thread reads the text, layer by layer, with the true weights; what it sees of a layer is all that its
+    rounding needs. Rounding is many short operations, which threads of one interpreter cannot share (each
+    would wait for the others longer than it works): one thread of this process rounds, and every helper is a
+    process of its own.
+
+    Memory: ``Pass``, and for each of those who round two layers' statistics and one layer's weights.
     """
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, sequences: Sequence[Sequence[int]], beside: Executor
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        sequences: Sequence[Sequence[int]],
+        watcher: Watcher | None = None,
     ) -> None:
         self._spec = spec_of(model.config)
         self._weights = CheckpointWeights(model)
-        self._recipe, self._beside = recipe, beside
-        self._pass = Pass(model, sequences)
-        self._ahead = beside.submit(self._look, 0)
+        self._recipe = recipe
+        self._pass = Pass(model, sequences, watcher)
+        self.layers = self._spec.num_hidden_layers
 
-    def layer(self, index: int) -> tuple[Factors, dict[str, PackedWeight]]:
-        """The factors of one layer's inputs and its rounded weights. Layers are to be asked for in order.
+    @property
+    def weights(self) -> int:
+        """How many there are to be rounded."""
+        names = [name for found in self._inputs(0) for name in found.readers]
+        rows_and_columns = [self._weights.shape(name) for name in names]
+        return self.layers * sum(rows * columns for rows, columns in rows_and_columns)
+
+    def rounded(self, helpers: int) -> Generator[Rounded, None, None]:
+        """Each layer, in order.
 
         Raises:
             NonFiniteWeightError: NaN or Inf in a weight, or in what the layers before make of it.
         """
-        seen, factors = self._ahead.result(), Factors()
-        if index + 1 < self._spec.num_hidden_layers:
-            self._ahead = self._beside.submit(self._look, index + 1)
-        for found in seen:
-            factors[found] = self._factors(found, seen[found], Folding.of_inputs(factors))
-        folding = Folding.of_inputs(factors)
-        rounded = {}
-        for found in seen:
-            columns = found.of_columns(factors[found])
-            uppers = [_upper_factors(run, part) for run, part in _cut(seen[found].products, columns)]
-            for name in found.readers:
-                rounded[name] = self._round(name, folding, uppers)
-        for name in rounded:
-            self._weights.release(name)
-        return factors, rounded
+        with ExitStack() as processes, single_threads():
+            others = [processes.enter_context(Helper()) for _ in range(helpers)]
+            engines = self._engines(others)
+            idle: SimpleQueue[Engine] = SimpleQueue()
+            for engine in engines:
+                idle.put(engine)
+            # Whoever reads the text is ahead by one layer for each of those who round.
+            ahead, stopped = Semaphore(len(engines)), Event()
 
-    @property
-    def _heads(self) -> tuple[int, int]:
-        return self._spec.num_attention_heads, self._spec.num_key_value_heads
+            def look(index: int) -> LayerWork:
+                ahead.acquire()
+                if stopped.is_set():
+                    raise InterruptedError
+                return self._look(index, but=len(engines))
 
-    def _look(self, index: int) -> Mapping[FoldedInput, InputStatistics]:
-        """What the inputs of one layer are like, first those that change what reads others."""
-        norms_and_mlp, values = folded_inputs(index), value_input(index, *self._heads)
+            def layer(index: int) -> Rounded:
+                work, engine = looks[index].result(), idle.get()
+                try:
+                    return engine(work)
+                finally:
+                    idle.put(engine)
+                    for name in work.weights:
+                        self._weights.release(name)
+                    ahead.release()
+
+            with _threads(1) as reader, _threads(len(engines)) as rounders:
+                looks = [reader.submit(look, index) for index in range(self.layers)]
+                layers = [rounders.submit(layer, index) for index in range(self.layers)]
+                try:
+                    for (
+                        done
+                    ) in layers:  # in order, so that the first layer which fails is the one that is named
+                        yield done.result()
+                finally:
+                    stopped.set()
+                    for helper in others:
+                        helper.stop()
+                    for future in layers:
+                        future.cancel()
+                    for unseen in looks:
+                        unseen.cancel()
+                    ahead.release(self.layers)
+
+    @staticmethod
+    def _engines(others: Sequence[Helper]) -> list[Engine]:
+        return [LayerWork.done, *(helper.done for helper in others)]
+
+    def _inputs(self, index: int) -> tuple[FoldedInput, ...]:
+        norms_and_mlp = folded_inputs(index)
+        values = value_input(index, self._spec.num_attention_heads, self._spec.num_key_value_heads)
         # up_proj and v_proj are divided first: what reads a norm is balanced as it will be rounded.
-        inputs = (norms_and_mlp[2], values, *norms_and_mlp[:2])
-        prefix, seen, looks = f"model.layers.{index}.", {}, {}
+        return norms_and_mlp[2], values, *norms_and_mlp[:2]
+
+    def _look(self, index: int, but: int) -> LayerWork:
+        """What the inputs of one layer are like; ``but``: threads that are left to others."""
+        inputs, prefix, seen, looks = self._inputs(index), f"model.layers.{index}.", {}, {}
         for found in inputs:
             name = found.readers[0]
-            columns = self._weights[name].shape[1]
+            columns = self._weights.shape(name)[1]
             seen[found] = InputStatistics(columns, group_of(columns, self._format(name)), self._pass.tokens)
             looks[name.removeprefix(prefix).removesuffix(".weight")] = seen[found].add
-        with all_threads(but=1):
+        with all_threads(but=but):
             self._pass.layer(index, looks)
+        names = [name for found in inputs for name in found.readers]
         bad = [found for found in inputs if not bool(torch.isfinite(seen[found].squares).all())]
         if bad:  # the cause is a weight of this layer, or else something before its first product
-            names = [name for found in inputs for name in found.readers]
             guilty = (name for name in names if not bool(torch.isfinite(self._weights[name]).all()))
             raise NonFiniteWeightError(next(guilty, bad[-1].readers[0]))
-        return seen
-
-    def _factors(self, found: FoldedInput, seen: InputStatistics, folding: Folding) -> torch.Tensor:
-        """The factors of one input whose error is least; in values of bfloat16, so that they are short."""
-        fmt = self._format(found.readers[0])
-        samples = [_some_rows(self._weights[name], name, folding) for name in found.readers]
-        squares = seen.squares
-        weight = torch.stack([rows.square().sum(0) * share for rows, share in samples]).sum(0)
-        size, width = (_of_rows(found, sums).clamp(min=_SMALLEST).sqrt().log() for sums in (squares, weight))
-        trial = _Trial(samples, squares, seen.sample, fmt)
-
-        def tried(pairs: Sequence[tuple[float, float]]) -> tuple[float, tuple[float, float]]:
-            return min((trial.error(columns(pair)), pair) for pair in pairs)
-
-        def columns(pair: tuple[float, float]) -> torch.Tensor:
-            return found.of_columns(_geometric(pair[0] * size - pair[1] * width))
-
-        first = tried([(exponent, _WEIGHT_EXPONENTS[0]) for exponent in _INPUT_EXPONENTS] + [(0.0, 0.0)])
-        more = [(first[1][0], exponent) for exponent in _WEIGHT_EXPONENTS[1:]] if first[1][0] else []
-        _, best = min([first, tried(more)]) if more else first
-        return _geometric(best[0] * size - best[1] * width)
-
-    def _round(self, name: str, folding: Folding, uppers: Sequence[torch.Tensor]) -> PackedWeight:
-        """One matrix of the folded model; each of ``uppers`` is ``solve_groups``'s for one run of groups."""
-        weight, fmt = self._weights[name], self._format(name)
-        step = max(64, _LANES // sum(len(upper) for upper in uppers))
-        pieces = [slice(start, start + step) for start in range(0, len(weight), step)]
-
-        def rounded(rows: slice) -> PackedWeight:
-            part = folding.apply(name, weight[rows].float(), rows.start)
-            if not bool(torch.isfinite(part).all()):
-                raise NonFiniteWeightError(name)
-            if fmt.bits == 8:
-                return pack(part, fmt)
-            runs = [solve_groups(columns, upper, fmt) for upper, columns in _cut(uppers, part)]
-            codes, scales, zeros = (
-                torch.cat(side_by_side, dim=1) for side_by_side in zip(*runs, strict=True)
-            )
-            return assemble(codes, scales, None if fmt.symmetric else zeros, fmt)
-
-        parts = [rounded(rows) for rows in pieces]
-        zeros = [part.zero_points for part in parts if part.zero_points is not None]
-        return PackedWeight(
-            torch.cat([part.data for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            torch.cat(zeros) if zeros else None,
-        )
+        weights = {name: self._weights[name] for name in names}
+        return LayerWork(seen, weights, {name: self._format(name) for name in names})
 
     def _format(self, name: str) -> BlockFormat:
         fmt = self._recipe.format_of(name)
@@ -200,33 +206,11 @@ class Balance:
         return fmt
 
 
-class _Trial:
-    """One input and some rows of the matrices that read it, for trying factors."""
-
-    def __init__(
-        self,
-        samples: Sequence[tuple[torch.Tensor, float]],
-        squares: torch.Tensor,
-        inputs: torch.Tensor,
-        fmt: BlockFormat,
-    ) -> None:
-        self._squares, self._inputs, self._fmt = squares, inputs, fmt
-        # [B, block, rows of all matrices]: a block is a column.
-        self._rows = torch.cat([_blocks(rows, fmt).permute(1, 2, 0) for rows, _ in samples], 2)
-        outputs = [float((rows.square() * squares).sum()) or 1.0 for rows, _ in samples]
-        self._shares = torch.cat(
-            [torch.full((len(rows),), 1 / all_) for (rows, _), all_ in zip(samples, outputs)]
-        )
-
-    def error(self, factors: torch.Tensor) -> float:
-        """The square error of the products in all, each relative to its matrix's outputs."""
-        fmt, importance = self._fmt, _blocks(self._squares / factors.square(), self._fmt)
-        steps = _blocks(self._inputs / factors, fmt).abs().amax(-1) / 127
-        noise = steps.square().mean(0) / 12  # of activations rounded with such steps
-        balanced = self._rows * _blocks(factors, fmt)[:, :, None]
-        _, _, errors = search_steps(balanced, importance, fmt, _SHARES)
-        activations = noise @ balanced.square_().sum(1)
-        return float((errors.sum(0) + activations) @ self._shares)
+@contextmanager
+def _threads(count: int) -> Iterator[Executor]:
+    """Threads in which torch is single-threaded, unless in ``all_threads``."""
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
 
 
 def group_of(columns: int, fmt: BlockFormat) -> int:
@@ -234,49 +218,3 @@ def group_of(columns: int, fmt: BlockFormat) -> int:
     sizes = range(fmt.block_size, max(GROUP, fmt.block_size) + 1, fmt.block_size)
     fitting = [size for size in sizes if columns % size == 0]
     return min(columns, fitting[-1] if fitting else sizes[-1])
-
-
-def _some_rows(weight: torch.Tensor, name: str, folding: Folding) -> tuple[torch.Tensor, float]:
-    """Rows of the folded matrix, spread over it, float32; and how many each of them stands for."""
-    step = max(1, len(weight) // _ROWS)
-    rows = weight[::step].float()
-    if not bool(torch.isfinite(rows).all()):
-        raise NonFiniteWeightError(name)
-    if name in folding.multiplied:
-        rows = rows * folding.multiplied[name]
-    if name in folding.divided:
-        rows = rows / folding.divided[name][::step, None]
-    return rows, len(weight) / len(rows)
-
-
-def _of_rows(found: FoldedInput, sums: torch.Tensor) -> torch.Tensor:
-    """Sums of squares of columns as those of the divided rows: value heads have the mean of their queries."""
-    return sums.view(found.heads, found.queries, -1).mean(1).flatten() if found.queries > 1 else sums
-
-
-def _geometric(logarithms: torch.Tensor) -> torch.Tensor:
-    """Factors of a geometric mean of 1, in values that bfloat16 holds."""
-    factors = (logarithms - logarithms.mean()).exp().clamp_(1 / LARGEST_FACTOR, LARGEST_FACTOR)
-    return factors.bfloat16().float()
-
-
-def _blocks(values: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
-    """Columns ``[.., K]`` as blocks ``[.., B, block]``, the last one filled up with zeros."""
-    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % fmt.block_size))
-    return padded.view(*values.shape[:-1], -1, fmt.block_size)
-
-
-def _upper_factors(products: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """``solve_groups``'s factors for the balanced inputs of one run of groups, ``[groups, size, size]``."""
-    part = factors.view(products.shape[0], -1)
-    balanced = products / part[:, :, None] / part[:, None, :]
-    return torch.stack([inverse_factor(group) for group in balanced])
-
-
-def _cut(runs: Sequence[torch.Tensor], columns: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each run of groups, ``[groups, size, size]``, with its own of the columns ``[.., K]``."""
-    start = 0
-    for run in runs:
-        stop = start + run.shape[0] * run.shape[1]
-        yield run, columns[..., start:stop]
-        start = stop

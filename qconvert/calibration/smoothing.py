@@ -6,61 +6,41 @@ per token, they leave few steps to the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from qconvert.calibration.text import batches, calibration_ids
-from qconvert.checkpoint.reference import Reference
 from qconvert.checkpoint.weights import CheckpointWeights
-from qconvert.formats.folding import LARGEST_FACTOR, NO_FOLDING, FoldedInput, Folding, folded_inputs
+from qconvert.formats.folding import LARGEST_FACTOR, NO_FOLDING, FoldedInput, Folding
 from qconvert.formats.recipe import Recipe
-from qconvert.progress import Progress
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Most tokens of a passage that are read: bounds time and memory where every byte is a token.
-_LONGEST = 256
+    from qconvert.calibration.observer import Observer
 
 
-def folding_for(
-    recipe: Recipe, model: PreTrainedModel, tokenizer_folder: Path, progress: Progress
-) -> Folding:
-    """The folding that a recipe asks for, calibrated on the package's own text."""
+def folding_for(recipe: Recipe, model: PreTrainedModel, seen: Observer) -> Folding:
+    """The folding that a recipe asks for, from what was seen of the model's activations."""
     fmt = recipe.integer_products
     if fmt is None or fmt.smoothing is None:
         return NO_FOLDING
-    context, sequences = (
-        min(model.config.max_position_embeddings, _LONGEST),
-        calibration_ids(tokenizer_folder, model.config.vocab_size),
-    )
-    sequences = [sequence[:context] for sequence in sequences]
-    with progress.task("looking at activations", sum(map(len, sequences))) as advance:
-        return smooth(model, sequences, fmt.smoothing, advance)
+    return smooth(model, {found: columns.size for found, columns in seen.sizes.items()}, fmt.smoothing)
 
 
-def smooth(
-    model: PreTrainedModel,
-    sequences: Sequence[Sequence[int]],
-    strength: float,
-    advance: Callable[[int], Any] | None = None,
-) -> Folding:
-    """Factors for every input of every layer, from what the sequences give in float32.
+def smooth(model: PreTrainedModel, sizes: Mapping[FoldedInput, torch.Tensor], strength: float) -> Folding:
+    """Factors for every input of every layer.
 
-    f = size^strength / w^(1 - strength) for each column, with ``size`` of ``column_sizes`` and w the
-    largest weight that reads it; scaled so that their geometric mean is 1.
+    f = size^strength / w^(1 - strength) for each column, with w the largest weight that reads it; scaled so
+    that their geometric mean is 1.
 
     Args:
         model: the checkpoint; its weights are untouched, and upcast one module at a time.
-        sequences: token ids; some run together (see ``calibration.batches``).
+        sizes: of each input's columns, as ``observer.ColumnSizes`` finds them.
         strength: 0 to 1: how much goes from inputs into weights.
-        advance: called with the number of tokens after each batch.
     """
     import torch
 
-    sizes = column_sizes(model, sequences, advance)
     weights = CheckpointWeights(model)
     factors: dict[FoldedInput, torch.Tensor] = {}
     for found, size in sizes.items():
@@ -84,46 +64,3 @@ def factors_for(size: torch.Tensor, largest: torch.Tensor, strength: float) -> t
     factors = (logarithm - logarithm[usable].mean()).exp()
     factors.clamp_(1 / LARGEST_FACTOR, LARGEST_FACTOR)
     return torch.where(usable, factors, torch.ones_like(factors))
-
-
-def column_sizes(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], advance: Callable[[int], Any] | None = None
-) -> dict[FoldedInput, torch.Tensor]:
-    """The size of each input's columns, float32 ``[columns]``, in units of a token's root mean square.
-
-    It is the fourth root of the mean fourth power over tokens. With the maximum a single token would decide;
-    one with massive activations, which has a scale of its own anyway, would count like a thousand others.
-    """
-    import torch
-
-    inputs = [found for layer in range(model.config.num_hidden_layers) for found in folded_inputs(layer)]
-    totals: dict[FoldedInput, torch.Tensor] = {}
-    real = torch.empty(0)  # bool [batch, tokens]: where there is no padding
-
-    def watch(found: FoldedInput) -> Callable[..., None]:
-        def look(module: Any, arguments: tuple[torch.Tensor]) -> None:
-            tokens = arguments[0][real]
-            power = tokens.square()
-            mean = power.mean(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-            total = power.div_(mean).square_().sum(0)
-            totals[found] = totals[found] + total if found in totals else total
-
-        return look
-
-    handles = [
-        model.get_submodule(found.readers[0].removesuffix(".weight")).register_forward_pre_hook(watch(found))
-        for found in inputs
-    ]
-    reference = Reference(model)
-    try:
-        for batch in batches(sequences):
-            lengths = torch.tensor([len(sequence) for sequence in batch])
-            real = torch.arange(int(lengths.max())) < lengths[:, None]
-            reference.hidden_states(batch)
-            if advance is not None:
-                advance(int(lengths.sum()))
-    finally:
-        for handle in handles:
-            handle.remove()
-    count = sum(map(len, sequences))
-    return {found: (totals[found] / count).pow(0.25) for found in inputs}

@@ -9,7 +9,8 @@ layer's weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -19,6 +20,8 @@ from qconvert.models.families import family_of, spec_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qconvert.checkpoint.reference import KVObserver
+
 EMBEDDING = "model.embed_tokens.weight"
 # Tokens that are computed together: between gate_proj and down_proj of a 7B model they take 0.5 GB.
 _BATCH_TOKENS = 2048
@@ -26,6 +29,19 @@ _BATCH_TOKENS = 2048
 _KEPT = 64
 
 Look = Callable[[torch.Tensor], None]
+
+
+class Watcher(Protocol):
+    """Looks at a pass beside the one for whom it is made; see ``observer.Observer``."""
+
+    @property
+    def kv(self) -> KVObserver | None:
+        """What sees keys and values, if anything does."""
+        ...
+
+    def looks(self, layer: int) -> Mapping[str, Look]:
+        """What looks at the inputs of products, as ``Pass.layer`` takes it."""
+        ...
 
 
 class InputStatistics:
@@ -76,10 +92,13 @@ class Pass:
     Args:
         model: the checkpoint, of any type; nothing of it is changed.
         sequences: token ids, all of one length.
+        watcher: looks at every layer too.
     """
 
-    def __init__(self, model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
-        self._config = model.config
+    def __init__(
+        self, model: PreTrainedModel, sequences: Sequence[Sequence[int]], watcher: Watcher | None = None
+    ) -> None:
+        self._config, self._watcher = model.config, watcher
         self._weights = CheckpointWeights(model)
         tokens = torch.tensor(sequences)
         self.tokens = tokens.numel()
@@ -91,7 +110,7 @@ class Pass:
             tables = rotary(self._hidden, torch.arange(tokens.shape[1])[None])
             self._rope = tuple(table.to(product_dtype()) for table in tables)
 
-    def layer(self, index: int, looks: Mapping[str, Look]) -> None:
+    def layer(self, index: int, looks: Mapping[str, Look] = MappingProxyType({})) -> None:
         """Compute one layer; layers are to be asked for in order, each once.
 
         Args:
@@ -99,16 +118,18 @@ class Pass:
             looks: by the name of a product in the layer ("mlp.down_proj"), what is called with its inputs,
                 float32 ``[tokens, K]``, some sequences at a time.
         """
-        module = self._module(index)
-        for name, look in looks.items():
+        module, watcher = self._module(index), self._watcher
+        for name, look in [*looks.items(), *(watcher.looks(index).items() if watcher else ())]:
             module.get_submodule(name).register_forward_pre_hook(_telling(look))
         mask = window_mask(self._hidden.shape[1], spec_of(self._config).sliding_windows[index])
         step = max(1, _BATCH_TOKENS // self._hidden.shape[1])
         with torch.no_grad():
             for start in range(0, len(self._hidden), step):
                 part = slice(start, start + step)
+                hidden = self._hidden[part]
+                cache = watcher.kv.cache([hidden.shape[1]] * len(hidden)) if watcher and watcher.kv else None
                 self._hidden[part] = module(
-                    self._hidden[part], position_embeddings=self._rope, attention_mask=mask
+                    hidden, position_embeddings=self._rope, attention_mask=mask, past_key_values=cache
                 )
 
     def _module(self, index: int) -> Any:

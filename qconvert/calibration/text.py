@@ -7,7 +7,6 @@ languages, tables, mathematics. None of them is among the texts with which an ex
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,10 +22,7 @@ SEPARATOR = "\n=====\n"
 _SEED = 20240608
 _RANDOM_LENGTH = 256
 _RANDOM_SEQUENCES = 8
-# Tokens that are looked at together: each weight is then upcast once for all of them, and what lies between
-# the layers of a 1.5B model takes 0.2 GB.
-_BATCH_TOKENS = 2048
-# Rounding reads more text than the other calibrations: up to 16,384 tokens of both of the package's texts.
+# Rounding reads up to 16,384 tokens of both of the package's texts, the other calibrations a quarter of that.
 _SEQUENCE_TOKENS = 512
 _MOST_TOKENS = 32 * _SEQUENCE_TOKENS
 # Sequences are short enough to come from as many places of the text.
@@ -42,16 +38,13 @@ class CalibrationText:
     facts: Calibration
 
 
-def calibration_ids(
-    tokenizer_folder: Path, vocab_size: int, *, limit: int | None = None, text: str | None = None
-) -> list[list[int]]:
+def calibration_ids(tokenizer_folder: Path, vocab_size: int, *, text: str | None = None) -> list[list[int]]:
     """Calibration sequences in the tokens of the checkpoint's tokenizer, each the start of a text of its own.
 
     Args:
         tokenizer_folder: the folder with the tokenizer; without one, or with one of another
             vocabulary, the tokens are random (seeded): better than none, as their norms are typical.
         vocab_size: the model's.
-        limit: no more tokens than that in all, cut at the end of the last sequence.
         text: passages separated by a line of ``=====``; without it, the package's own.
 
     Raises:
@@ -66,7 +59,7 @@ def calibration_ids(
     if sequences is None:
         generator = np.random.default_rng(_SEED)
         sequences = generator.integers(0, vocab_size, (_RANDOM_SEQUENCES, _RANDOM_LENGTH)).tolist()
-    return sequences if limit is None else _cut(sequences, limit)
+    return sequences
 
 
 def calibration_text(
@@ -114,18 +107,6 @@ def reads_text(tokenizer_folder: Path, vocab_size: int) -> bool:
     return _encode(tokenizer_folder, _own_texts(), vocab_size) is not None
 
 
-def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """All sequences in groups of similar length, so that little is padding; the longest come first."""
-    batch: list[Sequence[int]] = []
-    for sequence in sorted(sequences, key=len, reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0]) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    if batch:
-        yield batch
-
-
 def _encode(folder: Path, passages: list[str], vocab_size: int) -> list[list[int]] | None:
     tokenizer = read_tokenizer(folder)
     if tokenizer is None:
@@ -134,16 +115,6 @@ def _encode(folder: Path, passages: list[str], vocab_size: int) -> list[list[int
     sequences = [sequence for sequence in sequences if sequence]
     fits = sequences and max(map(max, sequences)) < vocab_size
     return sequences if fits else None
-
-
-def _cut(sequences: list[list[int]], limit: int) -> list[list[int]]:
-    kept: list[list[int]] = []
-    for sequence in sequences:
-        if limit <= 0:
-            break
-        kept.append(sequence[:limit])
-        limit -= len(kept[-1])
-    return kept
 
 
 def _own_texts() -> list[str]:

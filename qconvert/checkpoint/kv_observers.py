@@ -34,9 +34,7 @@ class Observed:
 
         def look(states: torch.Tensor, layer: int, part: str) -> torch.Tensor:
             real = torch.arange(states.shape[2]) < torch.tensor(lengths)[:, None]  # the rest is padding
-            sizes = states.abs()
-            if part == "key":
-                sizes = _lengths_of_pairs(states)
+            sizes = _lengths_of_pairs(states.float()) if part == "key" else states.abs().float()
             found = sizes.transpose(1, 2)[real].amax(0)
             before = self.largest.get((layer, part))
             self.largest[layer, part] = found if before is None else torch.maximum(before, found)

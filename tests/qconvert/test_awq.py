@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qconvert.calibration import statistics
-from qconvert.calibration.awq import Balance, group_of
+from qconvert.calibration.awq import Walk, group_of
 from qconvert.calibration.statistics import InputStatistics, Pass
 from qconvert.calibration.text import calibration_text
 from qconvert.checkpoint.load import load_model, open_checkpoint
@@ -19,7 +19,6 @@ from qconvert.checkpoint.reference import Reference
 from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.folding import Folding
 from qconvert.formats.recipe import BlockFormat, Recipe
-from qconvert.parallel import one_beside
 from tests.qconvert.test_smoothing import FoldedSource
 from tests.tiny import make_tiny_checkpoint
 
@@ -41,14 +40,11 @@ def sequences(model) -> list[list[int]]:
     return torch.randint(0, model.config.vocab_size, (6, 64), generator=generator).tolist()
 
 
-def balanced(model, sequences, recipe: Recipe = RECIPE):
+def balanced(model, sequences, recipe: Recipe = RECIPE, helpers: int = 0):
     factors, rounded = {}, {}
-    with one_beside() as beside:
-        balance = Balance(model, recipe, sequences, beside)
-        for index in range(model.config.num_hidden_layers):
-            found, packed = balance.layer(index)
-            factors |= found
-            rounded |= packed
+    for found, packed in Walk(model, recipe, sequences).rounded(helpers):
+        factors |= found
+        rounded |= packed
     return factors, rounded
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qconvert.calibration.text import SEPARATOR, batches, calibration_ids
+from qconvert.calibration.text import SEPARATOR, calibration_ids
 from qconvert.errors import QconvertError
 from qconvert.proof.cases import make_cases
 from tests.tiny import write_tiny_tokenizer
@@ -39,15 +39,6 @@ def test_no_passage_is_one_of_the_verification() -> None:
             assert len(line) < 60 or line not in text
 
 
-@pytest.mark.parametrize("limit", [1, 400, 10**9])
-def test_a_limit_cuts_tokens_off_the_end(tokenizer_folder: Path, limit: int) -> None:
-    whole = calibration_ids(tokenizer_folder, 320)
-    flat = [token for sequence in whole for token in sequence]
-    cut = calibration_ids(tokenizer_folder, 320, limit=limit)
-    assert [token for sequence in cut for token in sequence] == flat[:limit]
-    assert all(cut)
-
-
 def test_without_a_fitting_tokenizer_tokens_are_random_and_always_the_same(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -61,16 +52,6 @@ def test_ones_own_text_and_an_empty_one(tokenizer_folder: Path) -> None:
     assert calibration_ids(tokenizer_folder, 320, text=f"ab{SEPARATOR}c") == [[97 - 33, 98 - 33], [99 - 33]]
     with pytest.raises(QconvertError, match="empty"):
         calibration_ids(tokenizer_folder, 320, text=f" {SEPARATOR}\n")
-
-
-def test_batches_hold_every_sequence_once_and_are_bounded() -> None:
-    sequences = [[number] * length for number, length in enumerate([3, 700, 256, 256, 5000, 1, 300, 256, 2])]
-    found = list(batches(sequences))
-    assert sorted(sequence for batch in found for sequence in batch) == sorted(sequences)
-    for batch in found:
-        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 2048
-    assert len(found) < len(sequences)
-    assert list(batches([])) == []
 
 
 def test_a_tokenizer_that_cuts_and_pads_is_given_whole_texts(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert.calibration.smoothing import column_sizes, factors_for, smooth
-from qconvert.calibration.text import calibration_ids
+from qconvert.calibration.observer import ColumnSizes, Observer, observe
+from qconvert.calibration.smoothing import factors_for, folding_for
+from qconvert.calibration.text import calibration_text
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.checkpoint.reference import Reference
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.folding import FoldedWeights, Folding, folded_inputs
+from qconvert.recipes.precisions import recipe_for
 from tests.tiny import make_tiny_checkpoint
 
 TOKENS = [3, 17, 200, 45, 9, 120, 77, 31, 256, 8, 64, 90]
@@ -32,7 +34,14 @@ def model(tiny: Path):
 
 @pytest.fixture
 def folding(tiny: Path, model) -> Folding:
-    return smooth(model, calibration_ids(tiny, 320, limit=600), 0.65)
+    return folding_on(model, calibration_text(None, tiny, 320, 256, 600).sequences)
+
+
+def folding_on(model, sequences) -> Folding:
+    recipe = recipe_for("int8", model.config.hidden_size)
+    observer = Observer(recipe, model.config.num_hidden_layers)
+    observe(model, sequences, observer)
+    return folding_for(recipe, model, observer)
 
 
 class FoldedSource:
@@ -153,33 +162,44 @@ def test_a_column_of_nothing_is_left_alone(bad):
     assert torch.equal(factors_for(torch.tensor([bad]), torch.ones(1), 0.5), torch.ones(1))
 
 
-def test_one_huge_token_does_not_decide(model):
+def test_one_huge_token_does_not_decide():
     """Qwen2's first token is hundreds of times as large as the others, and has a scale of its own."""
-    module = model.get_submodule("model.layers.0.mlp.down_proj")
-    found = folded_inputs(0)[2]
-    sizes = column_sizes(model, [TOKENS])[found]
-    handle = module.register_forward_pre_hook(
-        lambda _, arguments: (torch.cat([arguments[0][:, :1] * 1e4, arguments[0][:, 1:]], 1),)
-    )
-    with_huge = column_sizes(model, [TOKENS])[found]
-    handle.remove()
-    torch.testing.assert_close(sizes, with_huge)
+    inputs = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    sizes, with_huge = ColumnSizes(), ColumnSizes()
+    sizes.add(inputs)
+    with_huge.add(torch.cat([inputs[:1] * 1e4, inputs[1:]]))
+    torch.testing.assert_close(sizes.size, with_huge.size)
 
 
-def test_padding_counts_for_nothing(model):
-    """Sequences of unlike lengths run together; each gives what it gives alone."""
-    sequences = [[7, 8, 9] * 40, [20, 21, 22, 23], [5] * 30]
-    together, totals = column_sizes(model, sequences), {}
-    for sequence in sequences:
-        for found, size in column_sizes(model, [sequence]).items():
-            totals[found] = totals.get(found, 0) + size**4 * len(sequence)
-    count = sum(map(len, sequences))
-    for found, size in together.items():
-        torch.testing.assert_close(size, (totals[found] / count) ** 0.25, rtol=1e-4, atol=1e-6)
+def test_parts_of_a_text_count_as_the_whole():
+    inputs = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    whole, parts = ColumnSizes(), ColumnSizes()
+    whole.add(inputs)
+    for part in inputs.split([3, 30, 7]):
+        parts.add(part)
+    torch.testing.assert_close(whole.size, parts.size)
+    assert float(ColumnSizes().size) == 0
+
+
+def test_what_is_seen_is_what_transformers_gives_to_each_product(model):
+    """The pass builds each layer by itself; if it went wrong, factors would fit another model."""
+    sequences = [TOKENS, TOKENS[::-1]]
+    observer = Observer(recipe_for("int8", model.config.hidden_size), model.config.num_hidden_layers)
+    observe(model, sequences, observer)
+    for found in (
+        inputs for layer in range(model.config.num_hidden_layers) for inputs in folded_inputs(layer)
+    ):
+        expected = ColumnSizes()
+        module = model.get_submodule(found.readers[0].removesuffix(".weight"))
+        handle = module.register_forward_pre_hook(lambda _, seen, to=expected: to.add(seen[0].flatten(0, 1)))
+        Reference(model).hidden_states(sequences)
+        handle.remove()
+        # The pass computes products in bfloat16 where the processor does.
+        torch.testing.assert_close(observer.sizes[found].size, expected.size, rtol=0.05, atol=1e-3)
 
 
 def test_calibration_leaves_the_model_as_it_was(model, tiny):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    smooth(model, calibration_ids(tiny, 320, limit=50), 0.65)
+    folding_on(model, calibration_text(None, tiny, 320, 256, 50).sequences)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())

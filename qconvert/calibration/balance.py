@@ -1,0 +1,203 @@
+"""One layer by the recipe awq: factors for its inputs, and its weights rounded for them.
+
+All that it needs is given to it, so that another process can do it (``helper.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from qconvert.calibration.gptq.solve import inverse_factor, solve_groups
+from qconvert.calibration.steps import search_steps
+from qconvert.formats.blocks import assemble, pack
+from qconvert.formats.folding import LARGEST_FACTOR, FoldedInput, Folding
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
+from qconvert.formats.recipe import BlockFormat
+
+# Exponents of the input's sizes are tried with the first of the weights'; then, with the best, the others.
+_INPUT_EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+_WEIGHT_EXPONENTS = (0.7, 0.5, 0.3, 0.0)
+# Rows of each matrix on which they are tried, and the share of a block's range.
+_ROWS = 128
+_SHARES = (0.9,)
+# Weights of one column of every group that are rounded at a time: what is at work stays in the cache.
+_LANES = 1 << 14
+_SMALLEST = 1e-20
+
+Factors = dict[FoldedInput, torch.Tensor]
+
+
+class Seen(Protocol):
+    """What the inputs of a product are like; see ``statistics.InputStatistics``."""
+
+    @property
+    def products(self) -> Sequence[torch.Tensor]:
+        """Mean of x x^T inside each group, ``[groups, group, group]``, and in the rest, if there is one."""
+        ...
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """Mean of x^2, ``[K]``."""
+        ...
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """Some of the inputs, ``[n, K]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """One layer to be rounded.
+
+    Attributes:
+        seen: what each of its inputs is like, first those that change what reads others.
+        weights: of all readers by their names, of any type.
+        formats: of the same.
+    """
+
+    seen: Mapping[FoldedInput, Seen]
+    weights: Mapping[str, torch.Tensor]
+    formats: Mapping[str, BlockFormat]
+
+    def done(self) -> tuple[Factors, dict[str, PackedWeight]]:
+        """The factors of the layer's inputs and its rounded weights.
+
+        Raises:
+            NonFiniteWeightError: NaN or Inf in a weight.
+        """
+        factors = Factors()
+        for found in self.seen:
+            factors[found] = self._factors(found, Folding.of_inputs(factors))
+        folding, rounded = Folding.of_inputs(factors), {}
+        for found, seen in self.seen.items():
+            columns = found.of_columns(factors[found])
+            uppers = [_upper_factors(run, part) for run, part in _cut(seen.products, columns)]
+            for name in found.readers:
+                rounded[name] = self._round(name, folding, uppers)
+        return factors, rounded
+
+    def _factors(self, found: FoldedInput, folding: Folding) -> torch.Tensor:
+        """The factors of one input whose error is least; in values of bfloat16, so that they are short."""
+        fmt, seen = self.formats[found.readers[0]], self.seen[found]
+        samples = [_some_rows(self.weights[name], name, folding) for name in found.readers]
+        squares = seen.squares
+        weight = torch.stack([rows.square().sum(0) * share for rows, share in samples]).sum(0)
+        size, width = (_of_rows(found, sums).clamp(min=_SMALLEST).sqrt().log() for sums in (squares, weight))
+        trial = _Trial(samples, squares, seen.sample, fmt)
+
+        def tried(pairs: Sequence[tuple[float, float]]) -> tuple[float, tuple[float, float]]:
+            return min((trial.error(columns(pair)), pair) for pair in pairs)
+
+        def columns(pair: tuple[float, float]) -> torch.Tensor:
+            return found.of_columns(_geometric(pair[0] * size - pair[1] * width))
+
+        first = tried([(exponent, _WEIGHT_EXPONENTS[0]) for exponent in _INPUT_EXPONENTS] + [(0.0, 0.0)])
+        more = [(first[1][0], exponent) for exponent in _WEIGHT_EXPONENTS[1:]] if first[1][0] else []
+        _, best = min([first, tried(more)]) if more else first
+        return _geometric(best[0] * size - best[1] * width)
+
+    def _round(self, name: str, folding: Folding, uppers: Sequence[torch.Tensor]) -> PackedWeight:
+        """One matrix of the folded model; each of ``uppers`` is ``solve_groups``'s for one run of groups."""
+        weight, fmt = self.weights[name], self.formats[name]
+        step = max(64, _LANES // sum(len(upper) for upper in uppers))
+        pieces = [slice(start, start + step) for start in range(0, len(weight), step)]
+
+        def rounded(rows: slice) -> PackedWeight:
+            part = folding.apply(name, weight[rows].float(), rows.start)
+            if not bool(torch.isfinite(part).all()):
+                raise NonFiniteWeightError(name)
+            if fmt.bits == 8:
+                return pack(part, fmt)
+            runs = [solve_groups(columns, upper, fmt) for upper, columns in _cut(uppers, part)]
+            codes, scales, zeros = (
+                torch.cat(side_by_side, dim=1) for side_by_side in zip(*runs, strict=True)
+            )
+            return assemble(codes, scales, None if fmt.symmetric else zeros, fmt)
+
+        parts = [rounded(rows) for rows in pieces]
+        zeros = [part.zero_points for part in parts if part.zero_points is not None]
+        return PackedWeight(
+            torch.cat([part.data for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(zeros) if zeros else None,
+        )
+
+
+class _Trial:
+    """One input and some rows of the matrices that read it, for trying factors."""
+
+    def __init__(
+        self,
+        samples: Sequence[tuple[torch.Tensor, float]],
+        squares: torch.Tensor,
+        inputs: torch.Tensor,
+        fmt: BlockFormat,
+    ) -> None:
+        self._squares, self._inputs, self._fmt = squares, inputs, fmt
+        # [B, block, rows of all matrices]: a block is a column.
+        self._rows = torch.cat([_blocks(rows, fmt).permute(1, 2, 0) for rows, _ in samples], 2)
+        outputs = [float((rows.square() * squares).sum()) or 1.0 for rows, _ in samples]
+        self._shares = torch.cat(
+            [torch.full((len(rows),), 1 / all_) for (rows, _), all_ in zip(samples, outputs)]
+        )
+
+    def error(self, factors: torch.Tensor) -> float:
+        """The square error of the products in all, each relative to its matrix's outputs."""
+        fmt, importance = self._fmt, _blocks(self._squares / factors.square(), self._fmt)
+        steps = _blocks(self._inputs / factors, fmt).abs().amax(-1) / 127
+        noise = steps.square().mean(0) / 12  # of activations rounded with such steps
+        balanced = self._rows * _blocks(factors, fmt)[:, :, None]
+        _, _, errors = search_steps(balanced, importance, fmt, _SHARES)
+        activations = noise @ balanced.square_().sum(1)
+        return float((errors.sum(0) + activations) @ self._shares)
+
+
+def _some_rows(weight: torch.Tensor, name: str, folding: Folding) -> tuple[torch.Tensor, float]:
+    """Rows of the folded matrix, spread over it, float32; and how many each of them stands for."""
+    step = max(1, len(weight) // _ROWS)
+    rows = weight[::step].float()
+    if not bool(torch.isfinite(rows).all()):
+        raise NonFiniteWeightError(name)
+    if name in folding.multiplied:
+        rows = rows * folding.multiplied[name]
+    if name in folding.divided:
+        rows = rows / folding.divided[name][::step, None]
+    return rows, len(weight) / len(rows)
+
+
+def _of_rows(found: FoldedInput, sums: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of columns as those of the divided rows: value heads have the mean of their queries."""
+    return sums.view(found.heads, found.queries, -1).mean(1).flatten() if found.queries > 1 else sums
+
+
+def _geometric(logarithms: torch.Tensor) -> torch.Tensor:
+    """Factors of a geometric mean of 1, in values that bfloat16 holds."""
+    factors = (logarithms - logarithms.mean()).exp().clamp_(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+    return factors.bfloat16().float()
+
+
+def _blocks(values: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+    """Columns ``[.., K]`` as blocks ``[.., B, block]``, the last one filled up with zeros."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % fmt.block_size))
+    return padded.view(*values.shape[:-1], -1, fmt.block_size)
+
+
+def _upper_factors(products: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """``solve_groups``'s factors for the balanced inputs of one run of groups, ``[groups, size, size]``."""
+    part = factors.view(products.shape[0], -1)
+    balanced = products / part[:, :, None] / part[:, None, :]
+    return torch.stack([inverse_factor(group) for group in balanced])
+
+
+def _cut(runs: Sequence[torch.Tensor], columns: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each run of groups, ``[groups, size, size]``, with its own of the columns ``[.., K]``."""
+    start = 0
+    for run in runs:
+        stop = start + run.shape[0] * run.shape[1]
+        yield run, columns[..., start:stop]
+        start = stop

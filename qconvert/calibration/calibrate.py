@@ -1,0 +1,84 @@
+"""All that an export learns from a text, in as few passes of it as its recipe allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qconvert.calibration.awq import balance_and_round
+from qconvert.calibration.gptq.rounding import round_weights, write_record
+from qconvert.calibration.gptq.store import RoundedWeights
+from qconvert.calibration.kv_scales import KVScales, scales_for
+from qconvert.calibration.observer import Observer, observe
+from qconvert.calibration.smoothing import folding_for
+from qconvert.calibration.text import CalibrationText
+from qconvert.formats.folding import NO_FOLDING, Folding
+from qconvert.formats.recipe import Recipe
+from qconvert.formats.record import add_to_record, digest_of, write_factors
+from qconvert.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a graph is written with.
+
+    Attributes:
+        folding: factors in the weights of integer products.
+        balance: factors in the weights of all others.
+        kv_scales: of an int8 KV cache.
+    """
+
+    folding: Folding
+    balance: Folding
+    kv_scales: KVScales
+
+
+def calibrate(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    *,
+    rounded: RoundedWeights | None,
+    text: CalibrationText | None,
+    own_text: Callable[[], CalibrationText],
+    folder: Path,
+    progress: Progress,
+) -> Calibrated:
+    """Look at the model on a text, and round its weights where the recipe does that on a text.
+
+    Args:
+        model: the checkpoint; nothing of it is changed.
+        recipe: with the facts of ``text``.
+        rounded: where weights go that are rounded on ``text``.
+        text: None where all weights are rounded to nearest.
+        own_text: the package's text, for a recipe that asks for more than its pass through ``text`` shows.
+        folder: gets the records of what was rounded, with which the proof compares what was stored.
+        progress: is told of each layer.
+
+    Raises:
+        QconvertError: a weight holds NaN or Inf.
+    """
+    observer, balance, values = Observer(recipe, model.config.num_hidden_layers), NO_FOLDING, NO_FOLDING
+    looks_itself = recipe.calibration is not None and recipe.calibration.method == "awq"
+    if rounded is not None and text is not None:
+        if looks_itself:
+            factors = balance_and_round(
+                model, recipe, text.sequences, rounded, progress=progress, watcher=observer
+            )
+            write_factors(folder, {found.divided: each for found, each in factors.items()})
+            balance = Folding.of_inputs(factors)
+            # These divide what is in the KV cache, so every graph that reads or fills it needs them.
+            values = Folding.of_inputs({f: each for f, each in factors.items() if f.of_values})
+        else:
+            round_weights(model, recipe, text.sequences, rounded, progress)
+        write_record(folder, model, recipe, rounded)
+    if not looks_itself and not observer.idle:
+        with progress.task("looking at activations", model.config.num_hidden_layers) as advance:
+            observe(model, own_text().sequences, observer, advance)
+    kv_scales = scales_for(observer.kv, values)
+    add_to_record(folder, {name: digest_of(scale) for name, scale in kv_scales.items()})
+    return Calibrated(folding_for(recipe, model, observer) | values, balance, kv_scales)
