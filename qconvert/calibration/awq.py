@@ -12,6 +12,7 @@ Sources: Lin et al., AWQ, arXiv:2306.00978; Frantar et al., GPTQ, arXiv:2210.173
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -145,7 +146,7 @@ class Walk:
                 return self._look(index, but=len(engines))
 
             def layer(index: int) -> Rounded:
-                work, engine = looks[index].result(), idle.get()
+                work, engine = looks.pop(index).result(), idle.get()
                 try:
                     return engine(work)
                 finally:
@@ -155,20 +156,19 @@ class Walk:
                     ahead.release()
 
             with _threads(1) as reader, _threads(len(engines)) as rounders:
-                looks = [reader.submit(look, index) for index in range(self.layers)]
-                layers = [rounders.submit(layer, index) for index in range(self.layers)]
+                # Each is taken out when it is needed: what it holds must not stay until the last is done.
+                looks = {index: reader.submit(look, index) for index in range(self.layers)}
+                layers = deque(rounders.submit(layer, index) for index in range(self.layers))
                 try:
-                    for (
-                        done
-                    ) in layers:  # in order, so that the first layer which fails is the one that is named
-                        yield done.result()
+                    while layers:  # in order, so that the first layer which fails is the one that is named
+                        yield layers.popleft().result()
                 finally:
                     stopped.set()
                     for helper in others:
                         helper.stop()
                     for future in layers:
                         future.cancel()
-                    for unseen in looks:
+                    for unseen in list(looks.values()):
                         unseen.cancel()
                     ahead.release(self.layers)
 
