@@ -62,9 +62,14 @@ def not_finite(error: NonFiniteWeightError) -> QconvertError:
 def write_record(folder: Path, model: PreTrainedModel, recipe: Recipe, store: RoundedWeights) -> None:
     """``rounding.json``: for each weight that was rounded on purpose, the digest of what it stands for."""
     columns = {name: tensor.shape[-1] for name, tensor in model.named_parameters()}
-    digests = {}
-    for name in store:
+
+    def digest(name: str) -> str | None:
         fmt = recipe.format_of(name)
-        if fmt is not None and fmt.bits == 4:
-            digests[name] = digest_of(unpack(store[name], fmt, columns[name]))
-    add_to_record(folder, digests)
+        if fmt is None or fmt.bits != 4:
+            return None
+        return digest_of(unpack(store[name], fmt, columns[name]))
+
+    names = list(store)
+    with piece_workers() as workers:
+        digests = zip(names, workers.map(digest, names), strict=True)
+        add_to_record(folder, {name: each for name, each in digests if each is not None})
