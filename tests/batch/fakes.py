@@ -13,16 +13,21 @@ def echo(tokenizer: Tokenizer) -> Rule:
     opening = len(tokenizer.encode("<|im_start|>user\n"))
 
     def rule(seen: list[int]) -> int:
-        starts = [at for at in range(len(seen)) if seen[at : at + len(header)] == header]
-        if not starts:
+        start = _last(seen, header, len(seen))
+        if start < 0:
             return seen[len(seen) % 7]
-        said, asked = seen[starts[-1] + len(header) :], seen[: starts[-1]]
-        end = max(at for at, token in enumerate(asked) if token == IM_END)
-        begin = max(at for at in range(end) if asked[at] == IM_START) + opening
-        wanted = [*asked[begin:end], IM_END]
-        return wanted[min(len(said), len(wanted) - 1)]
+        end = _last(seen, [IM_END], start)
+        begin = _last(seen, [IM_START], end) + opening
+        wanted = [*seen[begin:end], IM_END]
+        return wanted[min(len(seen) - start - len(header), len(wanted) - 1)]
 
     return rule
+
+
+def _last(seen: list[int], part: list[int], end: int) -> int:
+    """Where ``part`` begins the last time before ``end``; -1 where it does not."""
+    places = (at for at in range(end - 1, -1, -1) if seen[at] == part[0])
+    return next((at for at in places if seen[at : at + len(part)] == part), -1)
 
 
 def echo_model(tokenizer: Tokenizer, context_length: int = 2048) -> Model:

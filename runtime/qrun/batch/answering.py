@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,12 +15,33 @@ from qrun.batch.asking import Asking, Prepared
 from qrun.batch.lines import Line, Record
 from qrun.batch.ordering import ordered
 from qrun.call import Call, EngineClosedError
+from qrun.engine import Engine
 from qrun.errors import QrunError
+from qrun.model import Model
 
 # Lines that are sorted together: enough for common beginnings to meet, little enough for a long file.
 WINDOW = 1024
+# Answers that an engine can take at once, whatever its rows are: how many answers a line may ask for must not
+# depend on a measurement.
+_CAPACITY = 256
 # Prompts that wait in the engine beside those that are being answered, so that no row waits for a prompt.
 _AHEAD = 8
+
+
+def batch_engine(model: Model, rows: int, prefix_bytes: int) -> Engine:
+    """An engine for one batch; close it.
+
+    Args:
+        model: nobody else may use its session meanwhile.
+        rows: prompts that are answered at once; up to 128.
+        prefix_bytes: of memory, for beginnings of prompts.
+
+    Raises:
+        QrunError: see ``Engine``.
+    """
+    if model.manifest.target != "onnxruntime":  # a plan's keys and values cannot be copied
+        prefix_bytes = 0
+    return Engine(model, slots=rows, queue=_CAPACITY - rows, prefix_bytes=prefix_bytes)
 
 
 @dataclass(eq=False)
@@ -45,7 +66,7 @@ class Answerer:
     def __init__(self, asking: Asking, *, window: int = WINDOW) -> None:
         self._asking, self._engine, self._window = asking, asking.engine, window
 
-    def answer(self, lines: Iterable[Line]) -> Iterator[Record]:
+    def answer(self, lines: Iterable[Line]) -> Generator[Record, None, None]:
         """One record for each line, as they come. Close the iterator to cancel what is running.
 
         Lines are taken by another thread, a window ahead.

@@ -48,7 +48,11 @@ class Parquet:
     def rows(self) -> Iterator[Row]:
         number = 0
         for batch in self.batches():
-            for values in batch.to_pylist():
+            try:
+                found = batch.to_pylist()
+            except (ValueError, OverflowError) as error:  # a time that Python has no type for
+                raise QrunError(f"a value cannot be read: {_first_line(error)}", where=self.path) from None
+            for values in found:
                 number += 1
                 yield Row(number, values)
 

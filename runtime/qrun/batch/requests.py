@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 
 from qrun.batch.lines import CHAT_URL, COMPLETION_URL, Line, Problem
 from qrun.batch.sources import Row
@@ -26,9 +27,22 @@ class Template:
         environment.undefined = jinja2.StrictUndefined
         del environment.globals["strftime_now"]  # a prompt would change from one day to the next
         try:
+            self._names = meta.find_undeclared_variables(environment.parse(text)) - set(environment.globals)
             self._template = environment.from_string(text)
         except jinja2.TemplateError as error:
             raise QrunError(f"the template cannot be read: {error}", where="--template") from None
+
+    def check(self, columns: Collection[str]) -> None:
+        """Refuse a template that reads a column which there is not.
+
+        Raises:
+            QrunError: names the column.
+        """
+        for name in sorted(self._names):
+            if name not in columns:
+                raise QrunError(
+                    f"there is no column {name!r}; there are: {', '.join(columns)}", where="--template"
+                )
 
     def render(self, values: Mapping[str, Any]) -> str:
         """The prompt of a row.

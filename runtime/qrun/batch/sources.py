@@ -40,11 +40,14 @@ class Source(Protocol):
 
     Attributes:
         path: of the file.
-        columns: their names; None where each row has its own (JSON lines).
     """
 
     path: Path
-    columns: tuple[str, ...] | None
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """Their names; None where each row has its own (JSON lines)."""
+        ...
 
     def rows(self) -> Iterator[Row]:
         """All rows in order, those that cannot be read too.

@@ -14,6 +14,7 @@ from rich.console import Console
 from qrun import __version__
 from qrun.answer import Answer, Event, Piece
 from qrun.chat import Chat
+from qrun.cli.batch import batch
 from qrun.cli.bench import Measured, conditions, measure, workloads
 from qrun.cli.bench_view import as_csv_text, as_guesses, as_lines, as_table
 from qrun.cli.console import ChatConsole, PrefillLine
@@ -267,6 +268,7 @@ def bench(
             click.echo(printable(line))
 
 
+main.add_command(batch)
 main.add_command(serve)
 
 

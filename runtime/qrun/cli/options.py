@@ -184,8 +184,8 @@ def _with_option_names(message: str, request: Mapping[str, Any]) -> str:
     return message
 
 
-def read_schema(path: Path) -> Any:
-    """The content of a JSON schema's file.
+def read_schema(path: Path, what: str = "the schema") -> Any:
+    """The content of a JSON schema's file, or of another JSON file that is called ``what``.
 
     Raises:
         QrunError: it cannot be read, or is not JSON.
@@ -193,9 +193,9 @@ def read_schema(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise QrunError(f"the schema cannot be read: {error.strerror}", where=path) from error
+        raise QrunError(f"{what} cannot be read: {error.strerror}", where=path) from error
     except (ValueError, RecursionError) as error:
-        raise QrunError(f"the schema is not JSON: {error}", where=path) from error
+        raise QrunError(f"{what} is not JSON: {error}", where=path) from error
 
 
 def open_engine(*, engine: Path, verbose: bool, **options: Unpack[Opening]) -> Session:

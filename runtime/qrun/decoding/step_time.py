@@ -1,0 +1,35 @@
+"""How long a step takes over several rows."""
+
+from __future__ import annotations
+
+from statistics import median
+from time import perf_counter
+
+from qrun.backends.session import Session
+from qrun.decoding.slots import Slots
+
+
+def step_seconds(session: Session, rows: int, *, depth: int = 256, steps: int = 3) -> float:
+    """Seconds of one step in which every row has one token decoded, the median of some.
+
+    Args:
+        session: the model.
+        rows: how many.
+        depth: tokens that each row holds before.
+        steps: that are counted, after one to warm up.
+
+    Raises:
+        QrunError: more memory than the machine has left, or rows that this model has not.
+    """
+    slots = Slots(session, rows)
+    ids = [1] * min(depth, session.manifest.model.context_length - steps - 1)
+    slots.feed(0, ids, logits="none")
+    states = slots.copy_out(0, 0, len(ids))
+    for row in range(1, rows):
+        slots.copy_in(row, ids, states)
+    found = []
+    for _ in range(steps + 1):
+        started = perf_counter()
+        slots.step([1] * rows)
+        found.append(perf_counter() - started)
+    return median(found[1:])
