@@ -12,6 +12,7 @@
 #   make test-formats what we read of others' formats beside peft, compressed-tensors, AutoAWQ and GPTQModel
 #   make test-schemas the whole JSON-Schema-Test-Suite: each schema enforced or refused (two minutes)
 #   make test-interleavings thousands of interleavings of answers (minutes); make soak: ten minutes of bad clients
+#   make test-kills qrun batch killed a hundred times, and each answer counted (a quarter of an hour)
 #   make lint      ruff, mypy, import-linter
 #   make interop   optimum and onnxruntime-genai read the exported sample and answer as qrun does
 #   make benchmark export cost and decode speed beside other programs (idle machine, 10 GB, an hour)
@@ -55,7 +56,7 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 # of France?" leaves 0.06, which int8 arithmetic of another processor may turn).
 QUESTION := Name the capital of France.
 
-.PHONY: demo test test-oldest test-newest test-matrix test-mutations test-planted test-docs test-gpu lint
+.PHONY: demo test test-kills test-oldest test-newest test-matrix test-mutations test-planted test-docs test-gpu lint
 .PHONY: interop benchmark compare clean test-interleavings test-schemas test-clients test-formats soak
 
 demo: $(DEMO_EXPORT)/qconvert.json
@@ -97,6 +98,10 @@ test-newest: $(NEWEST_VENV)/.ready
 # Thousands of interleavings of answers, each compared bit for bit with what it is alone.
 test-interleavings: $(VENV)/.ready
 	QCONVERT_INTERLEAVINGS=2000 $(VENV)/bin/pytest --timeout=3600 tests/qrun/test_interleaving.py
+
+# A batch that is killed by -9 a hundred times, ordered and unordered.
+test-kills: $(VENV)/.ready
+	QRUN_BATCH_KILLS=100 $(VENV)/bin/pytest tests/batch/test_kills.py
 
 # Ten minutes of clients that behave badly, on a small random model.
 soak: $(VENV)/.ready

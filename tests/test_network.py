@@ -65,6 +65,7 @@ def place(exported: tuple[Place, Watched], tmp_path: Path) -> Iterator[Place]:
     new = Place(tmp_path / "place")
     for name in ("checkpoint", "model"):
         (new.work / name).symlink_to(exported[0].work / name)
+    (new.work / "prompts.txt").write_text("hello\nhello again\n")
     yield new
     assert sorted(path.name for path in (exported[0].work / "model").glob("*.tmp*")) == []
 
@@ -78,6 +79,7 @@ def alone(watched: Watched, place: Place, exit_code: int = 0) -> None:
 
 # What is run of each command: arguments, what is typed, and the exit code.
 RUN = {
+    "qrun batch": (("--engine", "model", "prompts.txt", "--output", "answers.jsonl", *_ASK), "", 0),
     "qrun bench": (("--engine", "model", "-p", "8", "-n", "2", "-r", "1"), "", 0),
     "qrun chat": (("--engine", "model", *_ASK), "hello\n/stats\n/exit\n", 0),
     "qrun generate": (("--engine", "model", "--prompt", "hello " * 30, "--check-hashes", *_ASK), "", 0),

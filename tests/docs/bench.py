@@ -14,6 +14,7 @@ import click
 import httpx
 from click.testing import CliRunner
 
+from tests.docs.batch_inputs import write_batch_inputs
 from tests.docs.commands_page import PROGRAMS
 from tests.docs.tables import GGUF_FILES, MADE_BY, SERVER, SMALLER, STANDS_FOR, TYPED
 from tests.fakes import REPOSITORY
@@ -36,6 +37,7 @@ class Bench:
         (folder / "keys").write_text("sk-one\n")
         for name in ("checkpoint", "Qwen2.5-1.5B-Instruct", "demo/sample-model"):
             shutil.copytree(checkpoint, folder / name, copy_function=_link_or_copy)
+        write_batch_inputs(folder)
         for name, parts in GGUF_FILES.items():
             if parts == 1:
                 shutil.copyfile(GGUF, folder / name)
