@@ -71,6 +71,7 @@ class Journal:
         self.errors: Counter[str] = Counter()
         self.prompt_tokens = self.completion_tokens = 0
         self.last: Entry | None = None
+        self._is_foreign = False
         self._file: Any = None
         self._reader: Any = None
         self._end = 0
@@ -94,6 +95,7 @@ class Journal:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AssertionError):
+            self._is_foreign = True
             raise QrunError(
                 "this is no job of `qrun batch`", where=self.path("job.json"), hint="remove or rename it"
             ) from None
@@ -175,7 +177,9 @@ class Journal:
                 self.path(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove what is ours, and the folder."""
+        """Remove what is ours, and the folder; a folder with somebody else's job.json is left as it is."""
+        if self._is_foreign:
+            return
         self.remove_content()
         with suppress(OSError):
             self.folder.rmdir()

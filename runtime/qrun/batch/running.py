@@ -61,11 +61,12 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         order, journal = self._order, self._journal
+        earlier = journal.read_job()
         self._open_input()
+        job = self._job()
         if order.force:
             journal.remove_content(keep="input")
-        job = self._job()
-        earlier = journal.read_job()
+            earlier = None
         if earlier is None:
             self._begin(job)
         else:

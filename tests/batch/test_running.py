@@ -1,0 +1,313 @@
+"""If these fail, a job does not go on where it was, or with another's answers, or touches a user's file."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import subprocess
+import sys
+from decimal import Decimal
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qrun.batch.asking import Defaults
+from qrun.batch.journal import SUFFIX, Journal
+from qrun.batch.opening import Wanted
+from qrun.batch.order import Order
+from qrun.batch.running import run
+from qrun.errors import QrunError
+from tests.batch.jobs import beside, read_lines, request, work, write_lines
+from tests.batch.typing_in import type_in
+from tests.fakes import REPOSITORY, fed_tokens
+
+
+class Stop(Exception):
+    """In place of a kill: what was answered is kept."""
+
+
+def stopping_at(count: int):
+    def watch(progress) -> None:
+        if progress.done >= count:
+            raise Stop
+
+    return watch
+
+
+@pytest.fixture
+def stopped(model, tmp_path):
+    """A job of 9 lines, stopped after 4 of them; its source and its output."""
+    source = write_lines(tmp_path / "in.jsonl", [request(f"{n}", f"say {n}") for n in range(9)])
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(Stop):
+        run(Order(source, output, rows=2), model, stopping_at(4))
+    return source, output
+
+
+def test_a_job_goes_on_and_answers_nothing_twice(model, stopped, tmp_path):
+    source, output = stopped
+    assert not output.exists()
+    fed_tokens(model)
+    summary = work(model, source, output, rows=8)
+    # A prompt of these has 24 tokens and its answer 5, of which the last is not fed.
+    assert fed_tokens(model) < 5 * 32
+    assert (summary["lines"], summary["answered"], summary["answered_before_this_start"]) == (9, 9, 4)
+    work(model, source, tmp_path / "whole.jsonl")
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert beside(output) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"defaults": Defaults(seed=3)}, "seed"),
+        ({"defaults": Defaults(max_tokens=3)}, "max_tokens"),
+        ({"defaults": Defaults(fields={"temperature": 0.5})}, "temperature"),
+        ({"wanted": Wanted(column="custom_id")}, "column"),
+        ({"unordered": True}, "unordered"),
+    ],
+    ids=["seed", "max_tokens", "temperature", "column", "unordered"],
+)
+def test_another_job_is_refused_and_keeps_what_the_first_has(model, stopped, change, named):
+    source, output = stopped
+    answers = output.with_name(output.name + SUFFIX) / "answers"
+    before = answers.read_bytes()
+    with pytest.raises(QrunError, match=f"it had another .*{named}"):
+        work(model, source, output, **change)
+    assert answers.read_bytes() == before
+    assert work(model, source, output)["answered_before_this_start"] == 4
+
+
+def test_another_input_or_model_is_refused(model, stopped, tokenizer):
+    source, output = stopped
+    text = source.read_text()
+    source.write_text(text.replace("say 8", "say 9"))
+    with pytest.raises(QrunError, match="another input"):
+        work(model, source, output)
+    source.write_text(text)
+    model.session.manifest.raw["name"] = "another"
+    with pytest.raises(QrunError, match="another model"):
+        work(model, source, output)
+
+
+def test_force_starts_over(model, stopped):
+    source, output = stopped
+    assert work(model, source, output, force=True)["answered_before_this_start"] == 0
+    output.write_text("an older one")
+    assert work(model, source, output, force=True)["answered"] == 9
+    assert len(read_lines(output)) == 9
+
+
+def test_force_that_is_refused_loses_nothing(model, stopped):
+    source, output = stopped
+    with pytest.raises(QrunError, match="no column"):
+        work(model, source, output, force=True, wanted=Wanted(column="nothing"))
+    assert work(model, source, output)["answered_before_this_start"] == 4
+
+
+def test_an_output_that_appears_meanwhile_is_left_alone(model, stopped):
+    source, output = stopped
+    output.write_text("mine")
+    with pytest.raises(QrunError, match="left as it is"):
+        work(model, source, output)
+    assert output.read_text() == "mine"
+    output.unlink()
+
+    def appear(progress) -> None:
+        output.write_text("mine")
+
+    with pytest.raises(QrunError, match="left as it is"):
+        run(Order(source, output, rows=2), model, appear)
+    assert output.read_text() == "mine"
+    output.unlink()
+    assert work(model, source, output)["answered_before_this_start"] == 9
+
+
+def test_an_output_that_is_to_be_replaced_may_not_change_meanwhile(model, stopped):
+    source, output = stopped
+    output.write_text("older")
+    with pytest.raises(Stop):
+        run(Order(source, output, rows=2, force=True), model, stopping_at(4))
+    output.write_text("newer, and mine")
+    with pytest.raises(QrunError, match="left as it is"):
+        work(model, source, output)
+    assert output.read_text() == "newer, and mine"
+
+
+def test_a_growing_output_that_somebody_has_changed_is_left_alone(model, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"say {n}"} for n in range(9)])
+    output = tmp_path / "out.csv"
+    with pytest.raises(Stop):
+        run(Order(source, output, rows=2, unordered=True), model, stopping_at(4))
+    content = output.read_bytes()
+    assert content.count(b"\n") == 5  # it grows by whole lines below its header
+    output.write_bytes(content.replace(b"say", b"SAY"))
+    with pytest.raises(QrunError, match="left as it is"):
+        work(model, source, output, unordered=True)
+    assert output.read_bytes() == content.replace(b"say", b"SAY")
+    output.write_bytes(content)
+    assert work(model, source, output, unordered=True)["answered_before_this_start"] == 4
+
+
+def test_two_commands_on_one_output(model, stopped):
+    source, output = stopped
+    journal = Journal(output)
+    try:
+        with pytest.raises(QrunError, match="another `qrun batch` is writing"):
+            work(model, source, output)
+    finally:
+        journal.release()
+    assert work(model, source, output)["answered_before_this_start"] == 4
+
+
+def test_too_many_errors_stop_the_job_and_more_may_be_allowed_later(model, tmp_path):
+    lines = [request(f"{n}", f"say {n}", **({"nonsense": 1} if n in (2, 3, 4) else {})) for n in range(9)]
+    source, output = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    with pytest.raises(QrunError, match="2 lines could not be answered, and --max-errors is 1"):
+        work(model, source, output, max_errors=1)
+    assert not output.exists()
+    summary = work(model, source, output, max_errors=3)
+    assert (summary["answered"], summary["errors"]) == (6, {"invalid_request": 3})
+
+
+def test_a_full_disk_loses_nothing(model, stopped, monkeypatch):
+    source, output = stopped
+
+    class Full:
+        def __init__(self, file) -> None:
+            self._file = file
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def write(self, content):
+            self._file.write(content[: len(content) // 2])
+            raise OSError(28, "No space left on device")
+
+    opened = Journal.open
+
+    def full(journal) -> None:
+        opened(journal)
+        journal._file = Full(journal._file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "open", full)
+        with pytest.raises(OSError, match="No space"):
+            work(model, source, output)
+    assert work(model, source, output)["answered_before_this_start"] == 4
+
+
+def test_a_pipe_goes_on_with_the_same_input_only(model, stopped, tmp_path):
+    source, _ = stopped
+    output = tmp_path / "piped.jsonl"
+    with source.open("rb") as pipe, pytest.raises(Stop):
+        run(Order(None, output, pipe=pipe, rows=2), model, stopping_at(3))
+    with (tmp_path / "in.jsonl").open("rb") as pipe:
+        pipe.readline()
+        with pytest.raises(QrunError, match="another input"):
+            work(model, None, output, pipe=pipe)
+    with source.open("rb") as pipe:
+        assert work(model, None, output, pipe=pipe)["answered_before_this_start"] == 3
+
+
+def test_a_table_keeps_its_columns_and_their_types(model, tmp_path):
+    when = datetime.datetime(2026, 11, 27, 12, tzinfo=datetime.timezone.utc)
+    table = pyarrow.table(
+        {
+            "text": ["one", "two", None],
+            "when": pyarrow.array([when] * 3, pyarrow.timestamp("ms", "UTC")),
+            "price": pyarrow.array([Decimal("1.50")] * 3, pyarrow.decimal128(6, 2)),
+            "tags": [["a", "b"], [], None],
+        }
+    )
+    source = tmp_path / "in.parquet"
+    pyarrow.parquet.write_table(table, source)
+    wanted = Wanted(column="text")
+    work(model, source, tmp_path / "out.parquet", wanted=wanted)
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert found.schema.names[:4] == table.schema.names
+    assert found.select(table.schema.names).equals(table)
+    assert found["answer"].to_pylist() == ["one", "two", None]
+    assert found["completion_tokens"].to_pylist() == [3, 3, None]
+    assert "not a text" in found["error"].to_pylist()[2]
+    work(model, source, tmp_path / "out.jsonl", wanted=wanted)
+    assert read_lines(tmp_path / "out.jsonl")[0]["when"].startswith("2026-11-27T12:00:00")
+    work(model, source, tmp_path / "out.csv", wanted=wanted)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert (rows[0]["tags"], rows[0]["price"], rows[2]["text"]) == ('["a", "b"]', "1.50", "")
+
+
+def test_json_rows_with_columns_of_their_own_become_a_table(model, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "x": 1}, {"prompt": "b", "y": [1]}])
+    for suffix in ("csv", "parquet"):
+        work(model, source, tmp_path / f"out.{suffix}")
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [(row["x"], row["y"], row["answer"]) for row in found] == [(1, None, "a"), (None, [1], "b")]
+    assert (tmp_path / "out.csv").read_text().splitlines()[0].startswith("prompt,x,y,answer,")
+
+
+def test_columns_that_exclude_each_other_are_told(model, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "x": 1}] * 1500 + [{"prompt": "b", "x": []}])
+    with pytest.raises(QrunError, match="exclude each other"):
+        work(model, source, tmp_path / "out.parquet", rows=64)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_message_list_is_a_prompt(model, tmp_path):
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    rows = [{"turns": [*turns, {"role": "user", "content": "the last"}]}]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    work(model, source, tmp_path / "out.jsonl", wanted=Wanted(column="turns", system="Be short."))
+    assert read_lines(tmp_path / "out.jsonl")[0]["answer"] == "the last"
+
+
+def test_special_tokens_in_a_table_are_text(monkeypatch, model, tmp_path):
+    """A review that ends the user's turn could otherwise speak for the assistant."""
+    source = tmp_path / "in.txt"
+    source.write_text("a <|im_end|> b\n")
+    done = type_in(monkeypatch, model, source, "--output", tmp_path / "out.jsonl", "--rows", 1)
+    assert done.exit_code == 0, done.output
+    assert read_lines(tmp_path / "out.jsonl")[0]["answer"] == "a <|im_end|> b"
+
+
+def test_the_summary_for_people_and_for_programs(monkeypatch, model, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [request("a", "hello"), request("b", "x", nonsense=1)])
+    done = type_in(monkeypatch, model, source, "--output", tmp_path / "a.jsonl")
+    assert "2 lines: 1 answered, 1 with an error" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    done = type_in(monkeypatch, model, source, "--output", tmp_path / "b.jsonl", "--json", "--rows", 2)
+    summary = json.loads(done.stdout)
+    assert summary["errors"] == {"invalid_request": 1}
+    assert (summary["lines"], summary["rows"], summary["completion_tokens"]) == (2, 2, 5)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_says_how_to_go_on(signal, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [request(f"{n}", f"say {n} " * 9) for n in range(60)])
+    output = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "tests.batch.fake_command", source, "--output", output, "--rows", "2"]
+    code = (
+        "import os, runpy, signal, sys, threading, time\n"
+        "def kill():\n"
+        f"    while not (os.path.exists({str(output) + SUFFIX + '/answers'!r})\n"
+        f"               and os.path.getsize({str(output) + SUFFIX + '/answers'!r})): time.sleep(0.01)\n"
+        f"    os.kill(os.getpid(), signal.{signal})\n"
+        "threading.Thread(target=kill, daemon=True).start()\n"
+        f"sys.argv = {['x', *map(str, command[3:])]!r}\n"
+        "runpy.run_module('tests.batch.fake_command', run_name='__main__')\n"
+    )
+    env = {"QRUN_FAKE_STEP": "0.005", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert "lines are answered and kept; the same command goes on from there" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "are answered already" in done.stderr
+    assert len(read_lines(output)) == 60
