@@ -9,7 +9,12 @@ import pytest
 from tests.batch.jobs import read_lines, request, write_lines
 from tests.batch.typing_in import type_in
 
-SCHEMA = {"type": "object", "properties": {"good": {"type": "boolean"}}, "required": ["good"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"good": {"type": "boolean"}},
+    "required": ["good"],
+    "additionalProperties": False,
+}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 MOST = 240  # tokens: a random model writes every blank that a schema allows
 
@@ -22,7 +27,9 @@ def real(tiny_export):
 
 
 def answered(monkeypatch, model, source, output, *options):
-    done = type_in(monkeypatch, model, source, "--output", output, "--rows", 2, "--max-tokens", MOST, *options)
+    done = type_in(
+        monkeypatch, model, source, "--output", output, "--rows", 2, "--max-tokens", MOST, *options
+    )
     assert done.exit_code == 0, done.output
     return read_lines(output)
 
@@ -73,8 +80,34 @@ def test_a_tool_that_must_be_called_stands_in_a_column(monkeypatch, real, tmp_pa
         (call,) = json.loads(row["tool_calls"])[:1]
         assert call["function"]["name"] == "look"
         assert row["finish_reason"] in ("tool_calls", "length")
-    (row,) = answered(monkeypatch, real, table, tmp_path / "none.jsonl", *given, "hear")
-    assert "there is no tool 'hear'" in row["error"]
+
+
+BAD_OPTIONS = {
+    "a keyword that is not enforced": (("--schema", "unique.json"), "uniqueItems"),
+    "no expression": (("--regex", "(a"), "regex cannot be enforced"),
+    "a tool that is not given": (("--tools", "tools.json", "--tool-choice", "hear"), "no tool 'hear'"),
+    "a template without tools": (("--tools", "tools.json"), "no place for tools"),
+    "a variable that is not read": (("--thinking",), "enable_thinking"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+@pytest.mark.parametrize("source", ["t.txt", "in.jsonl"])
+def test_what_stands_against_every_line_is_refused_once(monkeypatch, real, tmp_path, name, source):
+    """Ten thousand error records that all say the same are no answer."""
+    options, words = BAD_OPTIONS[name]
+    if source == "in.jsonl" and options[0] not in ("--schema", "--regex"):
+        return  # another url may take it
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unique.json").write_text(json.dumps({"type": "array", "uniqueItems": True}))
+    (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
+    (tmp_path / "t.txt").write_text("one\n")
+    write_lines(tmp_path / "in.jsonl", [request("a", "x")])
+    before = sorted(tmp_path.iterdir())
+    done = type_in(monkeypatch, real, source, "--output", "out.jsonl", "--rows", 2, *options)
+    assert done.exit_code == 1
+    assert words in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_base_model_continues_text(monkeypatch, tokenizer, tmp_path):

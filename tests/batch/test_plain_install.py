@@ -7,7 +7,7 @@ import json
 from tests.batch.jobs import read_lines, request, write_lines
 from tests.test_imports import BLOCK, CONVERTERS, python
 
-LIGHT = (*CONVERTERS, "starlette", "uvicorn", "prometheus_client", "anyio", "httpx", "pyarrow", "llguidance")
+LIGHT = (*CONVERTERS, "starlette", "uvicorn", "prometheus_client", "anyio", "httpx", "pyarrow")
 
 
 def test_batch_lines_are_answered_where_only_the_runtime_is_installed(tiny_export, tmp_path):
@@ -20,7 +20,7 @@ def test_batch_lines_are_answered_where_only_the_runtime_is_installed(tiny_expor
     )
     block = BLOCK.replace(str(CONVERTERS), str(LIGHT))
     assert block != BLOCK
-    run = block + "from qrun.cli.main import main; main()"
+    run = block + "sys.modules['llguidance'] = None\nfrom qrun.cli.main import main; main()"
     given = ("--engine", tiny_export, "--threads", 1, "--max-tokens", 4, "--greedy", "--rows", 2)
     output = tmp_path / "answers.jsonl"
     done = python(run, "batch", *given, source, "--output", output, "--json")
@@ -33,8 +33,13 @@ def test_batch_lines_are_answered_where_only_the_runtime_is_installed(tiny_expor
     table = tmp_path / "table.csv"
     table.write_text("text\nhello\n")
     done = python(run, "batch", *given, table, "--output", tmp_path / "out.csv", "--regex", "a|b")
-    assert done.returncode == 0, done.stderr
-    assert "a regex needs llguidance" in (tmp_path / "out.csv").read_text()
+    assert done.returncode == 1
+    assert "a regex needs llguidance" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "answers.jsonl",
+        "requests.jsonl",
+        "table.csv",
+    ]
 
 
 def test_batch_help_waits_for_nothing(tmp_path):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from qrun.batch.lines import Line
 from qrun.batch.parquet import Parquet, need_pyarrow
 from qrun.batch.requests import BatchLines, Prompts, Template
-from qrun.batch.sources import Csv, Format, JsonLines, PlainText, Row, Source
+from qrun.batch.sources import Csv, Format, JsonLines, PlainText, Source
 from qrun.errors import QrunError
 
 _SUFFIXES: dict[str, Format] = {
@@ -31,16 +28,8 @@ _COMPRESSED = {
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "text")
 
 
-class Maker(Protocol):
-    """What makes requests of rows: ``Prompts`` or ``BatchLines``."""
-
-    def lines(self, rows: Iterable[Row]) -> Iterator[Line]:
-        """One line for each row, in order."""
-        ...
-
-    def line(self, row: Row) -> Line:
-        """The request of a row."""
-        ...
+# What makes requests of rows.
+Maker = Prompts | BatchLines
 
 
 @dataclass(frozen=True)

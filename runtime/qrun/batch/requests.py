@@ -76,6 +76,10 @@ class Prompts:
         """One line for each row, in order."""
         return map(self.line, rows)
 
+    def trial(self) -> Line:
+        """A request of this kind that nobody has asked, to find what stands against all of them."""
+        return self._asked(0, "x")
+
     def line(self, row: Row) -> Line:
         """The request of a row."""
         if row.problem is not None:
@@ -84,11 +88,14 @@ class Prompts:
             prompt = self._prompt(row.values)
         except QrunError as error:
             return Line(row.number, problem=Problem("invalid_row", f"row {row.number:,}: {error.what}"))
+        return self._asked(row.number, prompt)
+
+    def _asked(self, number: int, prompt: str | list[Any]) -> Line:
         if not self.chat:
-            return Line(row.number, COMPLETION_URL, {"prompt": prompt})
+            return Line(number, COMPLETION_URL, {"prompt": prompt})
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return Line(row.number, CHAT_URL, {"messages": [*system, *turns]})
+        return Line(number, CHAT_URL, {"messages": [*system, *turns]})
 
     def _prompt(self, values: Mapping[str, Any]) -> str | list[Any]:
         if self.template is not None:

@@ -179,6 +179,7 @@ class _Run:
         started = monotonic()
         with batch_engine(self._model, progress.rows.count, order.prefix_bytes) as engine:
             asking = Asking(engine, order.defaults, name=job.name)
+            self._try_options(asking)
             left = self._left(rows_by_number if growing is not None else None)
             with closing(Answerer(asking).answer(left)) as records:
                 for record in records:
@@ -190,6 +191,21 @@ class _Run:
         if growing is not None:
             growing.close()
         return progress
+
+    def _try_options(self, asking: Asking) -> None:
+        """Refuse options that no line could be asked with: a schema, a tool, a variable of the template.
+
+        Raises:
+            QrunError: what a line would be refused for.
+        """
+        if isinstance(self._maker, BatchLines):
+            fields = self._order.defaults.fields
+            form = fields.get("response_format", {}).get("json_schema", {})
+            self._model.constraint(schema=form.get("schema"), regex=fields.get("regex"))
+            return
+        found = asking.prepare(self._maker.trial())
+        if isinstance(found, Record):
+            raise QrunError(f"no line can be asked like this: {found.message}")
 
     def _left(self, kept: dict[int, Row] | None) -> Iterator[Line]:
         """Lines that are not answered yet; their rows are ``kept`` where they are wanted."""
