@@ -77,6 +77,7 @@ WHOLE = {
     "no schema": (GOOD, "in.jsonl --schema in.csv --output out.jsonl", "the schema is not JSON"),
     "no tools": (GOOD, "in.jsonl --tools folder/object --output out.jsonl", "must hold a list of tools"),
     "a system message for batch lines": (GOOD, "in.jsonl --system x --output out.jsonl", "--system has no"),
+    "a prefix for batch lines": (GOOD, "in.jsonl --prefix x --output out.jsonl", "--prefix has no"),
     "a folder of somebody else's": (GOOD, "in.jsonl --output foreign.jsonl", "not ours"),
     "a job of somebody else's": (GOOD, "in.jsonl --output strange.jsonl", "this is no job"),
     "a file where the job's folder goes": (GOOD, "in.jsonl --output blocked.jsonl", "a folder is needed"),

@@ -151,6 +151,28 @@ def test_a_growing_output_that_somebody_has_changed_is_left_alone(model, tmp_pat
     assert work(model, source, output, unordered=True)["answered_before_this_start"] == 4
 
 
+def test_a_job_of_which_nothing_was_answered_holds_nobody_up(model, tmp_path):
+    """A kill amid the first prompt would have refused the command with a mended option."""
+    source = write_lines(tmp_path / "in.jsonl", [request("a", "say it")])
+    output = tmp_path / "out.jsonl"
+    journal = Journal(output)
+    journal.write_job({"job": {"input": "another"}, "replaces": None})
+    journal.release()
+    assert work(model, source, output)["answered"] == 1
+
+
+def test_a_disk_without_links(model, stopped, monkeypatch):
+    source, output = stopped
+
+    def no_links(path, target) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", no_links)
+    assert work(model, source, output)["answered"] == 9
+    assert len(read_lines(output)) == 9
+    assert beside(output) == []
+
+
 def test_two_commands_on_one_output(model, stopped):
     source, output = stopped
     journal = Journal(output)

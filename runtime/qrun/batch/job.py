@@ -33,6 +33,10 @@ class Job:
         text = json.dumps(self.facts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def is_same(self, earlier: Mapping[str, Any]) -> bool:
+        """Whether another job's facts are this one's."""
+        return not self._differing(earlier)
+
     def check_same(self, earlier: Mapping[str, Any], folder: Path) -> None:
         """Refuse to go on with another job's answers.
 
@@ -43,14 +47,18 @@ class Job:
         Raises:
             QrunError: names what differs.
         """
-        ours = json.loads(json.dumps(self.facts, default=str))
-        other = [name for name in (*ours, *earlier) if ours.get(name) != earlier.get(name)]
+        other = self._differing(earlier)
         if other:
             raise QrunError(
-                f"answers of another job are kept here: it had another {', '.join(dict.fromkeys(other))}",
+                f"answers of another job are kept here: it had another {', '.join(other)}",
                 where=folder,
                 hint="give the same command as before, another --output, or --force to start over",
             )
+
+    def _differing(self, earlier: Mapping[str, Any]) -> list[str]:
+        ours = json.loads(json.dumps(self.facts, default=str))
+        names = dict.fromkeys((*ours, *earlier))
+        return [name for name in names if ours.get(name) != earlier.get(name)]
 
 
 def digest(path: Path) -> str:

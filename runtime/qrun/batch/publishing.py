@@ -57,7 +57,11 @@ def publish(output: Path, journal: Journal, replaces: list[int] | None) -> None:
     check_unpublished(output, journal, replaces)
     whole, new = journal.path("output"), journal.path("output.new")
     new.unlink(missing_ok=True)
-    new.hardlink_to(whole)
+    try:
+        new.hardlink_to(whole)
+    except OSError:  # a disk without links: a kill in this moment leaves it published, and the job unfinished
+        whole.replace(output)
+        return
     if replaces is not None:
         new.replace(output)
     else:

@@ -67,6 +67,8 @@ class _Run:
         if order.force:
             journal.remove_content(keep="input")
             earlier = None
+        elif earlier is not None and journal.is_empty and not job.is_same(earlier["job"]):
+            earlier = None  # of that job nothing was answered
         if earlier is None:
             self._begin(job)
         else:
@@ -98,6 +100,12 @@ class _Run:
         self._source = open_source(path, order.wanted.format, name=shown)
         self._maker = maker_of(self._source, order.wanted)
         self._kind = output_format(order.output, batch_lines=isinstance(self._maker, BatchLines))
+        if isinstance(self._maker, BatchLines) and order.prefix:
+            raise QrunError(
+                "--prefix has no place here: OpenAI's batch output lines have no columns",
+                where=self._source.path,
+                hint="leave it out",
+            )
         if order.unordered and self._kind == "parquet":
             raise QrunError(
                 "a Parquet file cannot grow line by line",
