@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qrun.decoding.step_time import step_seconds
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes
-from qrun.machine import available_memory
+from qrun.machine import available_memory, give_back_memory
 from qrun.model import Model
 
 MOST_ROWS = 128
@@ -45,6 +45,13 @@ def choose_rows(model: Model, *, lines: int, tokens: int, reserved: int = 0) -> 
     Raises:
         QrunError: not even one row fits into memory.
     """
+    try:
+        return _measured(model, lines, tokens, reserved)
+    finally:
+        give_back_memory()  # of the caches that were measured with
+
+
+def _measured(model: Model, lines: int, tokens: int, reserved: int) -> Rows:
     manifest = model.manifest
     if manifest.target != "onnxruntime":
         return Rows(1, "a plan answers one prompt at a time")
