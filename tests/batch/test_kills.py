@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,25 @@ def test_half_an_entry_is_cut_off_and_answered_again(model, tmp_path, unordered)
         if not unordered:
             assert output.read_bytes() == whole.read_bytes()
         assert beside(output) == []
+
+
+def test_a_real_model_gives_the_same_bytes_after_kills(tiny_export, tmp_path):
+    """Sampled answers beside other neighbours, from other rows and after other cached beginnings."""
+    source = hundreds(tmp_path / "requests.jsonl", 90)
+    command = [sys.executable, "-m", "qrun.cli", "batch", "--engine", str(tiny_export), "--threads", "1"]
+    command += [str(source), "--max-tokens", "24", "--rows"]
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    subprocess.run([*command, "3", "--output", whole], check=True, cwd=REPOSITORY, capture_output=True)
+    answers = output.with_name(output.name + SUFFIX) / "answers"
+    for rows, enough in (("8", 20), ("1", 40), ("5", 60)):
+        running = subprocess.Popen(
+            [*command, rows, "--output", output], cwd=REPOSITORY, stderr=subprocess.DEVNULL
+        )
+        while not (answers.exists() and answers.read_bytes().count(b"\n") >= enough):
+            assert running.poll() is None
+            time.sleep(0.002)
+        running.kill()
+        running.wait()
+    subprocess.run([*command, "16", "--output", output], check=True, cwd=REPOSITORY, capture_output=True)
+    assert output.read_bytes() == whole.read_bytes()
+    assert beside(output) == []
