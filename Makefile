@@ -12,7 +12,7 @@
 #   make test-formats what we read of others' formats beside peft, compressed-tensors, AutoAWQ and GPTQModel
 #   make test-schemas the whole JSON-Schema-Test-Suite: each schema enforced or refused (two minutes)
 #   make test-interleavings thousands of interleavings of answers (minutes); make soak: ten minutes of bad clients
-#   make test-kills qrun batch killed a hundred times, and each answer counted (a quarter of an hour)
+#   make test-kills qrun batch killed a hundred times, and each answer counted (four minutes)
 #   make lint      ruff, mypy, import-linter
 #   make interop   optimum and onnxruntime-genai read the exported sample and answer as qrun does
 #   make benchmark export cost and decode speed beside other programs (idle machine, 10 GB, an hour)
