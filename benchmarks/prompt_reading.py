@@ -74,7 +74,7 @@ def break_even(folder: Path, threads: int, tokens: list[int], rounds: int) -> di
     )  # one for both ways: another one's threads would disturb it
 
     def read(length: int, least: int) -> float:
-        session._prefill._min_tokens = least  # type: ignore[attr-defined]
+        session._prefill.min_tokens = least  # type: ignore[attr-defined]
         return read_prompt(session, tokens[:length], length)
 
     runs = {

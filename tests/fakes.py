@@ -107,14 +107,18 @@ class FakeSession:
         fed: the tokens of each row of each forward call, in order.
     """
 
-    def __init__(self, rule: Rule, manifest: Manifest | None = None) -> None:
+    def __init__(self, rule: Rule, manifest: Manifest | None = None, *, last_apart: bool = False) -> None:
         self.manifest = manifest or fake_manifest()
+        self.last_apart = last_apart
         self.device = "fake device"
         self.rule = rule
         self.fed: list[list[int]] = []
 
     def new_cache(self, batch: int = 1, *, in_place: bool = True) -> FakeKVCache:
         return FakeKVCache(self.manifest, batch)
+
+    def reads_last_apart(self, new: int) -> bool:
+        return self.last_apart and new > 1
 
     def forward(
         self, token_ids: NDArray[np.int64], cache: KVCache, logits: LogitsFor = "last"

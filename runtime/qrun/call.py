@@ -18,6 +18,23 @@ from qrun.sampling.params import SamplingParams
 Listener = Callable[["Event | Scored | QrunError"], None]
 
 
+# Every token of an answer is compared with its stop strings, in the thread that all answers share.
+MOST_STOPS, MOST_STOP_CHARACTERS = 64, 8192
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Refuse more stop strings than one answer may make the others wait for.
+
+    Raises:
+        QrunError: too many, or too long ones.
+    """
+    if len(stop) > MOST_STOPS or sum(map(len, stop)) > MOST_STOP_CHARACTERS:
+        raise QrunError(
+            f"stop must be at most {MOST_STOPS} strings of {MOST_STOP_CHARACTERS:,} characters together, "
+            f"not {len(stop):,} of {sum(map(len, stop)):,}"
+        )
+
+
 class EngineBusyError(QrunError):
     """All slots are taken and the queue is full; a later try may succeed."""
 

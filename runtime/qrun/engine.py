@@ -20,11 +20,12 @@ from time import monotonic
 from typing import Any
 
 from qrun.answer import Answer, Event
-from qrun.call import Call, EngineBusyError, EngineClosedError, Listener
+from qrun.call import Call, EngineBusyError, EngineClosedError, Listener, check_stop
 from qrun.decoding.fair_queue import FairQueue
+from qrun.decoding.pieces import GRAIN, PIECE
 from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.prefix_files import empty_states, load_prefixes, prefix_file, save_prefixes
-from qrun.decoding.scheduler import GRAIN, PREFILL_CHUNK, Scheduler
+from qrun.decoding.scheduler import Scheduler
 from qrun.decoding.sequence import Failed, Finished, Scored, Scoring
 from qrun.decoding.slots import Slots
 from qrun.decoding.speculation import Speculation
@@ -65,7 +66,7 @@ class Engine:
         *,
         slots: int = 4,
         queue: int = 64,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int = PIECE,
         prefix_bytes: int = 0,
         prefix_folder: Path | None = None,
         max_tokens: int | None = None,
@@ -77,8 +78,7 @@ class Engine:
             raise QrunError(f"{slots} slots and a queue of {queue}", hint="give 1 slot and 0 places, or more")
         self.model, self.slots = model, slots
         self.max_tokens, self.max_seconds = max_tokens, max_seconds
-        self._queue = queue
-        self._chunk = chunk
+        self._queue, self._chunk = queue, chunk
         self._changed = Condition()
         self._waiting: FairQueue[Call] = FairQueue()
         self._running: dict[int, Call] = {}
@@ -198,11 +198,11 @@ class Engine:
         """Every sampling parameter of a request, see ``Model.resolve``; within ``max_tokens``.
 
         Raises:
-            QrunError: an unknown parameter or a bad value, by name; or more tokens than an answer may have.
+            QrunError: an unknown parameter or a bad value, by name; more tokens or stops than allowed.
         """
         params, _ = self.model.resolve(sampling)
-        most = self.max_tokens
-        if most is None:
+        check_stop(params.stop)
+        if (most := self.max_tokens) is None:
             return params
         if sampling.get("max_tokens") is not None and (params.max_tokens or 0) > most:
             raise QrunError(f"max_tokens must be at most {most} here, not {params.max_tokens}")

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import click
@@ -64,6 +65,14 @@ class Bench:
         with self._served(text) as text, self._here(), contextlib.redirect_stdout(output):
             exec(compile(text, "a block of the page", "exec", dont_inherit=True), {"__name__": "__main__"})
         return output.getvalue()
+
+    def shell(self, lines: tuple[str, ...]) -> str:
+        """What a shell block prints that asks the page's server."""
+        with self._served("\n".join(lines)) as text:
+            command = ["bash", "-euc", text]
+            done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     @contextlib.contextmanager
     def _served(self, text: str):

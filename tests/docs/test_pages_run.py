@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tests.docs.tables import GGUF_FILES, MADE_BY, NOT_RUN, is_slow, why_not_run
 ALL = [place for page in pages() for place in commands(page)]
 DEMO_EXPORT = "qconvert export demo/sample-model --output demo/sample-model-onnx-int8 --force"
 DEMO_QUESTION = 'qrun generate --engine demo/sample-model-onnx-int8 --prompt "Name the capital of France."'
+CURL = [block for page in pages() for block in blocks(page) if block.lines[0].startswith("curl ")]
 PYTHON = [block for page in pages() for block in blocks(page) if block.language == "python"]
 
 
@@ -40,6 +43,14 @@ def test_a_command_of_a_page_does_what_it_says(place: Place, small_bench: Bench)
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}:{block.line}")
 def test_a_python_block_of_a_page_runs(block: Block, small_bench: Bench) -> None:
     assert small_bench.python(block.lines).strip()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize("block", CURL, ids=lambda block: f"{block.page}:{block.line}")
+def test_a_block_with_curl_is_answered(block: Block, small_bench: Bench) -> None:
+    found = json.loads(small_bench.shell(block.lines))
+    assert found["choices"][0]["message"]["role"] == "assistant"
+    assert found["usage"]["completion_tokens"] > 0
 
 
 @pytest.mark.slow_docs

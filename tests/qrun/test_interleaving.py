@@ -71,8 +71,10 @@ def small_buffers():
 @given(asked=requests(320), rows=st.integers(1, 8), most_bytes=st.integers(0, 2_000))
 def test_any_interleaving_gives_each_sequence_what_it_gets_alone(asked, rows, most_bytes):
     """Over a session whose rows share one buffer of logits, as the protocol allows."""
-    for prefixes in (None, PrefixCache(most_bytes, GRAIN)):
-        assert list(differences(FakeSession(by_all_tokens), asked, rows, prefixes)) == []
+    for last_apart in (False, True):
+        for prefixes in (None, PrefixCache(most_bytes, GRAIN)):
+            session = FakeSession(by_all_tokens, last_apart=last_apart)
+            assert list(differences(session, asked, rows, prefixes)) == []
 
 
 @pytest.fixture(scope="module", params=list(INVARIANT))
@@ -81,7 +83,7 @@ def session(exporter, request):
     opened = open_session(exporter(**{**options, **INVARIANT[request.param]}), threads=2)
     # Prompts here are short, and the second graph is for long ones: give it what it can get.
     if getattr(opened, "_prefill", None) is not None:
-        opened._prefill._min_tokens = 4
+        opened._prefill.min_tokens = 4
     return opened
 
 
@@ -138,14 +140,14 @@ def test_a_row_keeps_only_whole_pieces_for_the_next_prompt():
 
 
 def test_a_beginning_that_another_row_has_read_is_not_read_again():
-    """Two prompts with the same 20 tokens: the second one finds five blocks, wherever the first one went."""
+    """Two prompts with the same 20 tokens: the second one finds both pieces, wherever the first one went."""
     session, prefixes = FakeSession(by_all_tokens), PrefixCache(1 << 20, GRAIN)
     params = SamplingParams(do_sample=False, max_tokens=2, ignore_eos=True)
     shared = tuple(range(100, 121))
     first, *_ = run(session, [Request((*shared, 1, 2), params, 0)], 1, prefixes=prefixes)
     second, *_ = run(session, [Request((*shared, 3), params, 0)], 1, prefixes=prefixes)
-    assert (first.last.reused_tokens, second.last.reused_tokens) == (0, 20)
-    assert (prefixes.hits, len(prefixes), prefixes.nbytes) == (20, 5, 5 * GRAIN * 8)
+    assert (first.last.reused_tokens, second.last.reused_tokens) == (0, 16)
+    assert (prefixes.hits, len(prefixes), prefixes.nbytes) == (16, 4, 4 * GRAIN * 8)
 
 
 def test_the_least_recently_used_beginning_goes_first():
@@ -156,8 +158,8 @@ def test_the_least_recently_used_beginning_goes_first():
         prompt = tuple(np.random.default_rng(seed).integers(0, 320, 21).tolist())
         return run(session, [Request(prompt, params, 0)], 1, prefixes=prefixes)[0].last.reused_tokens
 
-    assert [reused(seed) for seed in (1, 1, 2, 2)] == [0, 20, 0, 20]
-    assert reused(1) < 20  # six blocks of the two prompts' ten are left
+    assert [reused(seed) for seed in (1, 1, 2, 2)] == [0, 16, 0, 16]
+    assert reused(1) < 16  # six blocks of the two prompts' eight are left
     assert prefixes.nbytes <= 6 * GRAIN * 8
 
 

@@ -1,4 +1,4 @@
-"""One server for the tests that do not change it."""
+"""One server for the tests that do not change it, and one browser."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from tests.fakes import IM_END, fake_manifest, fake_model, tiny_tokenizer
 from tests.qrun.conftest import exporter, tiny_export  # noqa: F401
+from tests.serve.browsing import CHROMIUM, FLAGS
 from tests.serve.serving import serving
 
 
@@ -53,3 +54,29 @@ def address(served_tokenizer) -> Iterator[str]:
 def client(address) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0) as found:
         yield found
+
+
+@pytest.fixture(scope="module")  # while it is open no other test can use asyncio.run
+def browser():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'"
+    )
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, address) -> Iterator:
+    """The page with "echo" chosen; its console shows no fault and no breach of the policy."""
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    found, faults = context.new_page(), []
+    found.on("pageerror", lambda error: faults.append(str(error)))
+    found.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
+    found.set_default_timeout(10_000)
+    found.goto(address)
+    found.select_option("#model", "echo")
+    yield found
+    context.close()
+    assert faults == []

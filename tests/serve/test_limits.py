@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from qrun.serve import server
 from tests.fakes import fake_manifest, fake_model, repeating
 from tests.serve.raw import request
 from tests.serve.serving import ready, serving, until
@@ -123,6 +124,39 @@ def test_a_body_that_does_not_come_is_given_up(endless):
         with socket.create_connection((host, int(port)), timeout=20) as connection:
             connection.sendall(whole[:-5])
             assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_body_that_comes_to_a_halt_is_given_up_without_any_limit_of_time(endless):
+    """It held its connection for ever unless --max-seconds was given."""
+    with serving({"m": endless}, part_seconds=0.3) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(request(json.dumps(ASKED))[:-5])
+            answered = b""
+            while part := connection.recv(4096):
+                answered += part
+            assert answered.startswith(b"HTTP/1.1 408 ")
+            assert b"nothing more of the body" in answered
+
+
+WHOLE = request(method="GET", path="/health", headers={"Connection": "keep-alive"})
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/ch", WHOLE[:-2], WHOLE + WHOLE[:20]], ids=repr)
+def test_half_a_head_holds_no_connection(endless, monkeypatch, sent):
+    """Any number of them stayed open for as long as their clients liked."""
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+    with serving({"m": endless}) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(sent)
+            answered = b""
+            while part := connection.recv(4096):
+                answered += part
+            assert answered.startswith(b"HTTP/1.1 200 ") == sent.startswith(WHOLE)
+        asked = {**ASKED, "stream": True, "max_tokens": 40}  # longer than a head may take
+        with httpx.stream("POST", address + CHAT, json=asked, timeout=60) as response:
+            assert response.read().endswith(b"[DONE]\n\n")
 
 
 def test_more_tokens_than_the_server_gives_are_refused_by_name_and_fewer_are_the_default(endless):

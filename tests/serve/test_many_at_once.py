@@ -13,6 +13,8 @@ import pytest
 import qrun
 from qrun.engine import Engine
 from qrun.serve.models import Models
+from qrun.text.chat_template import ChatTemplate
+from qrun.text.tokenizer import Tokenizer
 from tests.fakes import FakeSession, fake_manifest, fake_model, repeating
 from tests.serve.serving import ready, serving, until
 
@@ -170,3 +172,40 @@ def test_a_step_that_fails_ends_the_answers_in_it_and_not_the_server(served_toke
         model.session.broken = False
         assert httpx.post(address + CHAT, json=asked).status_code == 200
         assert ready(address)["m"]["active"] == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/tokenize", {"content": "hello"}),
+        ("/detokenize", {"tokens": [65, 66]}),
+        ("/apply-template", {"messages": USER}),
+        (CHAT, {"messages": USER, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 1}),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 1}),
+        ("/v1/messages", {"messages": USER, "max_tokens": 1}),
+        ("/v1/messages/count_tokens", {"messages": USER}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_work_on_a_long_text_holds_up_nobody(served_tokenizer, monkeypatch, path, asked):
+    """Three routes did it on the event loop: a text of some megabytes stopped all streams for seconds."""
+    reached, go = threading.Event(), threading.Event()
+
+    def waiting(original):
+        def work(*arguments, **options):
+            reached.set()
+            assert go.wait(10), "the server was held up"
+            return original(*arguments, **options)
+
+        return work
+
+    model = fake_model(served_tokenizer, repeating(served_tokenizer, "x"))
+    with serving({"m": model}) as address, ThreadPoolExecutor(1) as pool:
+        for kind, name in ((Tokenizer, "encode"), (Tokenizer, "decode"), (ChatTemplate, "render")):
+            monkeypatch.setattr(kind, name, waiting(getattr(kind, name)))
+        long = pool.submit(httpx.post, address + path, json={"model": "m", **asked}, timeout=20)
+        assert reached.wait(10)
+        assert httpx.get(f"{address}/health", timeout=5).status_code == 200
+        go.set()
+        assert long.result().status_code == 200

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -16,19 +14,9 @@ import pytest
 
 from qrun.serve import pages
 from tests.fakes import fake_model
+from tests.serve.browsing import answers, browser_needed, say
 from tests.serve.serving import serving
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    "--no-sandbox",  # tests run as root
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-browser_needed = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
 VENDORED = {
     "marked.umd.js": "bb95d4c15f1289f78486eaacebf3bb18688475ed58a040ef762ed49337090542",
     "purify.min.js": "f69a46022ab1f53e969c8ebbca98172c8995785a9b3be72ea4a12d25b1a1bf67",
@@ -39,46 +27,6 @@ EVIL = (
     "[two](javascript:window.bad=1) ![pixel](/health) <style>*{display:none}</style>"
     "<form action=/health><input name=a></form><b id=input style='position:fixed'>bold</b>\n\n```\nx = 1\n```"
 )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'"
-    )
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
-
-
-@pytest.fixture
-def page(browser, address) -> Iterator:
-    """The page with "echo" chosen; its console shows no fault and no breach of the policy."""
-    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-    found, faults = context.new_page(), []
-    found.on("pageerror", lambda error: faults.append(str(error)))
-    found.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
-    found.set_default_timeout(10_000)
-    found.goto(address)
-    found.select_option("#model", "echo")
-    yield found
-    context.close()
-    assert faults == []
-
-
-def say(page, text: str) -> None:
-    page.fill("#input", text)
-    page.press("#input", "Enter")
-
-
-def answers(page, count: int) -> list[str]:
-    """The texts of so many complete answers."""
-    page.wait_for_function(
-        "n => document.querySelectorAll('.assistant').length === n && !document.querySelector('.coming')",
-        arg=count,
-    )
-    return page.locator(".assistant .body").all_inner_texts()
 
 
 @browser_needed

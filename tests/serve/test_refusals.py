@@ -60,6 +60,9 @@ FIELDS = [
     (CHAT, {"stop": 5}, 400, "stop"),
     (CHAT, {"stop": [""]}, 400, "stop"),
     (CHAT, {"stop": [1]}, 400, "stop[0]"),
+    # Each token is compared with all of them: 100,000 took 0.2 s of everybody's time.
+    (CHAT, {"stop": [str(number) for number in range(65)]}, 400, "stop"),
+    (CHAT, {"stop": "x" * 8193}, 400, "stop"),
     (CHAT, {"n": 0}, 400, "n"),
     (CHAT, {"n": 17}, 400, "n"),
     (CHAT, {"n": "2"}, 400, "n"),
@@ -153,6 +156,7 @@ CLAUDES = [
     ({"top_k": -5}, "top_k"),
     ({"stop_sequences": "x"}, "stop_sequences: expected"),
     ({"stop_sequences": [""]}, "stop"),
+    ({"stop_sequences": [str(number) for number in range(65)]}, "stop must be at most 64"),
     ({"tools": {}}, "tools: expected"),
     ({"tool_choice": "auto"}, "tool_choice: expected"),
     ({"container": "x"}, "container is not supported here"),

@@ -42,6 +42,13 @@ class Session(Protocol):
         """
         ...
 
+    def reads_last_apart(self, new: int) -> bool:
+        """Whether ``forward`` runs the last one of ``new`` tokens of one row by itself, for its logits.
+
+        It may then as well be fed in a step of several rows, after the others, which costs less.
+        """
+        ...
+
     def forward(
         self, token_ids: NDArray[np.int64], cache: KVCache, logits: LogitsFor = "last"
     ) -> NDArray[np.float32]:

@@ -59,9 +59,10 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
 @click.option(
     "--prompt-piece",
     type=click.IntRange(min=64),
-    default=256,
+    default=128,
     show_default=True,
-    help="Tokens of a prompt that are read between two tokens of the other answers; a multiple of 64.",
+    help="Tokens of a prompt that are read between two tokens of the other answers; a multiple of 64. "
+    "A prompt of up to twice as many is read at once.",
 )
 @click.option(
     "--lazy",

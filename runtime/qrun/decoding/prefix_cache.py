@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qrun.decoding.pieces import Pieces
 from qrun.decoding.slots import Slots
 
 
@@ -70,14 +71,14 @@ class PrefixCache:
         self._blocks.clear()
         self.nbytes = 0
 
-    def restore(self, slots: Slots, row: int, prompt_ids: Sequence[int], multiple: int) -> int:
+    def restore(self, slots: Slots, row: int, prompt_ids: Sequence[int], pieces: Pieces) -> int:
         """Copy the kept blocks with which a prompt begins into a row, which may hold some of them already.
 
         Args:
             slots: the rows.
             row: which of them.
             prompt_ids: the whole prompt.
-            multiple: what is reused must be a multiple of so many tokens; itself a multiple of ``grain``.
+            pieces: what is reused ends at one of their cuts.
 
         Returns:
             Tokens of the prompt that the row holds now; at least one is left to be fed.
@@ -87,7 +88,7 @@ class PrefixCache:
         """
         names = list(self._names(prompt_ids[:-1]))
         known = list(takewhile(self._blocks.__contains__, names))
-        known = known[: len(known) * self.grain // multiple * multiple // self.grain]
+        known = known[: pieces.whole(len(known) * self.grain, len(prompt_ids)) // self.grain]
         held = len(slots.token_ids[row]) // self.grain
         for index, name in enumerate(known):
             self._blocks.move_to_end(name)

@@ -24,7 +24,7 @@ from qrun.backends.session import Session
 from qrun.decoding.prefix_cache import PrefixCache
 
 _log = logging.getLogger("qrun.engine")
-_FORMAT = b"qrun prefixes 1"
+_FORMAT = b"qrun prefixes 2"  # 2: pieces of prompts are shorter behind many tokens
 _NAME_BYTES = 20
 _HEADER_BYTES = 256  # what numpy writes before an array, at most
 

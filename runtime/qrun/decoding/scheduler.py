@@ -1,4 +1,4 @@
-"""Who advances in a step: one piece of one prompt, and one token of every answer.
+"""Who advances in a step: every answer by one token, and prompts by one piece, or several short ones.
 
 scheduler = Scheduler(Slots(session, rows=8))
 scheduler.add(Sequence(prompt_ids, params, context_length))
@@ -15,6 +15,8 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from qrun.backends.session import LogitsFor
+from qrun.decoding.pieces import GRAIN, Pieces
 from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.sequence import Event, Failed, Sequence
 from qrun.decoding.slots import Slots
@@ -25,8 +27,6 @@ from qrun.errors import QrunError
 PREFILL_CHUNK = 256
 # The same where logits of all of them are wanted: 32 times Qwen's vocabulary in float32 are 19 MB.
 SCORED_CHUNK = 32
-# Tokens that are kept and reused together. Smaller blocks need more copies, larger ones leave more to read.
-GRAIN = 64
 
 Events = list[tuple[Sequence, Event]]
 
@@ -42,11 +42,11 @@ class Scheduler:
 
     Args:
         slots: the rows; what they hold is reused where a prompt begins with it.
-        chunk: tokens of a prompt that are read at once. Pieces end at its multiples, so they are the same
-            whatever else runs.
-        grain: reuse multiples of so many tokens, of what was read as a prompt. None reuses all that a prompt
-            begins with, which suits a single conversation: its answers need not be read again, but their keys
-            and values come from single steps and may differ in the last bits from those of a prompt.
+        chunk: tokens of a prompt that are read at once.
+        grain: cuts between pieces are multiples of so many tokens, and only whole pieces are reused that were
+            read as a prompt, see ``Pieces``. None reuses all that a prompt begins with, which suits a single
+            conversation: its answers need not be read again, but their keys and values come from single steps
+            and may differ in the last bits from those of a prompt. All pieces are even then: nobody waits.
         prefixes: where beginnings of prompts are kept when their rows are needed for others.
         speculation: tries several tokens of an answer in one step, while it is the only one that decodes.
             With more rows a step's weights are shared already.
@@ -63,8 +63,9 @@ class Scheduler:
     ) -> None:
         assert prefixes is None or prefixes.grain == grain, "blocks are kept in the size that is reused"
         self._slots = slots
-        self._chunk = chunk
-        self._grain = grain if grain is None else min(grain, chunk)
+        self._pieces = Pieces(chunk, even=True) if grain is None else Pieces(chunk, grain)
+        self._scored = Pieces(min(SCORED_CHUNK, chunk), even=True)
+        self._reuses_all = grain is None
         self._prefixes = prefixes
         self._speculation = speculation
         self._waiting: deque[Sequence] = deque()
@@ -92,7 +93,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def step(self) -> Events:
-        """Decode one token of every answer, read one piece of one prompt, admit the next one.
+        """Decode one token of every answer, then read one piece of a prompt, or several short ones.
 
         Returns:
             What has happened, in order. The last event of a sequence is ``Finished``, or ``Failed`` where it
@@ -101,25 +102,24 @@ class Scheduler:
         """
         events: Events = []
         self._drop_cancelled(events)
-        # Decode before reading: a prompt whose last piece is read in this step has its first token from that.
         self._decode(events)
         self._read(events)
-        self._admit(events)
         return events
 
     def _decode(self, events: Events) -> None:
         if not self._decoding:
             return
-        if self._speculation is not None and len(self._decoding) == 1:
+        if self._speculation is not None and len(self._decoding) == 1 and self._decoding[0].is_read:
             self._decode_alone(self._decoding[0], self._speculation, events)
             return
         try:
-            logits = self._slots.step([sequence.token_ids[-1] for sequence in self._decoding])
+            logits = self._slots.step([sequence.next_id for sequence in self._decoding])
         except QrunError as error:  # all rows take part in one step, so its failure is that of all
             events += [(sequence, Failed(error)) for sequence in self._decoding]
             for row in reversed(range(len(self._decoding))):
                 self._retire(row)
             return
+        events += [(sequence, sequence.advance(1)) for sequence in self._decoding if not sequence.is_read]
         over = [
             row
             for row, sequence in enumerate(self._decoding)
@@ -154,15 +154,27 @@ class Scheduler:
             self._retire(0)
 
     def _read(self, events: Events) -> None:
-        sequence = self._reading
-        if sequence is None:
-            return
+        """Read one piece, or several short ones, so that short prompts do not wait for a step each."""
+        spent = 0.0
+        while self._reading is not None:
+            sequence = self._reading
+            piece = sequence.next_piece(self._scored if sequence.is_scored else self._pieces)
+            work = self._pieces.work(sequence.read, len(piece))
+            if spent and spent + work > 2:
+                return
+            spent += work
+            self._read_piece(sequence, piece, events)
+            self._admit(events)
+        self._admit(events)
+
+    def _read_piece(self, sequence: Sequence, piece: list[int], events: Events) -> None:
         row, scored = len(self._decoding), sequence.is_scored
-        length = min(SCORED_CHUNK, self._chunk) if scored else self._chunk
-        piece = sequence.next_piece(length, None if scored else self._grain_of(sequence))
         whole = sequence.read + len(piece) == len(sequence.prompt_ids)
+        # A last token that would have a run of its own goes along with the next step of all answers.
+        later = whole and not scored and self._slots.reads_last_apart(len(piece))
+        wanted: LogitsFor = "all" if scored else "last" if whole and not later else "none"
         try:
-            logits = self._slots.feed(row, piece, logits="all" if scored else "last" if whole else "none")
+            logits = self._slots.feed(row, piece[:-1] if later else piece, logits=wanted, whole=not whole)
         except QrunError as error:
             events.append((sequence, Failed(error)))
             self._reading = None
@@ -170,12 +182,12 @@ class Scheduler:
         if scored:
             events.append((sequence, sequence.score(logits)))
             logits = logits[-1]
-        events.append((sequence, sequence.advance(len(piece))))
+        events.append((sequence, sequence.advance(len(piece) - later)))
         if whole:
             self._reading = None
             if self._prefixes is not None:
                 self._prefixes.keep(self._slots, row)
-            if self._choose(sequence, logits, events):
+            if later or self._choose(sequence, logits, events):
                 self._decoding.append(sequence)
 
     def _admit(self, events: Events) -> None:
@@ -188,26 +200,18 @@ class Scheduler:
             self._reading = sequence
 
     def _begin(self, sequence: Sequence) -> Event:
-        row, grain = len(self._decoding), self._grain_of(sequence)
+        row = len(self._decoding)
         if sequence.is_scored:
             self._slots.trim(row, 0)
             return sequence.begin(0)
-        kept = self._slots.keep(row, sequence.prompt_ids, grain=grain)
-        if self._prefixes is not None and grain is not None:
+        pieces = None if self._reuses_all else self._pieces
+        kept = self._slots.keep(row, sequence.prompt_ids, pieces)
+        if self._prefixes is not None and pieces is not None:
             try:
-                kept = self._prefixes.restore(self._slots, row, sequence.prompt_ids, grain)
+                kept = self._prefixes.restore(self._slots, row, sequence.prompt_ids, pieces)
             except QrunError as error:
                 return Failed(error)
         return sequence.begin(kept)
-
-    def _grain_of(self, sequence: Sequence) -> int | None:
-        """The number of tokens in whose multiples a prompt's beginning is reused.
-
-        A short prompt is read in as few pieces as possible. Its last piece gives the same bits only if it
-        always begins at the same place, so reuse ends at multiples of ``chunk``.
-        """
-        short = len(sequence.prompt_ids) < 2 * self._chunk
-        return self._chunk if short and self._grain is not None else self._grain
 
     def _choose(self, sequence: Sequence, logits: NDArray[np.float32], events: Events) -> bool:
         """Choose a sequence's next token; returns whether the sequence goes on."""

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qrun.decoding.pieces import Pieces
 from qrun.errors import QrunError
 from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
@@ -169,18 +170,17 @@ class Sequence:
         self.read = self._reused = reused
         return Prefilled(reused, len(self.prompt_ids))
 
-    def next_piece(self, length: int, grain: int | None = None) -> list[int]:
-        """The tokens of the prompt that are to be read next: up to the next multiple of ``length``.
+    def next_piece(self, pieces: Pieces) -> list[int]:
+        """The tokens of the prompt that are to be read next: up to the next cut.
 
-        So a prompt is always cut at the same places, whatever else runs and wherever reading begins. With a
-        ``grain`` the last piece is cut once more, at the last multiple of so many tokens, so that all before
-        this cut can be kept for other prompts.
+        So a prompt is always cut at the same places, whatever else runs and wherever reading begins.
         """
-        total, end = len(self.prompt_ids), (self.read // length + 1) * length
-        if grain is not None and end >= total:
-            cut = (total - 1) // grain * grain
-            end = cut if cut > self.read else total
-        return self.prompt_ids[self.read : end]
+        return self.prompt_ids[self.read : pieces.end(self.read, len(self.prompt_ids))]
+
+    @property
+    def next_id(self) -> int:
+        """The token that is fed in the next step: the last one chosen, before that the prompt's last."""
+        return self.token_ids[-1] if self.token_ids else self.prompt_ids[-1]
 
     @property
     def room(self) -> int:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qrun.backends.kvcache import KVCache
 from qrun.backends.session import LogitsFor, Session
+from qrun.decoding.pieces import Pieces
 
 
 class Slots:
@@ -36,8 +37,16 @@ class Slots:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def feed(self, row: int, token_ids: Sequence[int], *, logits: LogitsFor) -> NDArray[np.float32]:
+    def feed(
+        self, row: int, token_ids: Sequence[int], *, logits: LogitsFor, whole: bool = True
+    ) -> NDArray[np.float32]:
         """Append one or more tokens to one row.
+
+        Args:
+            row: which one.
+            token_ids: the tokens.
+            logits: for which of them.
+            whole: whether any prompt that goes on after these tokens reads them in such a piece too.
 
         Returns:
             float32 ``[vocab]`` of the last token for "last", else ``[positions, vocab]``: the row's own,
@@ -46,11 +55,15 @@ class Slots:
         fed = np.asarray(token_ids, dtype=np.int64)[None]
         output = self._session.forward(fed, self._rows(row, 1), logits)
         held = self.token_ids[row]
-        if logits == "none" and len(held) == self.read[row]:
+        if logits == "none" and whole and len(held) == self.read[row]:
             self.read[row] += len(token_ids)
         held.extend(token_ids)
         found: NDArray[np.float32] = output[0, -1] if logits == "last" else output[0]
         return found
+
+    def reads_last_apart(self, new: int) -> bool:
+        """Whether the last of ``new`` tokens may be fed by ``step`` too: see ``Session``."""
+        return self._session.reads_last_apart(new)
 
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Append one token to each of the first rows.
@@ -65,7 +78,7 @@ class Slots:
             held.append(token_id)
         return output[:, 0]
 
-    def keep(self, row: int, prompt_ids: Sequence[int], *, grain: int | None = None) -> int:
+    def keep(self, row: int, prompt_ids: Sequence[int], pieces: Pieces | None = None) -> int:
         """Keep what ``prompt_ids`` begins with and forget the rest of a row; returns the tokens kept.
 
         At least one token is left to be fed, since only a fed token has logits.
@@ -73,16 +86,16 @@ class Slots:
         Args:
             row: which one.
             prompt_ids: the whole prompt.
-            grain: keep multiples of so many tokens only, and only what was ``read`` as a prompt: the keys and
-                values that reading this prompt anew would give. By default all is kept.
+            pieces: keep whole pieces only, and only what was ``read`` as a prompt: the keys and values that
+                reading this prompt anew would give. By default all is kept.
         """
         kept = 0
         for cached, wanted in zip(self.token_ids[row], prompt_ids[:-1]):
             if cached != wanted:
                 break
             kept += 1
-        if grain is not None:
-            kept = min(kept, self.read[row]) // grain * grain
+        if pieces is not None:
+            kept = pieces.whole(min(kept, self.read[row]), len(prompt_ids))
         self.trim(row, kept)
         return kept
 

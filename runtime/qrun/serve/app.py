@@ -194,7 +194,9 @@ def _described(state: ServerState, served: Served) -> dict[str, Any]:
 async def _tokenize(request: Request) -> Response:
     fields = decode(await read_body(request), TokenizeRequest)
     engine = await engine_of(request, fields.model)
-    ids = engine.model.tokenizer.encode(fields.content, add_special_tokens=fields.add_special)
+    encode = engine.model.tokenizer.encode
+    # In a thread, as all work on texts: a long one would hold up everybody's streams.
+    ids = await asyncio.to_thread(encode, fields.content, add_special_tokens=fields.add_special)
     return json_response({"tokens": ids})
 
 
@@ -204,7 +206,8 @@ async def _detokenize(request: Request) -> Response:
     bad = next((each for each in fields.tokens if not 0 <= each < 1 << 31), None)
     if bad is not None:
         raise ApiError(400, f"{bad} is not a token id", param="tokens")
-    return json_response({"content": tokenizer.decode(fields.tokens, skip_special_tokens=False)})
+    text = await asyncio.to_thread(tokenizer.decode, fields.tokens, skip_special_tokens=False)
+    return json_response({"content": text})
 
 
 async def _apply_template(request: Request) -> Response:
@@ -212,8 +215,8 @@ async def _apply_template(request: Request) -> Response:
     model = (await engine_of(request, fields.model)).model
     variables = fields.chat_template_kwargs or {}
     check_variables(model, variables)
-    prompt = template_of(model).given(variables).render(texts_only(fields.messages))
-    return json_response({"prompt": prompt})
+    template, messages = template_of(model).given(variables), texts_only(fields.messages)
+    return json_response({"prompt": await asyncio.to_thread(template.render, messages)})
 
 
 async def _health(request: Request) -> Response:

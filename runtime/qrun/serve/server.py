@@ -11,11 +11,48 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qrun.errors import QrunError
 from qrun.serve.app import create_app
 from qrun.serve.state import ServerState
+
+# A request's head must have come so many seconds after its connection, or after its first byte.
+HEAD_SECONDS = 30.0
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which gives up whoever opens connections, or begins requests, and says no more.
+
+    It is named, since uvicorn would otherwise take another parser where one happens to be installed.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_watching()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+
+    def _stop_watching(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Server(uvicorn.Server):
@@ -101,6 +138,7 @@ def make_server(
     """The server itself; setting its ``should_exit`` ends it."""
     config = uvicorn.Config(
         create_app(state),
+        http=_Protocol,
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -32,6 +32,7 @@ class ServerState:
         max_tokens: of an answer, as the engines have it; None for no limit.
         max_seconds: for a request's body, and as the engines have it for its answer; None for no limit.
         log_text: whether prompts and answers stand in the log.
+        part_seconds: for the next part of a request's body.
         ping_seconds: a stream that is silent for so long sends a comment.
         draining: whether no new requests are taken.
         started: seconds since 1970.
@@ -45,6 +46,7 @@ class ServerState:
     max_tokens: int | None = None
     max_seconds: float | None = None
     log_text: bool = False
+    part_seconds: float = 30.0
     ping_seconds: float = 10.0
     draining: bool = False
     started: int = field(default_factory=lambda: int(time()))
@@ -107,20 +109,26 @@ async def read_body(request: Request) -> bytes:
     """
     state: ServerState = request.app.state.server
     try:
-        return await asyncio.wait_for(_whole_body(request, state.most_bytes), state.max_seconds)
+        return await asyncio.wait_for(_whole_body(request, state), state.max_seconds)
     except asyncio.TimeoutError:
         text = f"the body did not come within {state.max_seconds:g} seconds"
         raise ApiError(408, text, code="timeout") from None
 
 
-async def _whole_body(request: Request, most_bytes: int) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
+async def _whole_body(request: Request, state: ServerState) -> bytes:
+    coming, parts, size = aiter(request.stream()), list[bytes](), 0
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(coming), state.part_seconds)
+        except StopAsyncIteration:
+            return b"".join(parts)
+        except asyncio.TimeoutError:
+            text = f"nothing more of the body has come for {state.part_seconds:g} seconds"
+            raise ApiError(408, text, code="timeout") from None
         size += len(part)
-        if size > most_bytes:
-            raise ApiError(413, f"the body is larger than {most_bytes:,} bytes", code="too_large")
+        if size > state.most_bytes:
+            raise ApiError(413, f"the body is larger than {state.most_bytes:,} bytes", code="too_large")
         parts.append(part)
-    return b"".join(parts)
 
 
 def note(request: Request, **facts: Any) -> None:

@@ -20,14 +20,16 @@ from qrun.backends.ort.values import Buffer
 class PrefillGraph:
     """The graph, opened or about to be.
 
+    Attributes:
+        min_tokens: fewest tokens that it is given at once.
+
     Args:
         opening: of ONNX Runtime's session.
-        min_tokens: fewest tokens that it is given at once.
     """
 
     def __init__(self, opening: Future[Any], min_tokens: int) -> None:
         self._opening = opening
-        self._min_tokens = min_tokens
+        self.min_tokens = min_tokens
         self._bindings: WeakKeyDictionary[InPlaceKVCache, PrefillBinding] = WeakKeyDictionary()
 
     @property
@@ -44,7 +46,7 @@ class PrefillGraph:
         if logits == "all" or not isinstance(cache, InPlaceKVCache):
             return 0
         count = new if logits == "none" else new - 1
-        return count if count >= self._min_tokens else 0
+        return count if count >= self.min_tokens else 0
 
     def read(self, token_ids: NDArray[np.int64], cache: OrtKVCache) -> None:
         """Append tokens ``[batch, new]`` to a cache that has room for them."""

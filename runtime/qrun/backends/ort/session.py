@@ -89,6 +89,9 @@ class OrtSession:
     def new_cache(self, batch: int = 1, *, in_place: bool = True) -> OrtKVCache:
         return (InPlaceKVCache if in_place else GrowingKVCache)(self.values, self._inference, batch)
 
+    def reads_last_apart(self, new: int) -> bool:
+        return self._prefill is not None and new - 1 >= self._prefill.min_tokens
+
     def forward(
         self, token_ids: NDArray[np.int64], cache: KVCache, logits: str = "last"
     ) -> NDArray[np.float32]:

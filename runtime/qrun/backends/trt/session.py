@@ -77,6 +77,9 @@ class TrtSession:
         self._caches.add(cache)
         return cache
 
+    def reads_last_apart(self, new: int) -> bool:
+        return False
+
     def forward(
         self, token_ids: NDArray[np.int64], cache: KVCache, logits: str = "last"
     ) -> NDArray[np.float32]:

@@ -13,9 +13,10 @@ function notice(text) {
   $("notice").hidden = !text;
 }
 
-function keep() {
-  chat.changed = Date.now();
-  try { store.save(chat); } catch (error) { notice(error.message); }
+function keep(kept = chat) {
+  if (kept.removed) return;
+  kept.changed = Date.now();
+  try { store.save(kept); } catch (error) { notice(error.message); }
   drawChats();
 }
 
@@ -61,7 +62,10 @@ function open(other) {
 function remove(other) {
   if (!confirm(`Delete "${other.title}"?`)) return;
   store.remove(other.id);
-  if (other.id === chat.id) open(store.create());
+  if (other.id === chat.id) {
+    chat.removed = true; // an answer that is still coming would keep it again
+    open(store.create());
+  }
   else drawChats();
 }
 
@@ -97,8 +101,14 @@ async function answer() {
   item.scrollIntoView({ block: "end" });
   let timer = 0;
   let first = 0;
+  let kept = Date.now();
   const show = () => {
     timer = 0;
+    if (Date.now() - kept > 1000) { // what has come is there after a reload
+      kept = Date.now();
+      keep(own);
+    }
+    if (own !== chat) return;
     const log = $("log");
     const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
     fill(item, message);
@@ -122,8 +132,8 @@ async function answer() {
     if (error.status === 401) openSettings("key");
   }
   clearTimeout(timer);
-  own.changed = Date.now();
-  try { store.save(own); } catch (error) { notice(error.message); }
+  message.finish ??= "stopped";
+  keep(own);
   if (running?.signal === signal) running = null;
   if (own === chat) {
     draw();
@@ -142,8 +152,11 @@ function busy(on) {
   if (focused && !$("settings").open) $("input").focus();
 }
 
+/** As high as its text is, wrapped lines included; the style sheet says how high at most. */
 function grow() {
-  $("input").rows = Math.min(8, $("input").value.split("\n").length);
+  const input = $("input");
+  input.style.height = "auto";
+  input.style.height = `${input.scrollHeight + input.offsetHeight - input.clientHeight}px`;
 }
 
 function showMenu(on) {
@@ -207,7 +220,14 @@ document.addEventListener("keydown", (event) => {
   running?.abort();
   if (document.body.classList.contains("menu")) { showMenu(false); $("menu").focus(); }
 });
-addEventListener("storage", drawChats);
+addEventListener("storage", () => { // another tab has changed something
+  const theirs = store.all().find((each) => each.id === chat.id);
+  if (theirs && !running && theirs.changed > chat.changed) {
+    chat = theirs;
+    draw();
+  } else drawChats();
+});
+addEventListener("resize", grow);
 
 const newest = store.all()[0];
 if (newest) chat = newest;

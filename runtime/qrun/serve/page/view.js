@@ -57,21 +57,43 @@ export function markdown(text) {
 /** The figures below an answer. */
 export function figures(message) {
   if (message.error) return message.error;
-  const parts = [];
-  if (message.tokens) parts.push(`${message.tokens} tokens`);
+  const found = [];
+  if (message.tokens) found.push(`${message.tokens} tokens`);
   if (message.tokens > 1 && message.seconds > 0) {
-    parts.push(`${((message.tokens - 1) / message.seconds).toFixed(1)} tokens/s`);
+    found.push(`${((message.tokens - 1) / message.seconds).toFixed(1)} tokens/s`);
   }
-  if (message.finish === "stopped") parts.push("stopped");
-  if (message.finish === "length") parts.push("cut off at the most tokens");
-  return parts.join(" · ");
+  if (message.finish === "stopped") found.push("stopped");
+  // Kept while it came, in another tab or before the page was loaded again.
+  if (message.role === "assistant" && !message.finish) found.push("not complete");
+  if (message.finish === "length") found.push("cut off at the most tokens");
+  return found.join(" · ");
+}
+
+/** What a model has thought before its answer, and the answer: `over` where it thinks no more. */
+export function parts(content) {
+  const end = content.indexOf("</think>");
+  const begins = content.trimStart().startsWith("<think>");
+  if (!begins && end < 0) return { thought: "", text: content, over: true };
+  const start = begins ? content.indexOf("<think>") + "<think>".length : 0; // some templates begin it themselves
+  if (end < 0) return { thought: content.slice(start).trim(), text: "", over: false };
+  return { thought: content.slice(start, end).trim(), text: content.slice(end + "</think>".length).trimStart(), over: true };
+}
+
+function thinking(thought, over, open) {
+  const found = make("details", { className: "thought" },
+    make("summary", {}, over ? "Thoughts" : "Thinking…"), make("div", {}, thought));
+  found.open = open ?? false;
+  return found;
 }
 
 /** Fill in an answer's text and figures, also while it comes. */
 export function fill(item, message) {
   const body = item.querySelector(".body");
-  if (message.role === "assistant") body.replaceChildren(markdown(message.content));
-  else body.textContent = message.content;
+  if (message.role === "assistant") {
+    const open = body.querySelector(".thought")?.open;
+    const { thought, text, over } = parts(message.content);
+    body.replaceChildren(...(thought ? [thinking(thought, over, open)] : []), markdown(text));
+  } else body.textContent = message.content;
   const foot = item.querySelector(".figures");
   foot.textContent = figures(message);
   foot.classList.toggle("wrong", Boolean(message.error));
