@@ -20,6 +20,8 @@ from tests.serve.serving import ready, serving, until
 
 USER = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
+# Of the eight prompts; a letter is a token, so the last three have several pieces and begin alike.
+WORDS = (1, 4, 7, 10, 13, 60, 90, 150)
 
 
 def slowly(rule, seconds=0.01):
@@ -40,7 +42,7 @@ def endless(served_tokenizer):
 def ask(client: openai.OpenAI, number: int, **more) -> tuple[str, str]:
     found = client.chat.completions.create(
         model="m",
-        messages=[{"role": "user", "content": "word " * (number * 3 + 1)}],
+        messages=[{"role": "user", "content": "word " * WORDS[number]}],
         max_tokens=5 + number,
         seed=number,
         temperature=1.5,
@@ -50,8 +52,11 @@ def ask(client: openai.OpenAI, number: int, **more) -> tuple[str, str]:
     return found.choices[0].message.content, found.choices[0].finish_reason
 
 
-def test_eight_seeded_requests_are_each_answered_as_alone_while_others_come_and_go(tiny_export):
-    with serving({"m": qrun.open(tiny_export, threads=1)}, slots=6) as address:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_eight_seeded_requests_are_each_answered_as_alone_while_others_come_and_go(exporter, precision):
+    model = qrun.open(exporter(precision, max_position_embeddings=1024), threads=1)
+    engine = Engine(model, slots=6, prefix_bytes=1 << 24)
+    with serving(Models.of({"m": engine})) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0)
         alone = [ask(client, number) for number in range(8)]
         over = threading.Event()
@@ -61,6 +66,7 @@ def test_eight_seeded_requests_are_each_answered_as_alone_while_others_come_and_
                 asked = {"model": "m", "messages": USER, "stream": True, "max_tokens": 50}
                 with httpx.stream("POST", address + CHAT, json=asked) as response:
                     next(response.iter_lines())  # and away
+                httpx.post(address + CHAT, json={**asked, "stream": False, "max_tokens": 3})
 
         disturbers = [threading.Thread(target=disturb) for _ in range(3)]
         for each in disturbers:
@@ -72,6 +78,7 @@ def test_eight_seeded_requests_are_each_answered_as_alone_while_others_come_and_
         for each in disturbers:
             each.join()
         until(lambda: ready(address)["m"] == {"slots": 6, "active": 0, "queued": 0})
+        assert engine.prefix_hits > 0
 
 
 def test_a_client_that_goes_away_gives_its_slot_back(endless):
