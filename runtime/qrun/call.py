@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 
 from qrun.answer import Answer, Event, Piece, Wording
@@ -18,6 +20,7 @@ from qrun.sampling.params import SamplingParams
 Listener = Callable[["Event | Scored | QrunError"], None]
 
 
+_log = logging.getLogger("qrun.engine")
 # Every token of an answer is compared with its stop strings, in the thread that all answers share.
 MOST_STOPS, MOST_STOP_CHARACTERS = 64, 8192
 
@@ -96,7 +99,16 @@ class Call:
         self._end("time", self.sequence.finish("time"))
 
     def take(self, event: SequenceEvent) -> None:
-        """Handle an event of its sequence; the engine's thread calls this."""
+        """Handle an event of its sequence; the engine's thread calls this, which no fault in here may end."""
+        try:
+            self._take(event)
+        except Exception as error:
+            _log.exception("an answer could not be told")
+            self.cancel()
+            with suppress(Exception):
+                self.fail(QrunError(f"the answer could not be completed: {type(error).__name__}: {error}"))
+
+    def _take(self, event: SequenceEvent) -> None:
         if self.ended:  # by a stop string; the scheduler drops the sequence only in its next step
             return
         if isinstance(event, Prefilled | Scored):

@@ -8,8 +8,10 @@ import threading
 import pytest
 
 import qrun
+from qrun.answer import Wording
 from qrun.call import EngineBusyError, EngineClosedError
 from qrun.decoding.fair_queue import FairQueue
+from qrun.decoding.sequence import Sequence
 from qrun.engine import Engine
 from qrun.errors import QrunError
 from tests.fakes import IM_END, fake_manifest, fake_model, repeating, scripted
@@ -44,6 +46,43 @@ def test_whoever_leaves_the_loop_gives_the_slot_back(tokenizer):
     model = fake_model(tokenizer, repeating(tokenizer, "ab"), manifest=fake_manifest(context_length=4096))
     with Engine(model, slots=1) as engine:
         assert asyncio.run(leave(engine)).completion_tokens == 2
+
+
+def test_a_fault_in_one_answer_ends_no_other(tokenizer, monkeypatch, caplog):
+    """A fault while its token was chosen ended all answers, one while it was told the engine's thread."""
+    model = fake_model(tokenizer, repeating(tokenizer, "ab"), manifest=fake_manifest(context_length=4096))
+    choose, push = Sequence.choose, Wording.push
+
+    def choosing(self, logits):
+        assert self.prompt_ids != [1, 1] or len(self.token_ids) < 3, "a fault of ours"
+        return choose(self, logits)
+
+    def telling(self, token_id):
+        assert len(self.token_ids) < 3 or self._stops._stop != ("never",), "another"
+        return push(self, token_id)
+
+    monkeypatch.setattr(Sequence, "choose", choosing)
+    monkeypatch.setattr(Wording, "push", telling)
+
+    async def one(engine, prompt, **more):
+        try:
+            async for event in engine.generate(prompt, max_tokens=8, ignore_eos=True, **more):
+                last = event
+        except QrunError as error:
+            return str(error.what)
+        return last.completion_tokens
+
+    async def ask(engine):
+        asked = (one(engine, [1, 1]), one(engine, [2, 2], stop=["never"]), one(engine, [3, 3]))
+        return await asyncio.gather(*asked), await one(engine, [4, 4])
+
+    with Engine(model, slots=3) as engine:
+        (chosen, told, other), later = asyncio.run(ask(engine))
+        assert (engine.active, engine.queued) == (0, 0)
+    assert "a fault of ours" in chosen
+    assert "another" in told
+    assert (other, later) == (8, 8)
+    assert len([record for record in caplog.records if record.exc_info]) == 2
 
 
 def test_a_prompt_that_waits_can_be_cancelled(tokenizer):

@@ -108,16 +108,15 @@ def test_a_keyword_is_named(client):
 
 def test_one_that_becomes_too_complex_ends_its_own_answer_and_no_other(served_tokenizer, monkeypatch):
     """The limits of a step hold while others are answered."""
-    from qrun.errors import QrunError
-    from qrun.sampling.constraint import Constraint
+    from qrun.sampling.constraint import ComplexFormError, Constraint
 
     def too_complex(self, logits, ends):
-        raise QrunError("the answer's form is too complex to go on")
+        raise ComplexFormError("the answer's form is too complex to go on")
 
     model = fake_model(served_tokenizer, repeating(served_tokenizer, "ab"), manifest=fake_manifest())
     with serving({"m": model}) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="-") as asking:
         free = asking.with_options(max_retries=0).chat.completions
         monkeypatch.setattr(Constraint, "mask", too_complex)
-        with pytest.raises(openai.InternalServerError, match="too complex"):
+        with pytest.raises(openai.BadRequestError, match="too complex"):
             free.create(model="m", messages=USER, extra_body={"regex": "a+"})
         assert len(free.create(model="m", messages=USER, max_tokens=5).choices[0].message.content) == 5

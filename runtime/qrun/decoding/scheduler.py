@@ -9,6 +9,7 @@ while scheduler.busy:
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from time import perf_counter
 
@@ -29,6 +30,7 @@ PREFILL_CHUNK = 256
 SCORED_CHUNK = 32
 
 Events = list[tuple[Sequence, Event]]
+_log = logging.getLogger("qrun.engine")
 
 
 class Scheduler:
@@ -219,6 +221,9 @@ class Scheduler:
             found: list[Event] = sequence.choose(logits)
         except QrunError as error:
             found = [Failed(error)]
+        except Exception as error:  # a fault of ours in one answer is none of the others'
+            _log.exception("a token could not be chosen")
+            found = [Failed(QrunError(f"the answer could not be completed: {type(error).__name__}: {error}"))]
         events += [(sequence, event) for event in found]
         return sequence.finish_reason is None and not isinstance(found[-1], Failed)
 

@@ -68,6 +68,10 @@ class Vocabulary:
     end_ids: tuple[int, ...]
 
 
+class ComplexFormError(QrunError):
+    """The form of an answer costs more than a step may."""
+
+
 class Constraint:
     """What an answer must fit, and the state of one answer: ``fresh`` makes another one for the next answer.
 
@@ -131,7 +135,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise QrunError(
+            raise ComplexFormError(
                 f"the answer's form is too complex to go on: {readable(self._matcher.get_error())}",
                 hint="simplify the schema, the regular expression or the grammar",
             )

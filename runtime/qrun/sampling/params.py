@@ -161,7 +161,7 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
     pairs = value.items() if isinstance(value, Mapping) else value
     if not isinstance(pairs, Iterable) or isinstance(pairs, (str, bytes)):
         raise TypeError
-    found = {_whole(token_id, 0): _real(bias, -100.0, 100.0) for token_id, bias in pairs}
+    found = {_whole(token_id, 0, (1 << 31) - 1): _real(bias, -100.0, 100.0) for token_id, bias in pairs}
     return tuple(found.items())
 
 

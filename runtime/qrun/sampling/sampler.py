@@ -101,7 +101,8 @@ def logprobs(logits: Scores, token_id: int, count: int) -> Logprobs:
 
 def scale_by_temperature(scores: Scores, temperature: float) -> Scores:
     """``scores / temperature`` less a constant: the peak becomes 0, so that nothing overflows."""
-    scaled: Scores = (scores - scores.max()) / np.float32(temperature)
+    # float32 knows nothing beyond 3e38, where all tokens have been equally likely for long.
+    scaled: Scores = (scores - scores.max()) / np.float32(min(temperature, 1e30))
     return scaled
 
 

@@ -19,6 +19,7 @@ from qrun.serve.tools import Tools, check_variables, prompt_with_tools, read_too
 
 _MOST_ANSWERS = 16  # to one prompt
 _MOST_PROMPTS = 128  # in one request
+_MOST_BIASES = 4_096  # each is looked at in Python, whose lock all requests share
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
 
@@ -91,15 +92,15 @@ def ask_completion(engine: Engine, request: CompletionRequest) -> Asked:
         tokenizer.encode(each, add_special_tokens=True) if isinstance(each, str) else list(each)
         for each in several
     ]
-    echoed = [
-        "" if not request.echo else each if isinstance(each, str) else tokenizer.decode(each, False)
-        for each in several
-    ]
     vocab_size = engine.model.manifest.model.vocab_size
     for ids in prompts:
         bad = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
         if bad is not None:
             raise ApiError(400, f"token id {bad} is outside the vocabulary of {vocab_size}", param="prompt")
+    echoed = [
+        "" if not request.echo else each if isinstance(each, str) else tokenizer.decode(each, False)
+        for each in several
+    ]
     own: dict[str, Any] = {
         "max_tokens": request.max_tokens or _DEFAULT_MAX_TOKENS,
         "logprobs": request.logprobs,
@@ -115,6 +116,10 @@ def ask_completion(engine: Engine, request: CompletionRequest) -> Asked:
 
 def _all(values: object, kind: type | UnionType) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(each, kind) for each in values)
+
+
+def _is_token(text: str, size: int) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < size
 
 
 def check_stream_options(request: Common) -> None:
@@ -184,9 +189,14 @@ def _params(engine: Engine, request: Common, own: dict[str, Any], number: int) -
     if request.ignore_eos:
         sampling["ignore_eos"] = True
     if request.logit_bias is not None:
-        bad = next((key for key in request.logit_bias if not key.isdecimal()), None)
+        if len(request.logit_bias) > _MOST_BIASES:
+            text = f"logit_bias may name {_MOST_BIASES:,} tokens, not {len(request.logit_bias):,}"
+            raise ApiError(400, text, param="logit_bias")
+        size = engine.model.manifest.model.vocab_size
+        bad = next((key for key in request.logit_bias if not _is_token(key, size)), None)
         if bad is not None:
-            raise ApiError(400, f"logit_bias: {bad!r} is not a token id", param="logit_bias")
+            text = f"logit_bias: {bad!r} is not a token id of this model, which has {size:,}"
+            raise ApiError(400, text, param="logit_bias")
         sampling["logit_bias"] = {int(key): bias for key, bias in request.logit_bias.items()}
     try:
         return engine.resolve(sampling)

@@ -6,8 +6,11 @@ from typing import Any
 
 from qrun.call import EngineBusyError, EngineClosedError, EngineTimeoutError
 from qrun.errors import QrunError
+from qrun.sampling.constraint import ComplexFormError
 
 RETRY_SECONDS = 1
+# Messages repeat what a client has sent, which may be megabytes.
+_MOST_CHARACTERS = 1_000
 
 
 class ApiError(Exception):
@@ -23,8 +26,9 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
-        self.status, self.message, self.param, self.code = status, message, param, code
-        super().__init__(message)
+        self.status, self.code = status, code
+        self.message, self.param = _shortened(message), None if param is None else _shortened(param)
+        super().__init__(self.message)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -52,6 +56,11 @@ class ApiError(Exception):
         return self.to_anthropic() if path.startswith("/v1/messages") else self.to_json()
 
 
+def _shortened(text: str) -> str:
+    part = _MOST_CHARACTERS // 2
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:part]} … {text[-part:]}"
+
+
 def from_qrun(error: QrunError, *, begun: bool = False) -> ApiError:
     """A ``QrunError`` as a refusal; once an answer has ``begun``, the fault is the server's (500)."""
     if isinstance(error, EngineBusyError):
@@ -61,4 +70,6 @@ def from_qrun(error: QrunError, *, begun: bool = False) -> ApiError:
     if isinstance(error, EngineClosedError):
         return ApiError(503, str(error.what), code="closing")
     text = error.what if error.hint is None else f"{error.what} ({error.hint})"
+    if isinstance(error, ComplexFormError):
+        return ApiError(400, text, code="form_too_complex")
     return ApiError(500 if begun else 400, text)
