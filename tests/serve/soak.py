@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -183,6 +184,7 @@ def soak(folder: Path, seconds: float, kills: int) -> list[str]:
     for client in clients:
         client.start()
     memory: list[tuple[float, float]] = []
+    threads: list[int] = []
     for part in range(kills + 1):
         begun = time.monotonic()
         end = begun + seconds / (kills + 1)
@@ -190,8 +192,9 @@ def soak(folder: Path, seconds: float, kills: int) -> list[str]:
             time.sleep(min(2.0, seconds / 50))
             assert server.process.poll() is None, server.log()[-3000:]
             if part == kills:
-                used = psutil.Process(server.process.pid).memory_info().rss / 1e6
-                memory.append((time.monotonic() - begun, used))
+                process = psutil.Process(server.process.pid)
+                memory.append((time.monotonic() - begun, process.memory_info().rss / 1e6))
+                threads.append(process.num_threads())
         if part < kills:
             server.kill()
             server.start()
@@ -204,7 +207,12 @@ def soak(folder: Path, seconds: float, kills: int) -> list[str]:
         if left == {"slots": SLOTS, "active": 0, "queued": 0}:
             break
         time.sleep(0.1)
-    threads = psutil.Process(server.process.pid).num_threads()
+    gauges = dict(re.findall(r"^(qrun_\w+){model=\"m\"} (\S+)$", httpx.get(f"{address}/metrics").text, re.M))
+    in_use = {
+        name: float(gauges[name]) for name in ("qrun_active_slots", "qrun_queued_requests", "qrun_model_uses")
+    }
+    half = len(threads) // 2
+    running, before = psutil.Process(server.process.pid).num_threads(), max(threads[: half + 1])
     server.process.terminate()
     code = server.process.wait(60)
     log = server.log()
@@ -212,12 +220,15 @@ def soak(folder: Path, seconds: float, kills: int) -> list[str]:
     middle, late = max(warm[: len(warm) // 2], default=0.0), max(warm[len(warm) // 2 :], default=0.0)
     lines = [f"{count:6,} {what}" for what, count in sorted(told.items())]
     lines += [
-        f"left: {left}; {threads} threads; exit code {code}; {kills} kills; {sum(told.values()):,} requests",
+        f"left: {left}; {running} threads, {before} at most in the first half; exit code {code}; "
+        f"{kills} kills; {sum(told.values()):,} requests",
         f"resident from a minute after the last start on: {middle:.1f} MB at most, then {late:.1f} MB"
         if warm
         else "resident: not judged, the last part is too short",
     ]
     assert left == {"slots": SLOTS, "active": 0, "queued": 0}
+    assert not any(in_use.values()), in_use
+    assert running <= before + 2, f"threads are left: {threads}"
     assert code == 0
     assert "Traceback" not in log, log[-3000:]
     assert not any("not ended" in what or ": 5" in what or ": wrong" in what for what in told), told
