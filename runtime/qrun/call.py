@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from time import monotonic
 
 from qrun.answer import Answer, Event, Piece, Wording
@@ -94,19 +93,25 @@ class Call:
         self.cancel()
         if not self.sequence.token_ids:
             self.fail(EngineTimeoutError(f"the answer was not begun within {self._seconds:g} seconds"))
-            return
+        else:
+            self._safely(self._end_in_time)
+
+    def _end_in_time(self) -> None:
         self._show(self._wording.end(), last=True)
         self._end("time", self.sequence.finish("time"))
 
     def take(self, event: SequenceEvent) -> None:
-        """Handle an event of its sequence; the engine's thread calls this, which no fault in here may end."""
+        """Handle an event of its sequence; the engine's thread calls this."""
+        self._safely(lambda: self._take(event))
+
+    def _safely(self, work: Callable[[], None]) -> None:
+        """Do something in the engine's thread: a fault in one answer ends that answer, and not the thread."""
         try:
-            self._take(event)
+            work()
         except Exception as error:
             _log.exception("an answer could not be told")
             self.cancel()
-            with suppress(Exception):
-                self.fail(QrunError(f"the answer could not be completed: {type(error).__name__}: {error}"))
+            self.fail(QrunError(f"the answer could not be completed: {type(error).__name__}: {error}"))
 
     def _take(self, event: SequenceEvent) -> None:
         if self.ended:  # by a stop string; the scheduler drops the sequence only in its next step
@@ -159,5 +164,9 @@ class Call:
         try:
             self._listener(event)
         except RuntimeError:  # the caller's event loop is closed: nobody listens any more
+            self.ended = True
+            self.cancel()
+        except Exception:
+            _log.exception("whoever has asked fails on an event of the answer")
             self.ended = True
             self.cancel()

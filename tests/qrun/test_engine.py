@@ -85,6 +85,21 @@ def test_a_fault_in_one_answer_ends_no_other(tokenizer, monkeypatch, caplog):
     assert len([record for record in caplog.records if record.exc_info]) == 2
 
 
+def test_a_listener_that_fails_ends_its_own_answer(tokenizer, caplog):
+    """It ended the engine's thread, and everybody waited for ever."""
+    model = fake_model(tokenizer, repeating(tokenizer, "ab"), manifest=fake_manifest(context_length=4096))
+    params, _ = model.resolve({})
+
+    def failing(event):
+        raise ValueError("a fault of the caller's")
+
+    with Engine(model, slots=1) as engine:
+        engine.submit([1, 2], params, failing)
+        assert asyncio.run(text_of(engine.generate([3, 4], max_tokens=2)))
+        assert (engine.active, engine.queued) == (0, 0)
+    assert [record for record in caplog.records if record.exc_info]
+
+
 def test_a_prompt_that_waits_can_be_cancelled(tokenizer):
     model = fake_model(tokenizer, repeating(tokenizer, "ab"), manifest=fake_manifest(context_length=4096))
     found = []
