@@ -21,6 +21,13 @@ def test_the_start_tells_what_slots_and_caches_take(tiny_export, tmp_path):
     assert "5.0 MB for beginnings of prompts" in told
 
 
+def test_a_link_has_the_name_that_is_typed(tiny_export, tmp_path):
+    """It had the name of the folder that it leads to, and clients were told that there is no such model."""
+    (tmp_path / "small").symlink_to(tiny_export)
+    with serve_process(["--engine", "./small/"], tmp_path / "log", folder=tmp_path) as (_, address):
+        assert httpx.get(f"{address}/v1/models/small").status_code == 200
+
+
 def test_keys_come_from_the_environment(tiny_export, tmp_path, monkeypatch):
     monkeypatch.setenv("QRUN_API_KEYS", "sk-one, sk-two")
     log = tmp_path / "log"

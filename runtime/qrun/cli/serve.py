@@ -283,7 +283,9 @@ def _named(engines: tuple[str, ...]) -> dict[str, Path]:
         if not equals or "/" in name:  # a path may hold an equals sign
             path = each
             whole = user_path(path)
-            name = (whole.parent if whole.suffix in (".onnx", ".plan") else whole).resolve().name
+            folder = whole.parent if whole.suffix in (".onnx", ".plan") else whole
+            # A link's own name, and not that of what it leads to.
+            name = folder.resolve().name if folder.name in ("", "..") else folder.name
         if not name or not path:
             raise QrunError(f"--engine {each} names nothing", hint="give PATH, or NAME=PATH")
         if name in found:
