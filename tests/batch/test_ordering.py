@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrun.batch.ordering import BEGINNING, ordered
-from qrun.decoding.scheduler import GRAIN
+from qrun.decoding.pieces import PIECE
 
 PROMPTS = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 150), st.integers(1, 99)), max_size=40)
 
@@ -22,8 +22,8 @@ def test_nothing_is_lost_or_doubled(sizes, tail):
 
 
 def test_common_beginnings_follow_each_other():
-    assert BEGINNING == GRAIN
-    beginnings = [[kind] * GRAIN for kind in range(3)]
+    assert BEGINNING == PIECE
+    beginnings = [[kind] * PIECE for kind in range(3)]
     work = [(beginnings[n % 3] + [n], 8) for n in range(30)]
     kinds = [ids[0] for ids, _ in order(work, 4)]
     assert kinds == sorted(kinds)

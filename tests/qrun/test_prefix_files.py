@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from qrun.answer import Answer
+from qrun.decoding.pieces import PIECE
 from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.prefix_files import load_prefixes, prefix_file, save_prefixes
-from qrun.decoding.scheduler import GRAIN
 from qrun.engine import Engine
 from qrun.sampling.params import SamplingParams
 from qrun.text.tokenizer import Tokenizer
@@ -138,5 +138,5 @@ def test_after_a_restart_a_prompt_is_not_read_again(tokenizer: Tokenizer, tmp_pa
             answers.append(asyncio.run(_answer(engine)))
     first, second = answers
     assert second.token_ids == first.token_ids
-    assert (first.reused_tokens, second.reused_tokens) == (0, (len(PROMPT) - 1) // GRAIN * GRAIN)
+    assert (first.reused_tokens, second.reused_tokens) == (0, (len(PROMPT) - 1) // PIECE * PIECE)
     assert len(list((tmp_path / "kept").iterdir())) == 1

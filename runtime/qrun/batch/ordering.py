@@ -7,8 +7,8 @@ from itertools import zip_longest
 from typing import TypeVar
 
 Work = TypeVar("Work")
-# Tokens of the blocks in which the engine keeps beginnings of prompts; a test compares.
-BEGINNING = 64
+# Tokens of the pieces in which the engine keeps beginnings of prompts; a test compares.
+BEGINNING = 128
 # A token that is generated takes about as long as so many that are read, with several rows.
 _COST = 4
 
