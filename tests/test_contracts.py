@@ -61,6 +61,10 @@ BREAKS: dict[str, list[dict[str, str]]] = {
         {"runtime/qrun/batch/asking.py": "import qrun.serve.handlers\n"},
         {"runtime/qrun/serve/asking.py": "import qrun.serve.streams\n"},  # through the server's room
     ],
+    "an evaluation's data moves one way": [
+        {"runtime/qrun/evaluation/tasks.py": "import qrun.evaluation.summary\n"},
+        {"runtime/qrun/evaluation/unplaced.py": ""},
+    ],
     "one runtime knows nothing of the other": [
         {"runtime/qrun/backends/ort/cache.py": "import qrun.backends.trt.cuda\n"},
         {"runtime/qrun/backends/kvcache.py": "import qrun.backends.opening\n"},

@@ -63,6 +63,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Watched]:
 def place(exported: tuple[Place, Watched], tmp_path: Path) -> Iterator[Place]:
     """A place of its own for each command, with links to what is expensive."""
     new = Place(tmp_path / "place")
+    (new.work / "lines.jsonl").write_text('{"prompt": "hello", "expected": "x"}\n{"text": "hello"}\n')
     for name in ("checkpoint", "model"):
         (new.work / name).symlink_to(exported[0].work / name)
     (new.work / "prompts.txt").write_text("hello\nhello again\n")
@@ -82,6 +83,7 @@ RUN = {
     "qrun batch": (("--engine", "model", "prompts.txt", "--output", "answers.jsonl", *_ASK), "", 0),
     "qrun bench": (("--engine", "model", "-p", "8", "-n", "2", "-r", "1"), "", 0),
     "qrun chat": (("--engine", "model", *_ASK), "hello\n/stats\n/exit\n", 0),
+    "qrun eval": (("--engine", "model", "lines.jsonl", "--max-tokens", "4", "--page", "page.html"), "", 0),
     "qrun generate": (("--engine", "model", "--prompt", "hello " * 30, "--check-hashes", *_ASK), "", 0),
     "qrun info": (("model", "--check-hashes"), "", 0),
     "qconvert inspect": (("checkpoint",), "", 0),

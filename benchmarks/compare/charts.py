@@ -1,4 +1,4 @@
-"""Charts as SVG text, bars and scatter plots: they scale to a phone and follow the page's colours."""
+"""Scatter plots as SVG text, beside the bars of ``qrun.evaluation.charts``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 400
-_BAR = 22
-
-
-@dataclass(frozen=True)
-class Bar:
-    """``least`` and ``greatest`` draw the spread; without a value the bar says ``note``."""
-
-    label: str
-    value: float | None
-    text: str = ""
-    least: float | None = None
-    greatest: float | None = None
-    ours: bool = False
-    note: str = "failed"
+from qrun.evaluation.charts import WIDTH, figure
 
 
 @dataclass(frozen=True)
@@ -30,31 +16,6 @@ class Point:
     x: float
     y: float
     ours: bool = False
-
-
-def bars(title: str, values: Sequence[Bar]) -> str:
-    """Horizontal bars, the order as given; longest value fills the width."""
-    top = max((bar.greatest or bar.value or 0 for bar in values), default=0) or 1
-    left = 16 + 6.4 * max((len(bar.label) for bar in values), default=0)
-    room = WIDTH - left - 58
-    height = len(values) * _BAR + 6
-    parts = []
-    for index, bar in enumerate(values):
-        y = index * _BAR + 4
-        kind = "ours" if bar.ours else "peer"
-        parts.append(f'<text class="label {kind}" x="{left - 6:.1f}" y="{y + 12}">{escape(bar.label)}</text>')
-        if bar.value is None:
-            parts.append(f'<text class="note" x="{left:.1f}" y="{y + 12}">{escape(bar.note)}</text>')
-            continue
-        length = room * bar.value / top
-        end = length
-        parts.append(f'<rect class="{kind}" x="{left:.1f}" y="{y}" width="{length:.1f}" height="15" rx="2"/>')
-        if bar.least is not None and bar.greatest is not None and bar.greatest > bar.least:
-            low, end = room * bar.least / top, max(length, room * bar.greatest / top)
-            x1, x2 = left + low, left + room * bar.greatest / top
-            parts.append(f'<line class="spread" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y + 7.5}" y2="{y + 7.5}"/>')
-        parts.append(f'<text class="value" x="{left + end + 4:.1f}" y="{y + 12}">{escape(bar.text)}</text>')
-    return _figure(title, height, parts)
 
 
 def scatter(title: str, points: Sequence[Point], x_title: str, y_title: str) -> str:
@@ -97,7 +58,7 @@ def scatter(title: str, points: Sequence[Point], x_title: str, y_title: str) -> 
             f'<text class="point {kind} {anchor}" x="{anchor_x:.1f}" y="{place:.1f}">'
             f"{escape(point.label)}</text>"
         )
-    return _figure(title, bottom + 40, parts)
+    return figure(title, bottom + 40, parts)
 
 
 def _free_place(
@@ -144,11 +105,3 @@ class _log_scale:  # noqa: N801 (used as a function)
     def place(self, value: float) -> float:
         share = (math.log10(value) - self.low) / (self.high - self.low)
         return self.first + share * (self.last - self.first)
-
-
-def _figure(title: str, height: float, parts: Sequence[str]) -> str:
-    drawing = "".join(parts)
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
-        f'aria-label="{escape(title)}">{drawing}</svg></figure>'
-    )

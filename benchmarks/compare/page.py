@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from benchmarks.compare.charts import Bar, Point, bars, scatter
+from benchmarks.compare.charts import Point, scatter
 from benchmarks.compare.figures import (
     BEHIND_HEADER,
     BEST_HEADER,
@@ -25,38 +25,8 @@ from benchmarks.compare.figures import (
 )
 from benchmarks.compare.peers import Contender
 from benchmarks.compare.summary import Row
-
-_STYLE = """
-:root { --ink: #1c2024; --soft: #60646c; --paper: #fcfcfd; --line: #e0e1e6;
-  --ours: #d9480f; --peer: #7ba3c9; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #edeef0; --soft: #b0b4ba; --paper: #111113; --line: #34373c;
-    --ours: #ff8a4c; --peer: #4a7299; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 16px; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
-p, li { max-width: 46rem; } .soft { color: var(--soft); font-size: .9rem; }
-.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-figure { margin: 0; } figcaption { font-weight: 600; font-size: .95rem; margin-bottom: 4px; }
-svg { width: 100%; max-width: 560px; height: auto; display: block; font: 12px system-ui, sans-serif; }
-svg text { fill: var(--ink); } svg .label { text-anchor: end; } svg .ours { font-weight: 600; }
-svg rect.ours, svg circle.ours { fill: var(--ours); } svg rect.peer, svg circle.peer { fill: var(--peer); }
-svg text.ours { fill: var(--ours); } svg .note, svg .tick { fill: var(--soft); font-size: 11px; }
-svg .spread { stroke: var(--ink); stroke-width: 1.5; opacity: .6; } svg .middle { text-anchor: middle; }
-svg .end { text-anchor: end; } svg .axis { stroke: var(--soft); fill: none; } svg .point { font-size: 11px; }
-svg .grid { stroke: var(--line); fill: none; } svg .leader { stroke: var(--soft); opacity: .5; fill: none; }
-.wide { overflow-x: auto; margin: .8rem 0; -webkit-overflow-scrolling: touch; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 10px 4px 0; text-align: right; vertical-align: top; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-th { font-weight: 600; white-space: normal; vertical-align: bottom; min-width: 4.2rem; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
-td.words { text-align: left; white-space: normal; min-width: 16rem; } tr.ours td { color: var(--ours); }
-details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
-"""
+from qrun.evaluation.charts import Bar, bars
+from qrun.evaluation.page import document
 
 
 def page(report: Report, chosen: Sequence[Contender]) -> str:
@@ -87,13 +57,7 @@ def page(report: Report, chosen: Sequence[Contender]) -> str:
             _details(f"Conversion, {shape}", _table(CONVERSION_HEADER, conversion_table(chosen, records)))
         )
     parts.append(_details("Versions", _table(["engine", "versions"], version_table(report), words=True)))
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>qconvert beside other engines</title><style>{_STYLE}</style></head>"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return document("qconvert beside other engines", parts)
 
 
 def _shape(report: Report, shape: str) -> list[str]:

@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.compare.charts import Bar, Point, bars, scatter
+from benchmarks.compare.charts import Point, scatter
 from benchmarks.compare.peers import contenders
 from benchmarks.compare.report import write_report
+from qrun.evaluation.charts import Bar, bars
 
 CHOSEN = contenders(["llama_cpp:Q4_0", "openvino:int4"])
 OURS, OTHERS = [c for c in CHOSEN if c.ours], [c for c in CHOSEN if not c.ours]

@@ -36,6 +36,7 @@ class Bench:
         self._outputs: dict[str, str] = {}
         (folder / "demo").mkdir(parents=True)
         (folder / "keys").write_text("sk-one\n")
+        shutil.copy(REPOSITORY / "examples" / "evaluation" / "questions.jsonl", folder)
         for name in ("checkpoint", "Qwen2.5-1.5B-Instruct", "demo/sample-model"):
             shutil.copytree(checkpoint, folder / name, copy_function=_link_or_copy)
         write_batch_inputs(folder)

@@ -25,6 +25,7 @@ SMALLER = {
 # What a command needs that another one makes. Each maker is itself a command of a page.
 MADE_BY = {
     "small": "qconvert export ./checkpoint --precision int4 --output ./small",
+    "whole": "qconvert export ./checkpoint --precision fp32 --output ./whole",
     "Qwen2.5-1.5B-Instruct-onnx-int8": "qconvert export ./Qwen2.5-1.5B-Instruct",
     "Qwen2.5-1.5B-Instruct-tensorrt-bf16": (
         "qconvert export ./Qwen2.5-1.5B-Instruct --target tensorrt --precision bf16 --max-length 4096"
@@ -75,6 +76,7 @@ NOT_RUN = {
     r".*GPTQ-Int4.*": "tests/qconvert/test_quantised.py runs these on tiny checkpoints",
     r"qconvert .* --adapter .*": "an adapter of the user's: tests/qconvert/test_adapters.py runs these",
     r"make test-formats": "an environment of its own, with four libraries: it runs tests/formats",
+    r"qrun eval --engine sample-fp32 .*": "minutes on exports of the sample: its figures stand below it",
     r"make test-clients": "an environment of its own, with five other projects: it runs tests/clients",
     r"python -m benchmarks\..*": _HOURS,
     r"python -m tests\.qconvert\.planted.*": (

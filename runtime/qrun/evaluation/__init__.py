@@ -1,0 +1,1 @@
+"""What a model folder is worth on one's own data, and what another folder changes there."""
