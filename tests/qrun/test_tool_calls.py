@@ -36,6 +36,14 @@ CASES = {
     "blanks before what is no call": ("a \n<tool_call>x</tool_call> b", ["a \n<tool_call>x</tool_call> b"]),
     "blanks before a call": (" \n" + CALL, [F]),
     "blanks": ("  \n ", ["  \n "]),
+    "only thought of": (
+        f"<think>\nI could {CALL}\n</think>\n\n{CALL}",
+        [f"<think>\nI could {CALL}\n</think>", F],
+    ),
+    "a thought without its end": (f" <think>{CALL}", [f" <think>{CALL}"]),
+    "a thought behind text": (f"x <think>{CALL}</think>", ["x <think>", F, "</think>"]),
+    "half of a thought's tag": (" <thi", [" <thi"]),
+    "no thought": (f"<thing> {CALL}", ["<thing>", F]),
     "a deep nest": (f"<tool_call>{'[' * 100_000}</tool_call>!", [f"<tool_call>{'[' * 100_000}</tool_call>!"]),
 }
 
@@ -62,6 +70,7 @@ def test_calls_and_text_are_told_apart(name):
 
 
 PARTS = ["a", " ", "\n", CALL, TAGS_WITHIN, "<tool_call>", "</tool_call>", "{}", "<to", '"']
+PARTS += ["<think>", "</think>", "<th", "</th"]
 
 
 @given(st.lists(st.sampled_from(PARTS)), st.data())
@@ -70,6 +79,14 @@ def test_the_result_does_not_depend_on_how_the_text_was_cut(parts, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)))))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
     assert read(pieces) == read([text]) == read(list(text))
+
+
+def test_a_thought_that_the_prompt_has_opened_is_one():
+    """DeepSeek-R1's template ends in <think>: a call in the thought was read as one."""
+    assert read([f"perhaps {CALL}?\n</think>\n{CALL}"], in_thought=True) == [f"perhaps {CALL}?\n</think>", F]
+    parser = ToolCallParser(["f"], in_thought=True)
+    assert parser.push("I </th") == ["I "]
+    assert parser.push("ink> <tool_call>") == ["</think>"]
 
 
 def test_text_comes_as_soon_as_it_can_be_no_call():

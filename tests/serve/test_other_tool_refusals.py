@@ -83,7 +83,10 @@ MESSAGES_REFUSED = [
         {"tools": CLAUDES, "tool_choice": {"type": "auto", "disable_parallel_tool_use": 1}},
         "disable_parallel_tool_use must be true or false",
     ),
-    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking is not supported"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.budget_tokens is not supported"),
+    ({"thinking": {"type": "adaptive"}}, "thinking.type must be enabled or disabled, not 'adaptive'"),
+    ({"thinking": {}}, "thinking.type must be enabled or disabled"),
+    ({"thinking": {"type": "disabled"}}, "thinking: the model's chat template knows no enable_thinking"),
     (
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"}]}]},
         r"messages\[0\].content\[0\].tool_use_id: no tool_use before it has the id 't'",

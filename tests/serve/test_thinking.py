@@ -11,20 +11,41 @@ import pytest
 from tests.assets import qwen3_tokenizer_folder
 from tests.fakes import fake_manifest, fake_model, scripted
 from tests.serve.serving import serving
-from tests.serve.tooling import OSLO, USER, WEATHER, call
+from tests.serve.tooling import CLAUDES, OSLO, USER, WEATHER, call
 
+THOUGHT_OF = "\nshould I " + call("get_weather", OSLO) + " or not?\n"
 NO_THOUGHT = "<think>\n\n</think>\n\n"
-WISHES = [{"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}]
+WISHES = [
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"enable_thinking": False},
+    {"reasoning_effort": "none"},
+]
+NAMES = ["kwargs", "field", "effort"]
 
 
 @pytest.fixture(scope="module")
 def address(served_tokenizer):
-    """ "qwen3" calls a tool, behind an empty thought unless the prompt has one; "plain" talks."""
+    """ "qwen3" calls a tool, behind an empty thought unless the prompt has one; "plain" talks.
+
+    "doubtful" and "r1" think of a call and do not make it; the prompt of "r1" opens the thought already.
+    """
     source = json.loads((qwen3_tokenizer_folder() / "tokenizer_config.json").read_text())["chat_template"]
     rule = scripted(served_tokenizer, [NO_THOUGHT + call("get_weather", OSLO)])
     manifest = fake_manifest(context_length=4096)
     models = {
         "qwen3": fake_model(served_tokenizer, rule, manifest=manifest, template=source),
+        "doubtful": fake_model(
+            served_tokenizer,
+            scripted(served_tokenizer, [f"<think>{THOUGHT_OF}</think>\nNo."]),
+            manifest=manifest,
+            template=source,
+        ),
+        "r1": fake_model(
+            served_tokenizer,
+            scripted(served_tokenizer, [f"<think>\n{THOUGHT_OF}</think>\nNo."]),
+            manifest=manifest,
+            template=source + "{{ '<think>\\n' }}",
+        ),
         "plain": fake_model(served_tokenizer, scripted(served_tokenizer, ["x"])),
     }
     with serving(models) as found:
@@ -39,7 +60,7 @@ def ask(address):
     )
 
 
-@pytest.mark.parametrize("wish", WISHES, ids=["kwargs", "field"])
+@pytest.mark.parametrize("wish", WISHES, ids=NAMES)
 def test_qwen3_s_tools_are_called_with_and_without_a_thought(ask, wish):
     thought = ask(tools=[WEATHER])
     straight = ask(tools=[WEATHER], extra_body=wish)
@@ -52,10 +73,56 @@ def test_qwen3_s_tools_are_called_with_and_without_a_thought(ask, wish):
     assert more == len(NO_THOUGHT)  # a token for each of the tiny tokenizer's bytes
 
 
-@pytest.mark.parametrize("wish", WISHES, ids=["kwargs", "field"])
+@pytest.mark.parametrize("wish", WISHES, ids=NAMES)
 def test_a_template_that_knows_no_thinking_refuses_it(ask, wish):
     with pytest.raises(openai.BadRequestError, match="knows no enable_thinking"):
         ask("plain", extra_body=wish)
+
+
+def test_an_effort_that_nothing_measures_is_refused(ask):
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort must be none, or left out"):
+        ask(reasoning_effort="high")
+    with pytest.raises(openai.BadRequestError, match="exclude each other"):
+        ask(reasoning_effort="none", extra_body={"enable_thinking": True})
+
+
+def prompt_tokens(address, path, **fields):
+    body = {"model": "qwen3", "max_tokens": 2, **fields}
+    usage = httpx.post(f"{address}{path}", json=body).raise_for_status().json()["usage"]
+    return usage["input_tokens"]
+
+
+def test_the_other_apis_forbid_to_think_in_their_own_words(address):
+    thought = prompt_tokens(address, "/v1/messages", messages=USER)
+    for kind, more in (("enabled", 0), ("disabled", len(NO_THOUGHT))):
+        wish = {"thinking": {"type": kind}}
+        assert prompt_tokens(address, "/v1/messages", messages=USER, **wish) == thought + more
+        counted = httpx.post(
+            f"{address}/v1/messages/count_tokens", json={"model": "qwen3", "messages": USER, **wish}
+        )
+        assert counted.json() == {"input_tokens": thought + more}
+    body = {"model": "qwen3", "input": "How is it in Oslo?", "max_output_tokens": 2}
+    found = [
+        httpx.post(f"{address}/v1/responses", json={**body, "reasoning": wish}).json()["usage"][
+            "input_tokens"
+        ]
+        for wish in (None, {"effort": None}, {"effort": "none"})
+    ]
+    assert found == [thought, thought, thought + len(NO_THOUGHT)]
+
+
+@pytest.mark.parametrize("model", ["doubtful", "r1"])
+def test_a_call_that_is_only_thought_of_is_not_made(address, ask, model):
+    """A client would have run the tool, and nobody had asked for it."""
+    choice = ask(model, tools=[WEATHER]).choices[0]
+    assert (choice.message.tool_calls, choice.finish_reason) == (None, "stop")
+    assert THOUGHT_OF in choice.message.content
+    pieces = [chunk.choices[0].delta for chunk in ask(model, tools=[WEATHER], stream=True)]
+    assert not any(piece.tool_calls for piece in pieces)
+    assert "".join(piece.content or "" for piece in pieces) == choice.message.content
+    body = {"model": model, "max_tokens": 900, "messages": USER, "tools": CLAUDES}
+    told = httpx.post(f"{address}/v1/messages", json=body).json()
+    assert [block["type"] for block in told["content"]] == ["text"]
 
 
 def test_a_rendering_takes_them_too(address):

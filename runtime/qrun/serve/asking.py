@@ -15,6 +15,7 @@ from qrun.sampling.params import SamplingParams
 from qrun.serve.errors import ApiError, from_qrun
 from qrun.serve.fields import ChatRequest, Common, CompletionRequest, texts_only
 from qrun.serve.forms import constraint_of
+from qrun.serve.thinking import of_effort
 from qrun.serve.tools import Tools, check_variables, prompt_with_tools, read_tools
 
 _MOST_ANSWERS = 16  # to one prompt
@@ -60,7 +61,12 @@ def ask_chat(engine: Engine, request: ChatRequest) -> Asked:
     tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
     messages = texts_only(request.messages)
     check_variables(engine.model, request.variables)
-    prompt = prompt_with_tools(engine.model, messages, tools, request.variables)
+    effort = of_effort(engine.model, request.reasoning_effort, "reasoning_effort")
+    if request.variables.get("enable_thinking") and effort:
+        raise ApiError(
+            400, "reasoning_effort none and enable_thinking exclude each other", param="reasoning_effort"
+        )
+    prompt = prompt_with_tools(engine.model, messages, tools, {**request.variables, **effort})
     own = {
         "max_tokens": request.max_completion_tokens or request.max_tokens,
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,

@@ -37,7 +37,7 @@ class BlockReply(Reply):
         super().__init__(engine, model, asked, stamps)
         self.blocks: list[Block] = []
         self._open: Block | None = None  # a text that may go on
-        self._parser = None if asked.tools is None else asked.tools.parser()
+        self._parser = self.parser(0)
 
     def piece(self, index: int, piece: Piece) -> list[Chunk]:
         found = [piece.text] if self._parser is None else self._parser.push(piece.text)

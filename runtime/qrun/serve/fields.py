@@ -70,6 +70,7 @@ class ChatRequest(Common, kw_only=True):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
 
     @property
     def variables(self) -> dict[str, Any]:

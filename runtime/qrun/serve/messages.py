@@ -15,6 +15,7 @@ from qrun.errors import QrunError
 from qrun.serve.asking import Asked, check_length
 from qrun.serve.errors import ApiError, from_qrun
 from qrun.serve.fields import part_text, text_of
+from qrun.serve.thinking import of_anthropic
 from qrun.serve.tools import Choice, Places, Tools, prompt_with_tools, tools_of
 
 _PLACES = Places("tools[{}]", "input_schema")
@@ -28,6 +29,7 @@ class CountRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest, kw_only=True):
@@ -52,9 +54,9 @@ def prompt_of(engine: Engine, request: CountRequest) -> tuple[list[int], Tools |
     messages = _messages(request.messages)
     if request.system:
         messages.insert(0, {"role": "system", "content": text_of(request.system, "system")})
-    tools = _tools(request)
+    tools, variables = _tools(request), of_anthropic(engine.model, request.thinking)
     try:
-        return prompt_with_tools(engine.model, messages, tools), tools
+        return prompt_with_tools(engine.model, messages, tools, variables), tools
     except QrunError as error:
         raise from_qrun(error) from None
 

@@ -104,9 +104,10 @@ class CompletionReply(Reply):
         return [*chunks, self._chunk(index, {} if self.chat else "", reason=self._reason(index, answer))]
 
     def _parser(self, index: int) -> ToolCallParser:
-        assert self.asked.tools is not None
         if index not in self._parsers:
-            self._parsers[index] = self.asked.tools.parser()
+            parser = self.parser(index)
+            assert parser is not None
+            self._parsers[index] = parser
         return self._parsers[index]
 
     def _delta(self, index: int, found: str | ToolCall) -> dict[str, Any]:
@@ -124,9 +125,9 @@ class CompletionReply(Reply):
             "refusal": None,
             "annotations": [],
         }
-        if self.asked.tools is None:
+        parser = self.parser(index)
+        if parser is None:
             return message
-        parser = self.asked.tools.parser()
         found = [*parser.push(answer.text), *parser.flush()]
         calls = [_described(each, self.stamps) for each in found if isinstance(each, ToolCall)]
         if not calls:

@@ -14,6 +14,7 @@ from qrun.serve import events
 from qrun.serve.asking import Asked
 from qrun.serve.errors import ApiError
 from qrun.serve.stamps import Stamps
+from qrun.text.tool_calls import ToolCallParser
 
 Chunk = dict[str, Any]
 Happening = Piece | Answer | Prefilled | Scored
@@ -48,6 +49,11 @@ class Reply(ABC):
         self.answers: dict[int, Answer] = {}
         self.tokens: dict[int, list[Token]] = {}
         self._started, self._first_text = perf_counter(), 0.0
+
+    def parser(self, index: int) -> ToolCallParser | None:
+        """A new one for the calls of an answer; None where no tool may be called."""
+        tools = self.asked.tools
+        return None if tools is None else tools.parser(self.engine.model, self.asked.prompts[index])
 
     def see(self, index: int, event: Happening) -> None:
         """Keep what is reported later of an answer: its end, and when its text began."""

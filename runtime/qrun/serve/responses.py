@@ -12,6 +12,7 @@ from qrun.engine import Engine
 from qrun.serve.asking import Asked, for_each
 from qrun.serve.errors import ApiError
 from qrun.serve.fields import Common, Harmless, text_of, with_text
+from qrun.serve.thinking import of_reasoning
 from qrun.serve.tools import Choice, Places, Tools, arguments_of, prompt_with_tools, tools_of
 
 _PLACES = Places("tools[{}]")
@@ -28,6 +29,7 @@ class ResponsesRequest(Harmless, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -55,7 +57,8 @@ def ask_responses(engine: Engine, request: ResponsesRequest) -> Asked:
         raise ApiError(400, "max_output_tokens must be a whole number from 1 up", param="max_output_tokens")
     system = [{"role": "system", "content": request.instructions}] if request.instructions else []
     tools = _tools(request)
-    prompt = prompt_with_tools(engine.model, [*system, *_messages(request.input)], tools)
+    variables = of_reasoning(engine.model, request.reasoning)
+    prompt = prompt_with_tools(engine.model, [*system, *_messages(request.input)], tools, variables)
     common = Common(
         model=request.model,
         temperature=request.temperature,

@@ -13,9 +13,10 @@ from qrun.errors import QrunError
 from qrun.model import Model
 from qrun.sampling.constraint import Constraint, inline
 from qrun.serve.errors import ApiError
-from qrun.text.tool_calls import CLOSING, OPENING, ToolCallParser
+from qrun.text.tool_calls import CLOSING, OPENING, THOUGHT, ToolCallParser
 
 _MOST_CALLS = 16  # in an answer that a grammar constrains
+_END_OF_PROMPT = 16  # tokens in which an opening tag and the blanks behind it find room
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -76,9 +77,11 @@ class Tools:
         """Whether the answer must be a call."""
         return self.choice.mode == "required"
 
-    def parser(self) -> ToolCallParser:
-        """For one answer."""
-        return ToolCallParser(self.names, parallel=self.parallel)
+    def parser(self, model: Model, prompt: Sequence[int]) -> ToolCallParser:
+        """For the answer to a prompt, given as token ids."""
+        end = model.tokenizer.decode(prompt[-_END_OF_PROMPT:], skip_special_tokens=False)
+        opened = end.rstrip().endswith(THOUGHT) and not self.forced
+        return ToolCallParser(self.names, parallel=self.parallel, in_thought=opened)
 
     def constraint(self, model: Model) -> Constraint | None:
         """What an answer must look like; None where it is free.
@@ -198,8 +201,13 @@ def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**given, "type": "object"}
 
 
-def check_variables(model: Model, variables: Mapping[str, Any]) -> None:
+def check_variables(model: Model, variables: Mapping[str, Any], place: str | None = None) -> None:
     """Refuse what the chat template does not read.
+
+    Args:
+        model: whose template it is.
+        variables: what is given beside messages and tools.
+        place: the field that asked for it; None for ``chat_template_kwargs``.
 
     Raises:
         ApiError: 400, with the field.
@@ -208,7 +216,9 @@ def check_variables(model: Model, variables: Mapping[str, Any]) -> None:
         try:
             template_of(model).given({name: value})
         except QrunError as error:
-            raise ApiError(400, error.what, param=f"chat_template_kwargs.{name}") from None
+            param = place or f"chat_template_kwargs.{name}"
+            text = error.what if place is None else f"{place}: {error.what}"
+            raise ApiError(400, text, param=param) from None
 
 
 def prompt_with_tools(

@@ -10,8 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import Enum
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
+THOUGHT, THOUGHT_END = "<think>", "</think>"
+
+
+class _Thought(Enum):
+    MAY_BEGIN = "only blanks so far"
+    OPEN = "within it"
+    PAST = "behind it, or there was none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +40,16 @@ class ToolCallParser:
 
     Text before, between and after calls is kept, without the blanks around a call. Only a call of a known
     tool within the tags is a call: JSON elsewhere is text, and so is anything else within the tags.
+    A thought at the beginning of an answer is text as a whole, whatever calls the model thinks of in it.
 
     Args:
         names: of the tools that there are.
         parallel: False takes the first call, and drops what comes after it.
+        in_thought: whether the prompt has opened a thought already, as some chat templates do.
     """
 
-    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+    def __init__(self, names: Collection[str], *, parallel: bool = True, in_thought: bool = False) -> None:
+        self._thought = _Thought.OPEN if in_thought else _Thought.MAY_BEGIN
         self._names = frozenset(names)
         self._parallel = parallel
         self._held = ""  # outside of tags: what may become one, and blanks before it; inside: all since it
@@ -64,6 +75,8 @@ class ToolCallParser:
 
     def _step(self, found: list[str | ToolCall]) -> bool:
         """Take one tag, if there is one; returns whether there may be another."""
+        if self._thought is not _Thought.PAST:
+            return self._step_thought(found)
         if self._inside:
             return self._step_inside(found)
         if self._behind_call:
@@ -77,6 +90,21 @@ class ToolCallParser:
             self._inside, self._blanks, self._held = True, before[sure:], behind
         else:
             self._held = before[sure:]
+        return bool(tag)
+
+    def _step_thought(self, found: list[str | ToolCall]) -> bool:
+        if self._thought is _Thought.MAY_BEGIN:
+            begun = self._held.lstrip()
+            if len(begun) < len(THOUGHT) and THOUGHT.startswith(begun):
+                return False
+            self._thought = _Thought.OPEN if begun.startswith(THOUGHT) else _Thought.PAST
+            return True
+        before, tag, behind = self._held.partition(THOUGHT_END)
+        sure = len(before) if tag else len(before) - _beginning_at_the_end(before, THOUGHT_END)
+        found.append(before[:sure] + tag)
+        self._held = behind if tag else before[sure:]
+        if tag:
+            self._thought = _Thought.PAST
         return bool(tag)
 
     def _step_inside(self, found: list[str | ToolCall]) -> bool:
@@ -124,8 +152,13 @@ class ToolCallParser:
 
 def _held_back(text: str) -> int:
     """Length of the end of a text that is blanks, the beginning of a tag, or both."""
-    partial = next((size for size in range(len(OPENING) - 1, 0, -1) if text.endswith(OPENING[:size])), 0)
+    partial = _beginning_at_the_end(text, OPENING)
     return len(text) - len(text[: len(text) - partial].rstrip())
+
+
+def _beginning_at_the_end(text: str, tag: str) -> int:
+    """Length of the longest beginning of a tag, not the whole, in which a text ends."""
+    return next((size for size in range(len(tag) - 1, 0, -1) if text.endswith(tag[:size])), 0)
 
 
 def _within_string(text: str) -> bool:
