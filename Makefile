@@ -3,6 +3,7 @@
 #   make demo      the sample model exported, verified, and asked one question
 #   make test      all tests (tests/interop apart)
 #   make test-matrix  every combination of export options, on a vocabulary of real size (10 minutes)
+#   make test-llama   a real Llama (the sample's weights) in every precision, each with its proof (half an hour)
 #   make test-docs every command of README.md and docs/ on the sample model (half an hour)
 #   make test-mutations thousands of damaged checkpoints and exports (make test tries some)
 #   make test-planted every planted error in every kind of export (a quarter of an hour)
@@ -58,6 +59,7 @@ QUESTION := Name the capital of France.
 
 .PHONY: demo test test-kills test-oldest test-newest test-matrix test-mutations test-planted test-docs test-gpu lint
 .PHONY: interop benchmark compare clean test-interleavings test-schemas test-clients test-formats soak
+.PHONY: formats-table test-llama
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -66,7 +68,10 @@ test: $(VENV)/.ready
 	$(VENV)/bin/pytest $(SIDE_BY_SIDE)
 
 test-matrix: $(VENV)/.ready
-	$(VENV)/bin/pytest -m "matrix or not matrix" tests/matrix
+	$(VENV)/bin/pytest -m "not real" tests/matrix
+
+test-llama: $(VENV)/.ready
+	$(VENV)/bin/pytest -m real tests/matrix/test_real_llama.py
 
 test-mutations: $(VENV)/.ready
 	QCONVERT_MUTATIONS=3000 QCONVERT_GGUF_MUTATIONS=5000 $(VENV)/bin/pytest tests/qconvert/test_mutations.py \
@@ -92,6 +97,11 @@ test-clients: $(CLIENTS_VENV)/.ready
 test-formats: $(FORMATS_VENV)/.ready
 	$(FORMATS_VENV)/bin/pytest tests/formats --ignore tests/formats/test_gptqmodel.py
 	PYTHONPATH=$(FORMATS_VENV)/gptqmodel $(FORMATS_VENV)/bin/pytest tests/formats/test_gptqmodel.py
+
+# The sample in every format that is read. LLAMA_QUANTIZE is llama.cpp's program; without it GGUF rows stay as they are.
+formats-table: $(FORMATS_VENV)/.ready $(SAMPLE)/sample-model.json
+	PYTHONPATH=$(FORMATS_VENV)/gptqmodel $(FORMATS_VENV)/bin/python -m benchmarks.formats_table --sample $(SAMPLE) \
+	    $(if $(LLAMA_QUANTIZE),--llama-quantize $(LLAMA_QUANTIZE))
 
 test-newest: $(NEWEST_VENV)/.ready
 	$(NEWEST_VENV)/bin/pytest

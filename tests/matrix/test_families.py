@@ -15,6 +15,7 @@ import pytest
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
 from qrun.folder.manifest import read_manifest
+from tests.real_llama import same_greedy_tokens
 from tests.tiny import make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)
@@ -33,6 +34,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"precision": "int8", "block_size": 32},
     {"precision": "int8", "int8_kv_cache": True},
     {"precision": "int4", "recipe": "rtn"},
+    {"precision": "int4", "recipe": "rtn", "prefill": True},
+    {"precision": "int4", "recipe": "rtn", "int8_kv_cache": True},
     {"precision": "int4", "recipe": "awq"},
     {"precision": "int4", "recipe": "gptq"},
     {"precision": "int4", "recipe": "gptq-mixed"},
@@ -71,3 +74,13 @@ def test_it_is_exported_and_proven(
     assert done.report is not None
     assert done.report.passed
     assert read_manifest(output).model.vocab_size == SIZES[family]["vocab_size"]
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_greedy_answers_are_those_of_transformers(
+    made: Callable[[str], Path], output: Path, family: str
+) -> None:
+    checkpoint = made(family)
+    export(str(checkpoint), ExportOptions(precision="fp32", output=output, verify=False), QUIET)
+    prompts = [[72, 101, 108, 108, 111], [257, 5, 200_000 % SIZES[family]["vocab_size"], 31_000]]
+    same_greedy_tokens(output, checkpoint, prompts, tokens=12)

@@ -61,7 +61,13 @@ def add_merges(folder: Path) -> None:
 
 
 def write_gguf(
-    folder: Path, path: Path, kind: str = "F32", *, more: Mapping[str, Any] | None = None, without: str = ""
+    folder: Path,
+    path: Path,
+    kind: str = "F32",
+    *,
+    more: Mapping[str, Any] | None = None,
+    without: str = "",
+    rule: str = "gpt-2",
 ) -> None:
     """A checkpoint as one GGUF file.
 
@@ -71,11 +77,12 @@ def write_gguf(
         kind: the type of its matrices; vectors are F32.
         more: entries beside or in place of the usual ones: a value with a method of ``GGUFWriter``.
         without: the name of a tensor that is left out.
+        rule: llama.cpp's name of how a text is cut before it is merged.
     """
     config = json.loads((folder / "config.json").read_text())
     writer = GGUFWriter(str(path), config["model_type"])
     _add_sizes(writer, config)
-    _add_vocabulary(writer, folder, config["vocab_size"])
+    _add_vocabulary(writer, folder, config["vocab_size"], rule)
     for key, (method, value) in (more or {}).items():
         getattr(writer, method)(key, value)
     for name, stored in load_file(folder / "model.safetensors").items():
@@ -146,7 +153,7 @@ def _add_sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_vocab_size(config["vocab_size"])
 
 
-def _add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
+def _add_vocabulary(writer: GGUFWriter, folder: Path, size: int, rule: str) -> None:
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     ids = {token_id: token for token, token_id in content["model"]["vocab"].items()}
@@ -157,7 +164,7 @@ def _add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
         for token_id in range(size)
     ]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
