@@ -240,12 +240,15 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"all if none is named: {', '.join(ROWS)}")
     parser.add_argument("--sample", type=Path, default=Path(".cache/tests/sample-model"))
     parser.add_argument("--llama-quantize", type=Path, metavar="PROGRAM", help="llama.cpp's, for GGUF rows")
+    parser.add_argument("--missing", action="store_true", help="only rows that were not measured before")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/formats.json"))
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.rows if name not in ROWS]:
         parser.error(f"no such row: {', '.join(unknown)}")
     measured = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     for name in arguments.rows or ROWS:
+        if arguments.missing and name in measured:
+            continue
         if name.startswith("gguf-") and arguments.llama_quantize is None and not arguments.rows:
             continue  # said by the table, which keeps what was measured before
         with tempfile.TemporaryDirectory() as scratch:

@@ -12,9 +12,8 @@ Status = Literal["whole", "missing", "truncated", "pointer", "garbage", "refused
 DOWNLOAD_HINT = "download the file again"
 POINTER_HINT = "run `git lfs install && git lfs pull` in the folder, or download the files again"
 MERGE = (
-    "merge it into its base model first; in Python: "
-    "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER), "
-    "then copy the tokenizer's files"
+    "give the model that it was trained on, and the adapter with it: qconvert export MODEL --adapter FOLDER; "
+    "or merge it with peft: merge_and_unload()"
 )
 _STATUS_WORDS: dict[Status, str] = {
     "whole": "whole",

@@ -130,7 +130,10 @@ def _remedy(
     config: PreTrainedConfig, tensors: Mapping[str, TensorInfo], missing: list[str], problems: list[str]
 ) -> str:
     if any(map(_QUANTISED.search, tensors)) or any("is stored as" in problem for problem in problems):
-        return "the weights seem to be quantised already: give the original checkpoint"
+        return (
+            "the weights seem to be quantised already, and nothing here says how (quantization_config in "
+            "config.json): download the whole checkpoint again, or give the original checkpoint"
+        )
     if missing == ["lm_head.weight"] and len(problems) == 1:
         return (
             "if the head is the embedding, as in the model that this one was trained from, set "

@@ -171,6 +171,12 @@ def with_adapters(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
     notes = [
         f"adapter {fact['name']} (rank {fact['rank']}, weight {fact['weight']:g}) is merged" for fact in facts
     ]
+    notes += [
+        f"{adapter.folder.name} says that it was trained on {named}, and this is {checkpoint.name}"
+        for adapter in adapters
+        if (named := adapter.settings.trained_on) is not None
+        and named.rstrip("/").rpartition("/")[2].lower() != checkpoint.name.lower()
+    ]
     notes.append(f"adapters change {len(merged)} of the model's {len(expected)} tensors")
     found = replace(
         checkpoint,

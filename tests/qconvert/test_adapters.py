@@ -20,6 +20,7 @@ from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
 from qconvert.progress import Progress
 from tests.qconvert.adapting import make_adapter
+from tests.qconvert.breaking import edit_json
 from tests.qconvert.quantising import make_gptq
 from tests.tiny import make_tiny_checkpoint
 
@@ -125,6 +126,17 @@ def test_verify_asks_for_the_adapters_that_were_merged(base: Path, tmp_path: Pat
         assert code == 1
         assert "not the adapters that were merged" in told
         assert "--adapter mine=1.0" in told
+
+
+@pytest.mark.parametrize(("named", "told"), [("Qwen/Base", False), ("/data/base/", False), ("a/Llama", True)])
+def test_an_adapter_of_a_model_of_another_name_is_told(
+    base: Path, tmp_path: Path, named: str, told: bool
+) -> None:
+    """Shapes of two trainings of one model are alike, and the answers are not."""
+    folder = make_adapter(tmp_path / "mine", base) and tmp_path / "mine"
+    edit_json(folder / "adapter_config.json", lambda raw: raw.update(base_model_name_or_path=named))
+    notes = with_adapters(open_checkpoint(base), [str(folder)]).notes
+    assert (f"mine says that it was trained on {named}, and this is base" in notes) == told
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -61,7 +61,7 @@ def behind(key: bytes, form: str, value: Any, skip: int = 4) -> Callable[[bytear
 FRAMES: dict[str, tuple[Callable[[bytearray], Any], str]] = {
     "another kind of file": (put(0, "<I", 0), "it is no GGUF file"),
     "an old version": (put(4, "<I", 1), "GGUF version 1 is not supported"),
-    "big-endian": (put(4, ">I", 3), "its bytes are big-endian"),
+    "big-endian": (put(4, ">I", 3), "a big-endian file is not supported"),
     "endless tensors": (put(8, "<Q", 1 << 60), "it states 1,152,921,504,606,846,976 tensors"),
     "endless entries": (put(16, "<Q", 1 << 60), "1,152,921,504,606,846,976 entries"),
     "a key of 2^63 bytes": (put(24, "<Q", 1 << 63), "it is truncated"),

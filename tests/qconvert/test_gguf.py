@@ -131,6 +131,16 @@ def test_what_has_no_place_is_dequantised_and_told(tmp_path: Path) -> None:
     assert again.report.passed
 
 
+@pytest.mark.parametrize("name", ["sha256-4a188102020e", "MODEL.GGUF", "model.v1"])
+def test_a_file_is_known_by_its_first_bytes(tmp_path: Path, name: str) -> None:
+    """Ollama's files have no ending: they were taken for a file of a folder."""
+    _, path = make_gguf(tmp_path, kind="Q8_0")
+    path.rename(tmp_path / name)
+    exported = export(str(tmp_path / name), ExportOptions(output=tmp_path / "out"), QUIET)
+    assert exported.report is not None
+    assert exported.report.passed
+
+
 def test_half_floats_are_read_as_they_are(tmp_path: Path) -> None:
     for kind in ("F16", "BF16"):
         _, path = make_gguf(tmp_path / kind, "qwen2", kind)

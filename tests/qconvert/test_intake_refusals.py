@@ -68,6 +68,10 @@ def filled(value: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda found: torch.full_like(found, value)
 
 
+def without_word_of_it(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda raw: raw.pop("quantization_config"))
+
+
 def add_bias(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": torch.ones(256)}))
 
@@ -84,6 +88,21 @@ CHECKPOINTS: dict[str, tuple[Callable[..., Any], dict[str, Any], Break, str]] = 
     "bitsandbytes": (make_gptq, {}, config(quant_method="bitsandbytes"), "method bitsandbytes. Of such"),
     "hqq": (make_gptq, {}, config(quant_method="hqq"), "method hqq. Of such checkpoints, GPTQ, AWQ, compr"),
     "no method": (make_gptq, {}, config(quant_method=None), "method unnamed"),
+    "NVIDIA's Model Optimizer": (
+        make_float8,
+        {},
+        lambda folder: (
+            without_word_of_it(folder),
+            (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}'),
+        ),
+        "quantised already, with method modelopt (NVFP4)",
+    ),
+    "nothing that says how": (
+        make_gptq,
+        {},
+        without_word_of_it,
+        "seem to be quantised already, and nothing here says how",
+    ),
     "a list in its place": (
         make_gptq,
         {},
@@ -314,17 +333,25 @@ def test_what_is_replaced_as_a_whole_stands_alone(
     assert "as a whole, which no weight and no other adapter goes with" in told(tmp_path, *given)
 
 
-def test_a_quantize_config_beside_a_config_without_one(tmp_path: Path) -> None:
-    """AutoGPTQ's first checkpoints have their fields in a file of their own."""
-    make_gptq(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("make", "name", "bits"),
+    [(make_gptq, "quantize_config.json", "bits"), (make_awq, "quant_config.json", "w_bit")],
+    ids=["AutoGPTQ", "AutoAWQ"],
+)
+def test_fields_in_a_file_beside_a_config_without_them(
+    tmp_path: Path, make: Callable[..., Any], name: str, bits: str
+) -> None:
+    """The first checkpoints of AutoGPTQ and AutoAWQ have them there."""
+    make(tmp_path / "model")
     raw = json.loads((tmp_path / "model/config.json").read_text())
     fields = {key: value for key, value in raw.pop("quantization_config").items() if key != "quant_method"}
+    fields[bits] = fields.pop("bits")
     (tmp_path / "model/config.json").write_text(json.dumps(raw))
-    (tmp_path / "model/quantize_config.json").write_text(json.dumps(fields))
+    (tmp_path / "model" / name).write_text(json.dumps(fields))
     command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "-q"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
-    (tmp_path / "model/quantize_config.json").write_text(json.dumps({**fields, "bits": 3}))
+    (tmp_path / "model" / name).write_text(json.dumps({**fields, bits: 3}))
     result = CliRunner().invoke(main, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "new")])
     assert result.exit_code == 1
-    assert "quantize_config.json" in result.output
+    assert name in result.output

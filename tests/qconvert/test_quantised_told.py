@@ -19,6 +19,13 @@ from tests.qconvert.quantising import make_compressed, make_gptq
 from tests.qconvert.quantising_floats import make_float8
 from tests.qconvert.test_quantised import KINDS, QUIET, stored
 
+# What AutoRound writes beside the format's own fields; how codes were found, and nothing of what they are.
+AUTOROUND: dict[str, Any] = {
+    **{"amp": True, "autoround_version": "0.4.2", "batch_size": 8, "block_name_to_quantize": "model.layers"},
+    **{"data_type": "int", "enable_minmax_tuning": True, "enable_norm_bias_tuning": False, "iters": 1000},
+    **{"enable_quanted_input": True, "gradient_accumulate_steps": 1, "low_gpu_mem_usage": False, "lr": 0.001},
+    **{"minmax_lr": 0.001, "nsamples": 512, "scale_dtype": "torch.float16", "seqlen": 2048, "train_bs": 8},
+}
 FLOAT8: dict[str, dict[str, Any]] = {
     "tiles": {},
     "tiles that do not fit": {"tile": (48, 80)},
@@ -26,6 +33,15 @@ FLOAT8: dict[str, dict[str, Any]] = {
     "one scale, no _inv": {"tile": None, "method": "fbgemm_fp8"},
     "a scale for each output": {"tile": (1, 0), "method": "fbgemm_fp8"},
 }
+
+
+def test_autoround_s_checkpoints_are_gptq_s(tmp_path: Path) -> None:
+    """The fields about its training were refused as unknown."""
+    written = make_gptq(tmp_path, settings=AUTOROUND)
+    weights = CheckpointWeights(load_model(open_checkpoint(tmp_path)))
+    assert written
+    for name, found in written.items():
+        assert torch.equal(weights[name], found.floats), name
 
 
 @pytest.mark.parametrize("kind", FLOAT8)

@@ -96,7 +96,7 @@ def test_a_folder_that_holds_an_adapter_alone(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"")
     error = refusal(folder)
     assert "This folder holds an adapter (LoRA) of Qwen/Qwen2.5-0.5B and not a model" in error.what
-    assert "merge_and_unload()" in (error.hint or "")
+    assert "qconvert export MODEL --adapter FOLDER" in (error.hint or "")
 
 
 def test_a_missing_head(tmp_path: Path) -> None:

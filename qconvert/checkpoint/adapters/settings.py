@@ -55,6 +55,7 @@ class AdapterSettings:
     layers_pattern: tuple[str, ...]
     saved: tuple[str, ...]
     bias: str
+    trained_on: str | None
 
     def scaling(self, module: str) -> tuple[int, float]:
         """Rank of a module's matrices, and the factor of their product."""
@@ -147,6 +148,7 @@ def read_settings(folder: Path) -> AdapterSettings:
         bias=take(
             "bias", "none", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"
         ),
+        trained_on=base if isinstance(base := raw.get("base_model_name_or_path"), str) and base else None,
     )
     for key, value in left.items():
         if key not in _HOW and value not in (None, False, {}, [], ""):

@@ -118,7 +118,7 @@ class _Reader:
         version = self._number("I", "the version")
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            what = "its bytes are big-endian" if swapped in _VERSIONS else f"GGUF version {version}"
+            what = "a big-endian file" if swapped in _VERSIONS else f"GGUF version {version}"
             hint = "convert the model with a current llama.cpp, on a machine like this one"
             raise _broken(self._path, f"{what} is not supported: versions 2 and 3, little-endian, are", hint)
         tensors = self._number("Q", "the number of tensors")

@@ -5,11 +5,8 @@ The folder is a temporary one: everything that reads a folder (inspect, export, 
 
 from __future__ import annotations
 
-import atexit
 import json
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,9 @@ from numpy.typing import NDArray
 
 from qconvert.checkpoint.file_state import BrokenFileError, refuse_pointer
 from qconvert.checkpoint.gguf.container import Container, open_container
-from qconvert.checkpoint.gguf.marker import MARKER, PREFIX
+from qconvert.checkpoint.gguf.marker import ENDING, MARKER
 from qconvert.checkpoint.gguf.metadata import ROPE_FACTORS, Fields, config_of
+from qconvert.checkpoint.gguf.scratch import new_folder
 from qconvert.checkpoint.gguf.vocabulary import Vocabulary
 from qconvert.errors import QconvertError
 from qrun.text.chat_template import ADDITIONAL_TEMPLATES
@@ -64,16 +62,15 @@ def unpack(path: Path) -> Path:
     kind = fields.text("tokenizer.ggml.model")
     vocabulary = None if kind in _NO_TOKENIZER else Vocabulary(fields)
     texts = {} if vocabulary is None else _text_files(vocabulary, config)
-    root = Path(tempfile.mkdtemp(prefix=PREFIX))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    folder = root / _folder_name(path)
+    folder = new_folder() / _folder_name(path)
     folder.mkdir()
-    for each in paths:
-        (folder / each.name).symlink_to(each.resolve())
+    links = {each: _link_name(each) for each in paths}
+    for each, name in links.items():
+        (folder / name).symlink_to(each.resolve())
     contents: dict[str, Any] = {
         "config.json": {key: value for key, value in config.items() if value is not None},
         **texts,
-        MARKER: {"source": str(path), "parts": [each.name for each in paths]},
+        MARKER: {"source": str(path), "parts": list(links.values())},
     }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -156,6 +153,11 @@ def _rope_factors(files: list[Container]) -> NDArray[np.float32] | None:
                 )
             return np.asarray(quants.dequantize(file.rows(ROPE_FACTORS), stored.kind)).reshape(-1)
     return None
+
+
+def _link_name(path: Path) -> str:
+    """A name with the ending by which everything else knows a GGUF file."""
+    return f"{path.name.removesuffix(path.suffix) if path.suffix.lower() == ENDING else path.name}{ENDING}"
 
 
 def _folder_name(path: Path) -> str:

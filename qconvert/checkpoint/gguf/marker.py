@@ -10,11 +10,18 @@ from pathlib import Path
 from qconvert.errors import QconvertError
 
 MARKER, PREFIX = "gguf.json", "qconvert-gguf-"
+MAGIC, ENDING = b"GGUF", ".gguf"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a source is a GGUF file and not a folder."""
-    return path.suffix.lower() == ".gguf" and not path.is_dir()
+    """Whether a source is a GGUF file; Ollama's have no ending, so the first bytes count too."""
+    if path.suffix.lower() == ENDING and not path.is_dir():
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def parts_of(folder: Path) -> list[Path] | None:

@@ -33,6 +33,10 @@ _HOW = (
     *("static_groups", "is_marlin_format", "offload_to_disk", "offload_to_disk_path", "act_group_aware"),
     *("parallel_packing", "backend", "quant_method", "method", "lm_head", "hyb_act", "compute_device_filter"),
     *("auto_forward_data_parallelism", "gc_mode", "wait_for_submodule_finalizers", "pack_impl", "uri"),
+    # AutoRound's, which writes the same format.
+    *("amp", "autoround_version", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input"),
+    *("gradient_accumulate_steps", "iters", "low_gpu_mem_usage", "lr", "minmax_lr", "nsamples", "seqlen"),
+    *("scale_dtype", "train_bs"),
     *("mock_quantization", "damp_multiplier", "hessian", "failsafe", "fallback", "group_aware"),
 )
 _ENDS = ("qweight", "qzeros", "scales", "g_idx")
@@ -143,6 +147,7 @@ def read_gptq(raw: Mapping[str, Any], where: str) -> GPTQ:
         lambda value: "zero points as they are" if value == "gptq_v2" else "zero points are stored less 1",
     )
     fields.take("pack_dtype", "int32", one_of("int32"), "int32 is", "what codes are packed in")
+    fields.take("data_type", "int", one_of("int"), "int is", "what a code is")
     dynamic = fields.take(
         "dynamic",
         {},

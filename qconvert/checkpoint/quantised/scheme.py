@@ -20,8 +20,10 @@ from qconvert.checkpoint.quantised.tensors import TensorFiles
 from qconvert.checkpoint.text_files import read_json_object
 from qconvert.errors import QconvertError
 
-OLD_FILE = "quantize_config.json"  # where AutoGPTQ wrote it before config.json had a place for it
+# Where AutoGPTQ and AutoAWQ wrote it before config.json had a place for it, and whose file it is.
+OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 QUANTISATION_KEYS = ("quantization_config", "compression_config")  # of config.json; the second is older
+_OF_MODELOPT = "hf_quant_config.json"  # NVIDIA's Model Optimizer; config.json says nothing of it
 _HEAD = "lm_head"
 _DEQUANTISED = (
     ". The weight files hold plain floats: if this model was dequantised, delete quantization_config from "
@@ -99,12 +101,17 @@ def find_scheme(folder: Path) -> Scheme | None:
     config = read_json_object(folder / "config.json")[1] or {}
     raw = next((found for key in QUANTISATION_KEYS if (found := config.get(key))), None)
     where = f"{folder / 'config.json'}, quantization_config"
-    if not raw and (folder / OLD_FILE).is_file():
-        state, raw = read_json_object(folder / OLD_FILE)
-        where = str(folder / OLD_FILE)
+    if not raw and (old := next((name for name in OLD_FILES if (folder / name).is_file()), None)) is not None:
+        state, raw = read_json_object(folder / old)
+        where = str(folder / old)
         if raw is None:
             raise QconvertError(f"{state.problem}.", where=where, hint=state.hint or None)
-        raw = {"quant_method": "gptq", **raw}
+        raw = {"quant_method": OLD_FILES[old], **raw}
+    if not raw and (folder / _OF_MODELOPT).is_file():
+        told = (read_json_object(folder / _OF_MODELOPT)[1] or {}).get("quantization")
+        kind = told.get("quant_algo") if isinstance(told, dict) else None
+        if kind is not None:
+            raise _refusal(folder, f"modelopt ({kind})", str(folder / _OF_MODELOPT))
     if not raw:
         return None
     named = raw.get("quant_method") if isinstance(raw, dict) else raw
