@@ -93,7 +93,7 @@ def gguf(sample: Path, folder: Path, tools: Tools, *, kind: str) -> Path:
         raise SystemExit("GGUF rows need --llama-quantize PROGRAM, llama.cpp's own quantiser")
     floats, made = folder / "sample-f32.gguf", folder / f"sample-{kind}.gguf"
     write_gguf(make_real_llama(sample, folder / "llama"), floats, rule="smollm")
-    command = [tools.quantizer, floats, made, kind, "2"]
+    command = [str(each) for each in (tools.quantizer, floats, made, kind, 2)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     floats.unlink()
     shutil.rmtree(folder / "llama")

@@ -1,4 +1,4 @@
-"""Write a checkpoint of a Qwen2.5 shape with random bf16 weights: python -m benchmarks.make_random 1.5b DIR
+"""Write a checkpoint of a model's shape with random bf16 weights: python -m benchmarks.make_random 1.5b DIR
 
 Time and memory of an export, and the speed of a decode, depend on shapes and not on values. The values are
 normal with the standard deviation 0.02 of an untrained model (norms near 1). No more than some megabytes
@@ -32,7 +32,7 @@ def make_random(shape: str, folder: Path, *, seed: int = 0) -> Path:
     marker = folder / DONE
     if marker.is_file() and json.loads(marker.read_text()) == identity:
         return folder
-    from transformers import Qwen2Config
+    from transformers import AutoConfig
 
     from qconvert.models.families import spec_of
     from qconvert.models.recorder import expected_tensors
@@ -46,7 +46,7 @@ def make_random(shape: str, folder: Path, *, seed: int = 0) -> Path:
     write_tiny_tokenizer(folder)
 
     generator = np.random.default_rng(seed)
-    shards = list(_shards(expected_tensors(spec_of(Qwen2Config(**SHAPES[shape])))))
+    shards = list(_shards(expected_tensors(spec_of(AutoConfig.for_model(**SHAPES[shape])))))
     places: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         name = (

@@ -1,4 +1,4 @@
-"""Configurations of the Qwen2.5 models, as in their config.json, and a tiny one to try a benchmark on."""
+"""Configurations of Qwen2.5's and Qwen3's models, as in their config.json, and tiny ones to try with."""
 
 from __future__ import annotations
 
@@ -26,14 +26,23 @@ _COMMON: dict[str, Any] = {
 def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **others: Any) -> dict[str, Any]:
     return {
         **_COMMON,
+        **others,
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        **others,
     }
 
+
+# Heads of 128 whatever the width, normed; no biases.
+_QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "attention_bias": False,
+    "max_position_embeddings": 40960,
+}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _shape(256, 768, 4, 4, 2, vocab_size=8192, max_position_embeddings=4096),
@@ -41,4 +50,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1.5b": _shape(1536, 8960, 28, 12, 2),
     "3b": _shape(2048, 11008, 36, 16, 2),
     "7b": _shape(3584, 18944, 28, 28, 4, vocab_size=152_064, tie_word_embeddings=False),
+    "qwen3-tiny": _shape(
+        256, 768, 4, 4, 2, **{**_QWEN3, "vocab_size": 8192, "max_position_embeddings": 4096, "head_dim": 96}
+    ),
+    "qwen3-0.6b": _shape(1024, 3072, 28, 16, 8, **_QWEN3),
 }
+
+
+def title_of(shape: str) -> str:
+    """A shape's name for people."""
+    family = {"qwen2": "Qwen2.5", "qwen3": "Qwen3"}[SHAPES[shape]["model_type"]]
+    return f"{family} {shape.removeprefix('qwen3-').upper()}"

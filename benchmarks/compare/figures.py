@@ -244,7 +244,7 @@ EXPLANATION = (
     '"We are ×" is the median over rounds of how many times better our best variant of the same class is'
     " (4 bits against 4 bits, 8 bits against 8 bits and more), round against round; above 1 we are ahead."
     " Load is opening the model with its files in the page cache; peak memory is the process's, mapped files"
-    " included, up to that prompt. Weights of the Qwen2.5 shapes are random: speed depends on shapes, not on"
+    " included, up to that prompt. Weights of these shapes are random: speed depends on shapes, not on"
     " values."
 )
 

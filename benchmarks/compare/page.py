@@ -25,6 +25,7 @@ from benchmarks.compare.figures import (
 )
 from benchmarks.compare.peers import Contender
 from benchmarks.compare.summary import Row
+from benchmarks.shapes import title_of
 from qrun.evaluation.charts import Bar, bars
 from qrun.evaluation.page import document
 
@@ -50,7 +51,7 @@ def page(report: Report, chosen: Sequence[Contender]) -> str:
     parts.append(f'<p class="soft">{escape(EXPLANATION)}</p>')
     for (shape, prompt), all_rows in report.rows.items():
         if prompt != report.headline:
-            title = f"Qwen2.5 {shape.upper()} shape, prompt of {prompt} tokens"
+            title = f"{title_of(shape)} shape, prompt of {prompt} tokens"
             parts.append(_details(title, _table(SPEED_HEADER, speed_table(all_rows))))
     for shape, records in report.conversions.items():
         parts.append(
@@ -68,7 +69,7 @@ def _shape(report: Report, shape: str) -> list[str]:
         bars("Peak memory, GB (shorter is better)", _bars(all_rows, "memory", 1e9)),
         bars("Load, s (shorter is better)", _bars(all_rows, "load")),
     ]
-    parts = [f"<h2>Qwen2.5 {escape(shape.upper())} shape, prompt of {report.headline} tokens</h2>"]
+    parts = [f"<h2>{escape(title_of(shape))} shape, prompt of {report.headline} tokens</h2>"]
     parts.append(f'<div class="charts">{"".join(charts)}</div>')
     best = report.against_best(shape)
     if best:

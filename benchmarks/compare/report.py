@@ -26,13 +26,14 @@ from benchmarks.compare.page import page
 from benchmarks.compare.peers import Contender
 from benchmarks.compare.records import Result
 from benchmarks.report import table
+from benchmarks.shapes import title_of
 
 
 def markdown(report: Report, chosen: Sequence[Contender]) -> str:
     parts = ["# qconvert beside other engines", "  \n".join(conditions_lines(report))]
     parts.append(EXPLANATION)
     for shape in report.facts["shapes"]:
-        parts.append(f"## Qwen2.5 {shape.upper()} shape, prompt of {report.headline}")
+        parts.append(f"## {title_of(shape)} shape, prompt of {report.headline}")
         parts.append(table(SPEED_HEADER, speed_table(report.headline_rows(shape))))
         best = report.against_best(shape)
         if best:
@@ -45,7 +46,7 @@ def markdown(report: Report, chosen: Sequence[Contender]) -> str:
         parts.append(table(*quality_table(report.quality)))
     for (shape, prompt), all_rows in report.rows.items():
         if prompt != report.headline:
-            parts.append(f"## {shape.upper()}, prompt of {prompt}")
+            parts.append(f"## {title_of(shape)}, prompt of {prompt}")
             parts.append(table(SPEED_HEADER, speed_table(all_rows)))
     for shape, records in report.conversions.items():
         parts.append(f"## Conversion, {shape}")

@@ -71,7 +71,7 @@ class Workshop:
         return run
 
     def checkpoint(self, shape: str) -> Result:
-        """The model that all engines convert: random weights in a shape of Qwen2.5, or the sample model."""
+        """The model that all engines convert: random weights in one of ``SHAPES``, or the sample model."""
 
         def make() -> Result:
             folder, python = self.model(shape), str(self.python(PEERS[OURS]))

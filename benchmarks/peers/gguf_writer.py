@@ -1,4 +1,4 @@
-"""A Qwen2 checkpoint as an unquantised GGUF file, with the ``gguf`` package and NumPy alone."""
+"""A Qwen2 or Qwen3 checkpoint as an unquantised GGUF file, with the ``gguf`` package and NumPy alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType, ge
 def write_gguf(checkpoint: Path, target: Path) -> None:
     """bfloat16 stays bfloat16, float32 stays float32; vectors become float32, as llama.cpp wants them."""
     config = json.loads((checkpoint / "config.json").read_text())
-    writer = GGUFWriter(str(target), "qwen2")
+    family = config["model_type"]
+    writer = GGUFWriter(str(target), family)
     add_metadata(writer, config)
-    names = get_tensor_name_map(MODEL_ARCH.QWEN2, config["num_hidden_layers"])
+    names = get_tensor_name_map(MODEL_ARCH[family.upper()], config["num_hidden_layers"])
     for name, kind, values in checkpoint_tensors(checkpoint):
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
@@ -34,7 +35,7 @@ def write_gguf(checkpoint: Path, target: Path) -> None:
 
 
 def add_metadata(writer: GGUFWriter, config: dict[str, Any]) -> None:
-    """What llama.cpp's qwen2 needs to know. No tokenizer: the benchmarks speak token ids."""
+    """What llama.cpp needs to know of the family. No tokenizer: the benchmarks speak token ids."""
     rope = config.get("rope_parameters") or {}
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -42,6 +43,9 @@ def add_metadata(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    if (head_size := config.get("head_dim")) is not None:
+        writer.add_key_length(head_size)
+        writer.add_value_length(head_size)
     writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])

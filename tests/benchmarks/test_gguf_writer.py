@@ -11,6 +11,23 @@ from safetensors.torch import load_file
 from tests.tiny import make_tiny_checkpoint
 
 
+def test_a_qwen3_is_one(tmp_path: Path) -> None:
+    """Its heads are normed and have a width of their own: without both llama.cpp computes another model."""
+    gguf = pytest.importorskip("gguf")
+    from benchmarks.peers.gguf_writer import write_gguf
+
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", family="qwen3")
+    write_gguf(checkpoint, tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert reader.fields["general.architecture"].contents() == "qwen3"
+    assert reader.fields["qwen3.attention.key_length"].contents() == 32
+    assert reader.fields["qwen3.attention.value_length"].contents() == 32
+    assert len(reader.tensors) == len(load_file(checkpoint / "model.safetensors"))
+    assert {f"blk.{layer}.attn_{each}_norm.weight" for layer in range(3) for each in "qk"} <= {
+        tensor.name for tensor in reader.tensors
+    }
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_tensor_arrives_with_its_values(tmp_path: Path, dtype: str) -> None:
     gguf = pytest.importorskip("gguf")
