@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import click
 from rich.console import Console
 
 from qconvert import __version__
+from qconvert.cli_options import adapter_option, build_options
 from qconvert.errors import QconvertError
 from qconvert.formats.recipe import BLOCK_SIZES
 from qconvert.progress import Progress
@@ -82,37 +82,6 @@ def inspect(folder: Path, as_json: bool) -> None:
         sys.exit(1)
 
 
-# Options that `qconvert export --engine` shares with `qconvert build`, which has more of them.
-_BUILD_OPTIONS = (
-    click.option(
-        "--backend",
-        type=click.Choice(["tensorrt", "rtx"]),
-        help="By default whichever is installed and can build here.",
-    ),
-    click.option(
-        "--compute-capability",
-        "compute_capabilities",
-        multiple=True,
-        help="Build with rtx for this kind of GPU, such as 8.9; may be given several times. Needs no GPU.",
-    ),
-    click.option(
-        "--prompt-length",
-        type=int,
-        help="Most tokens of a prompt that are read at once.  [default: 1024, or the cache's length]",
-    ),
-)
-
-
-def _build_options(command: Any) -> Any:
-    for option in reversed(_BUILD_OPTIONS):
-        command = option(command)
-    return command
-
-
-def _adapter_option(help_text: str) -> Callable[[Any], Any]:
-    return click.option("--adapter", "adapters", metavar="FOLDER[=WEIGHT]", multiple=True, help=help_text)
-
-
 @main.command(short_help="Convert a checkpoint into a verified model folder.")
 @click.argument("source")
 @click.option(
@@ -165,7 +134,15 @@ def _adapter_option(help_text: str) -> Callable[[Any], Any]:
     help="How keys and values are kept: int8 takes a quarter of the memory and decodes faster, but reads "
     "prompts slowly unless --prefill int8 does it.",
 )
-@_adapter_option("A LoRA adapter of PEFT's, merged into the weights; may be given several times.")
+@click.option(
+    "--head",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="Embedding and head of a checkpoint whose codes are kept, where it has them in floats; int8 rounds "
+    "them to 8 bits, a quarter of their size. All other precisions round them by themselves.",
+)
+@adapter_option("A LoRA adapter of PEFT's, merged into the weights; may be given several times.")
 @click.option(
     "-o",
     "--output",
@@ -194,7 +171,7 @@ def _adapter_option(help_text: str) -> Callable[[Any], Any]:
     is_flag=True,
     help="Export for TensorRT, and build the plan at once, as `qconvert build` does.",
 )
-@_build_options
+@build_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def export(
     source: str,
@@ -203,6 +180,7 @@ def export(
     block_size: str | None,
     prefill: str,
     kv_cache: str,
+    head: str,
     engine: bool,
     backend: BackendName | None,
     compute_capabilities: tuple[str, ...],
@@ -224,6 +202,7 @@ def export(
         block_size=int(block_size) if block_size else None,
         prefill=prefill == "int8",
         int8_kv_cache=kv_cache == "int8",
+        int8_head=head == "int8",
         **options,
     )
     if engine:
@@ -246,7 +225,7 @@ def export(
 @main.command(short_help="Compare a model folder or a .plan with PyTorch.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The checkpoint: a folder or a model id.")
-@_adapter_option("An adapter that was merged by the export, in its order.")
+@adapter_option("An adapter that was merged by the export, in its order.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option("--write", is_flag=True, help="Write the report and its verdict into the folder.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -271,7 +250,7 @@ def verify(
 
 @main.command(short_help="Build a TensorRT plan from an exported folder.")
 @click.argument("folder", type=click.Path(path_type=Path))
-@_build_options
+@build_options
 @click.option("--opt-level", type=click.IntRange(0, 5), help="How long TensorRT looks for a faster plan.")
 @click.option(
     "--workspace", "workspace_mib", type=click.IntRange(min=1), help="Limit of scratch memory, MiB."

@@ -37,6 +37,7 @@ class Wishes:
         calibrate: the file of a calibration text, or "default" for the package's own.
         prefill: whether a second graph reads prompts.
         int8_kv_cache: whether keys and values are kept in 8 bits.
+        int8_head: whether embedding and head are rounded to 8 bits where a checkpoint's codes are kept.
     """
 
     precision: str | None = None
@@ -45,6 +46,7 @@ class Wishes:
     calibrate: str | None = None
     prefill: bool = False
     int8_kv_cache: bool = False
+    int8_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,14 @@ def choose(
     Raises:
         QconvertError: options that do not fit one another, the target or the model.
     """
-    if wishes.precision is None and (kept := keepable(target, held or {})):
+    kept = {} if wishes.precision is not None else keepable(target, held or {})
+    if kept and not (wishes.int8_head and target.packed_columns):
         return _keep(wishes, target, spec, kept, coarse)
+    if wishes.int8_head:
+        raise QconvertError(
+            "--head int8 is for checkpoints whose own codes are kept, and for --target onnxruntime",
+            hint="leave it out: int8 and int4 round embedding and head by themselves",
+        )
     precision = wishes.precision or target.precisions[0]
     usual = "awq" if precision == "int4" and target.calibrated else "rtn"
     name = _recipe_name(wishes, usual if reads_text else "rtn")
@@ -140,7 +148,7 @@ def _keep(
                 hint="leave it out; or round its weights a second time, with --precision int4",
             )
     precision = f"int{min(each.fmt.bits for each in kept.values())}"
-    rounded = any(name in coarse and name not in kept for name in VOCABULARY)
+    rounded = wishes.int8_head or any(name in coarse and name not in kept for name in VOCABULARY)
     recipe = Recipe(
         precision,
         target.activations,

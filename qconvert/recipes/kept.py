@@ -43,7 +43,8 @@ def about_codes(stored_as: Mapping[str, str], recipe: Recipe) -> tuple[str, ...]
     lost = {name: kind for name, kind in stored_as.items() if name not in recipe.kept}
     if recipe.head is not None:
         rounded = {name: lost.pop(name) for name in VOCABULARY if name in lost}
-        notes.append(f"embedding and head are rounded to {recipe.head.bits} bits ({_kinds(rounded)})")
+        of = f" ({_kinds(rounded)})" if rounded else ""
+        notes.append(f"embedding and head are rounded to {recipe.head.bits} bits{of}")
     if lost:
         first = next(iter(lost))
         notes.append(

@@ -44,6 +44,8 @@ SPEC = DecoderSpec(3, 4, 2, 16, 64, 128, 320, 1e-6, True, 256, (None, None, None
             Wishes("fp16", int8_kv_cache=True),
             "--kv-cache int8 is not for --target",
         ),
+        ("onnxruntime", Wishes("int8", int8_head=True), "--head int8 is for checkpoints whose own codes"),
+        ("tensorrt", Wishes(int8_head=True), "--head int8 is for checkpoints whose own codes are kept"),
         ("tensorrt", Wishes("fp32", int8_kv_cache=True), "--kv-cache int8 is not for --target tensorrt"),
     ],
 )
