@@ -1,7 +1,7 @@
 """If this fails, a damaged GGUF file ends in a traceback or takes all memory; its number makes it again.
 
-``QCONVERT_GGUF_MUTATIONS`` says how many are tried (``make test-mutations``: 5,000), or which: 2500-5000; some
-otherwise.
+``QCONVERT_GGUF_MUTATIONS`` says how many are tried (``make test-mutations``: 5,000), or which, as 2500-5000;
+some otherwise.
 """
 
 from __future__ import annotations
