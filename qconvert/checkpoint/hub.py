@@ -15,6 +15,7 @@ Hub = Literal["huggingface", "modelscope"]
 
 # Everything an export reads, and nothing that could run: no pickles, no Python files.
 ALLOWED_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt"]
+_OF_A_CHECKPOINT = ("config.json", "adapter_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -74,7 +75,7 @@ def _from_huggingface(repository: str, revision: str | None) -> Path:
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
     where = f"{endpoint.rstrip('/')}/{repository}"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=ALLOWED_FILES))
+        found = Path(snapshot_download(repository, revision=revision, allow_patterns=ALLOWED_FILES))
     except GatedRepoError as error:  # a kind of RepositoryNotFoundError, so it comes first
         raise QconvertError(
             f"{repository} is gated.",
@@ -99,6 +100,7 @@ def _from_huggingface(repository: str, revision: str | None) -> Path:
             where=where,
             hint="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give the folder of a copy",
         ) from error
+    return _with_a_checkpoint(found, repository, where)
 
 
 def _from_modelscope(repository: str, revision: str | None) -> Path:
@@ -109,14 +111,28 @@ def _from_modelscope(repository: str, revision: str | None) -> Path:
             "ModelScope downloads need the `modelscope` package, which is not installed.",
             hint="pip install 'qconvert[modelscope]', or pip install modelscope",
         ) from error
+    where = f"modelscope.cn/models/{repository}"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=ALLOWED_FILES))
+        found = Path(snapshot_download(repository, revision=revision, allow_patterns=ALLOWED_FILES))
     except Exception as error:  # the package raises requests', its own and plain errors alike
         raise QconvertError(
             f"ModelScope could not deliver {repository}: {_first_line(error)}",
-            where=f"modelscope.cn/models/{repository}",
+            where=where,
             hint="check the spelling, the revision and the network",
         ) from error
+    return _with_a_checkpoint(found, repository, where)
+
+
+def _with_a_checkpoint(folder: Path, repository: str, where: str) -> Path:
+    """The folder of a download, which does not exist where no file of the repository was wanted."""
+    if any((folder / name).is_file() for name in _OF_A_CHECKPOINT):
+        return folder
+    holds = "it seems to hold GGUF files" if "gguf" in repository.lower() else "it holds no checkpoint"
+    raise QconvertError(
+        f"{repository} has no config.json: {holds}.",
+        where=where,
+        hint="download one GGUF file of it (for a split one all its parts), and give its path",
+    )
 
 
 def _first_line(error: BaseException) -> str:

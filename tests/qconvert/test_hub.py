@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -25,6 +26,7 @@ from qconvert.errors import QconvertError
 from tests.tiny import make_tiny_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OF_GGUF = ("README.md", "tiny-q8_0.gguf")
 FETCH = """
 import sys
 from qconvert.checkpoint.load import load_model, open_checkpoint, resolve_source
@@ -59,6 +61,11 @@ class HubHandler(BaseHTTPRequestHandler):
         elif path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/main"):
             siblings = [{"rfilename": file} for file in self.files]
             self.reply_json({"id": "org/tiny", "sha": COMMIT, "siblings": siblings})
+        elif path in ("/api/models/org/tiny-GGUF", "/api/models/org/tiny-GGUF/revision/main"):
+            siblings = [{"rfilename": file} for file in OF_GGUF]
+            self.reply_json({"id": "org/tiny-GGUF", "sha": COMMIT, "siblings": siblings})
+        elif path.startswith("/api/models/org/tiny-GGUF/tree/"):
+            self.reply_json([{"type": "file", "path": file, "size": 1, "oid": COMMIT} for file in OF_GGUF])
         elif path.startswith("/api/models/org/tiny/revision/") and not path.endswith(COMMIT):
             self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
         elif path.startswith("/api/models/org/tiny/tree/"):
@@ -149,6 +156,14 @@ def test_an_unknown_model(hub: str, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_repository_of_gguf_files_says_to_download_one(hub: str, tmp_path: Path) -> None:
+    """ "There is no folder /home/.../snapshots/..." was said of a folder that nobody had named."""
+    done = fetch(hub, tmp_path, "org/tiny-GGUF")
+    assert "refused: org/tiny-GGUF has no config.json: it seems to hold GGUF files" in done.stderr
+    assert "download one GGUF file of it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_gated_model(hub: str, tmp_path: Path) -> None:
     done = fetch(hub, tmp_path, "org/gated")
     assert "refused: org/gated is gated" in done.stderr
@@ -187,6 +202,22 @@ def test_an_existing_folder_wins_over_a_model_id(tmp_path: Path, monkeypatch: py
     assert resolve_source("org/tiny") == Path("org/tiny")
     with pytest.raises(QconvertError, match="revision"):
         resolve_source("org/tiny", revision="main")
+
+
+def test_a_model_of_modelscope_is_asked_for_without_pickles_and_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+    (tmp_path / "config.json").touch()
+
+    def download(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((model, revision))
+        assert not any(pattern.endswith((".bin", ".py")) for pattern in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=download))
+    assert resolve_source("org/tiny", hub="modelscope", revision="v1") == tmp_path
+    assert asked == [("org/tiny", "v1")]
 
 
 def test_modelscope_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
