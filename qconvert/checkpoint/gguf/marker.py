@@ -17,6 +17,8 @@ def is_gguf(path: Path) -> bool:
     """Whether a source is a GGUF file; Ollama's have no ending, so the first bytes count too."""
     if path.suffix.lower() == ENDING and not path.is_dir():
         return True
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
