@@ -1,7 +1,7 @@
 """Matrices in codes, packed by the libraries that define the formats (``make test-formats`` installs them).
 
 Each function takes a weight ``[N, K]`` and gives the tensors that its library would write, by the end of
-their names, and the floats that the library itself makes of them again.
+their names, and what gives the floats that the library itself makes of them again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import types
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from tests.qconvert.quantising import rounded
 
-Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
+Packed = tuple[dict[str, torch.Tensor], Callable[[], torch.Tensor]]
 
 
 def of_gptqmodel(
@@ -47,9 +48,13 @@ def of_gptqmodel(
     scales, zeros = torch.from_numpy(found.scales), torch.from_numpy(found.zeros)
     packer.pack_original(linear, scales.float(), zeros.float(), torch.from_numpy(groups).int())
     tensors = {end: getattr(packer, end).clone() for end in ("qweight", "qzeros", "scales", "g_idx")}
-    packer.scales = packer.scales.float()
-    packer.post_init()
-    return tensors, packer.dequantize_weight().float().t()
+
+    def floats() -> torch.Tensor:
+        packer.scales = packer.scales.float()
+        packer.post_init()
+        return packer.dequantize_weight().float().t()
+
+    return tensors, floats
 
 
 def of_autoawq(weight: torch.Tensor, group: int) -> Packed:
@@ -61,7 +66,11 @@ def of_autoawq(weight: torch.Tensor, group: int) -> Packed:
     scales, zeros = (torch.from_numpy(each.T.copy()) for each in (found.scales, found.zeros))
     made = gemm.WQLinear_GEMM.from_linear(linear, 4, group, scales=scales.float(), zeros=zeros.float())
     tensors = {end: getattr(made, end) for end in ("qweight", "qzeros", "scales")}
-    return tensors, packing.dequantize_gemm(made.qweight, made.qzeros, made.scales.float(), 4, group).t()
+
+    def floats() -> torch.Tensor:
+        return packing.dequantize_gemm(made.qweight, made.qzeros, made.scales.float(), 4, group).t()
+
+    return tensors, floats
 
 
 @cache
@@ -88,7 +97,7 @@ def of_compressed_tensors(weight: torch.Tensor, form: str, settings: dict[str, A
     state = {"weight": weight.clone(), **_parameters(weight, scheme.weights)}
     compressed = compressor.compress(state, scheme)
     tensors = {end: tensor.contiguous() for end, tensor in compressed.items()}
-    return tensors, compressor.decompress(compressed, scheme)["weight"].float()
+    return tensors, lambda: compressor.decompress(compressed, scheme)["weight"].float()
 
 
 def scheme_of(form: str, settings: dict[str, Any]) -> Any:

@@ -23,7 +23,8 @@ def same_as_the_library(
     due: dict[str, torch.Tensor] = {}
 
     def change(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        tensors, due[f"{base}.weight"] = pack(base, weight)
+        tensors, floats = pack(base, weight)
+        due[f"{base}.weight"] = floats()
         return {f"{base}.{end}": tensor for end, tensor in tensors.items()}
 
     rewrite(folder, config, change)
