@@ -97,7 +97,11 @@ def of_compressed_tensors(weight: torch.Tensor, form: str, settings: dict[str, A
     state = {"weight": weight.clone(), **_parameters(weight, scheme.weights)}
     compressed = compressor.compress(state, scheme)
     tensors = {end: tensor.contiguous() for end, tensor in compressed.items()}
-    return tensors, lambda: compressor.decompress(compressed, scheme)["weight"].float()
+
+    def floats() -> torch.Tensor:
+        return compressor.decompress(compressed, scheme)["weight"].float()
+
+    return tensors, floats
 
 
 def scheme_of(form: str, settings: dict[str, Any]) -> Any:
