@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
+from qrun.serve.tools import read_tools
+from qrun.text.tokenizer import Tokenizer
 from tests.assets import qwen3_tokenizer_folder
 from tests.fakes import fake_manifest, fake_model, scripted
 from tests.serve.serving import serving
 from tests.serve.tooling import CLAUDES, OSLO, USER, WEATHER, call
 
 THOUGHT_OF = "\nshould I " + call("get_weather", OSLO) + " or not?\n"
+IM_END_OF_QWEN = 151_645
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 WISHES = [
     {"chat_template_kwargs": {"enable_thinking": False}},
@@ -123,6 +128,31 @@ def test_a_call_that_is_only_thought_of_is_not_made(address, ask, model):
     body = {"model": model, "max_tokens": 900, "messages": USER, "tools": CLAUDES}
     told = httpx.post(f"{address}/v1/messages", json=body).json()
     assert [block["type"] for block in told["content"]] == ["text"]
+
+
+@pytest.mark.parametrize("opened", [True, False], ids=["in the prompt", "in the answer"])
+def test_a_strict_tool_leaves_room_for_a_thought(opened):
+    """Where the form of a call was enforced, Qwen3 could not think: its tags fitted nothing."""
+    tokenizer = Tokenizer.from_folder(qwen3_tokenizer_folder())
+    manifest = fake_manifest(context_length=4096)
+    manifest = replace(manifest, model=replace(manifest.model, vocab_size=tokenizer.id_limit))
+    model = fake_model(tokenizer, scripted(tokenizer, [""]), manifest=manifest)
+    strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+    constraint = read_tools([strict], "auto", None).constraint(model)
+
+    def allowed(token: str) -> bool:
+        scores = constraint.mask(np.zeros(tokenizer.id_limit, np.float32), [IM_END_OF_QWEN])
+        return bool(np.isfinite(scores[tokenizer.token_id(token)]))
+
+    assert allowed("<tool_call>")
+    for token_id in tokenizer.encode("should I call it?" if opened else "<think>\nshould I?\n"):
+        constraint.accept(token_id)
+    assert allowed("</think>")
+    constraint.accept(tokenizer.token_id("</think>"))
+    assert allowed("<tool_call>")
+    assert not allowed("<think>")
+    constraint.accept(tokenizer.token_id("<tool_call>"))
+    assert not allowed("</think>")
 
 
 def test_a_rendering_takes_them_too(address):

@@ -13,7 +13,7 @@ from qrun.errors import QrunError
 from qrun.model import Model
 from qrun.sampling.constraint import Constraint, inline
 from qrun.serve.errors import ApiError
-from qrun.text.tool_calls import CLOSING, OPENING, THOUGHT, ToolCallParser
+from qrun.text.tool_calls import CLOSING, OPENING, THOUGHT, THOUGHT_END, ToolCallParser
 
 _MOST_CALLS = 16  # in an answer that a grammar constrains
 _END_OF_PROMPT = 16  # tokens in which an opening tag and the blanks behind it find room
@@ -101,7 +101,7 @@ class Tools:
             for index, tool in enumerate(self.given)
             if self.choice.only in (None, tool["function"]["name"])
         ]
-        rules = [] if self.forced else ["start: TEXT? calls?", r"TEXT: /(.|\n)+/"]
+        rules = [] if self.forced else _free_text(model)
         more = f'("\\n" call){{0,{_MOST_CALLS - 1}}}' if self.parallel else ""
         opening, closing = (OPENING, CLOSING) if whole_tags else (f'"{OPENING}"', f'"{CLOSING}"')
         rules += [
@@ -121,6 +121,14 @@ class Tools:
                 text = error.what.replace("grammar cannot", "schema cannot")
                 raise ApiError(400, f"{place}: {text}", param=place) from None
         return model.constraint(grammar="\n".join(rules))
+
+
+def _free_text(model: Model) -> list[str]:
+    """What may stand before calls: text, and a thought, whose opening tag may be in the prompt."""
+    text = r"TEXT: /(.|\n)+/"
+    if any(model.tokenizer.token_id(tag) is None for tag in (THOUGHT, THOUGHT_END)):
+        return ["start: TEXT? calls?", text]
+    return ["start: thought? TEXT? calls?", f"thought: {THOUGHT}? TEXT? {THOUGHT_END}", text]
 
 
 def read_tools(tools: Any, choice: Any, parallel: bool | None) -> Tools | None:
