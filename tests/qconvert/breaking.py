@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from qconvert.checkpoint.load import open_checkpoint
+from qconvert.cli import main
 from qconvert.errors import QconvertError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 3087467144\n"
@@ -37,3 +39,15 @@ def refusal(folder: Path) -> QconvertError:
         open_checkpoint(folder)
     assert sorted((path.name, path.lstat().st_size) for path in folder.parent.rglob("*")) == before
     return caught.value
+
+
+def told(tmp_path: Path, *options: str) -> str:
+    """The message of an export that is refused; everything around it stays as it was."""
+    before = sorted((str(path), path.lstat().st_size) for path in tmp_path.rglob("*"))
+    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--no-verify", *options]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception  # anything else is a traceback
+    assert sorted((str(path), path.lstat().st_size) for path in tmp_path.rglob("*")) == before
+    assert "what to do" in result.output
+    return " ".join(result.output.split())
