@@ -2,6 +2,7 @@
 #
 #   make demo      the sample model exported, verified, and asked one question
 #   make test      all tests (tests/interop apart)
+#   make test-slow what takes many seconds each: other pages' commands, killed exports, the network watched (10 minutes)
 #   make test-matrix  every combination of export options, on a vocabulary of real size (10 minutes)
 #   make test-llama   a real Llama (the sample's weights) in every precision, each with its proof (half an hour)
 #   make test-docs every command of README.md and docs/ on the sample model (half an hour)
@@ -57,7 +58,7 @@ DEMO_EXPORT := demo/sample-model-onnx-int8
 # of France?" leaves 0.06, which int8 arithmetic of another processor may turn).
 QUESTION := Name the capital of France.
 
-.PHONY: demo test test-kills test-oldest test-newest test-matrix test-mutations test-planted test-docs test-gpu lint
+.PHONY: demo test test-slow test-kills test-oldest test-newest test-matrix test-mutations test-planted test-docs test-gpu lint
 .PHONY: interop benchmark compare clean test-interleavings test-schemas test-clients test-formats soak
 .PHONY: formats-table test-llama
 
@@ -66,6 +67,9 @@ demo: $(DEMO_EXPORT)/qconvert.json
 
 test: $(VENV)/.ready
 	$(VENV)/bin/pytest $(SIDE_BY_SIDE)
+
+test-slow: $(VENV)/.ready
+	$(VENV)/bin/pytest $(SIDE_BY_SIDE) -m slow
 
 test-matrix: $(VENV)/.ready
 	$(VENV)/bin/pytest -m "not real" tests/matrix

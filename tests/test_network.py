@@ -22,7 +22,7 @@ from tests.serve.serving import until
 from tests.tiny import make_tiny_checkpoint
 from tests.watching import Watched, foreign, python, read, traced, watch, why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 QRUN = "import sys; from qrun.cli.main import main; sys.argv[0] = 'qrun'; main()"
 QCONVERT = QRUN.replace("qrun.cli.main", "qconvert.cli").replace("'qrun'", "'qconvert'")

@@ -70,7 +70,7 @@ NOT_RUN = {
         "another program's command, for a repository or an account of the user's"
     ),
     r"pip (install|uninstall|config) .*": _NETWORK,
-    r"make (test|lint|interop|demo)|make test-(matrix|planted|mutations|docs|schemas|kills)": _CHECK_ALL,
+    r"make (test|lint|interop|demo)|make test-(slow|matrix|planted|mutations|docs|schemas|kills)": _CHECK_ALL,
     r"make (benchmark|compare)": _HOURS,
     r"make test-gpu": _GPU,
     r".*GPTQ-Int4.*": "tests/qconvert/test_quantised.py runs these on tiny checkpoints",

@@ -35,7 +35,15 @@ TYPED = list({place.text: place for place in ALL if not _is_name(place)}.values(
 RUN = [place for place in TYPED if why_not_run(place.text) is None]
 
 
-@pytest.mark.parametrize("place", [place for place in RUN if not is_slow(place.text)], ids=str)
+# README's are run by `make test`, those of all other pages by `make test-slow`.
+SHORT = [
+    pytest.param(place, marks=() if place.page == "README.md" else pytest.mark.slow, id=str(place))
+    for place in RUN
+    if not is_slow(place.text)
+]
+
+
+@pytest.mark.parametrize("place", SHORT)
 def test_a_command_of_a_page_does_what_it_says(place: Place, small_bench: Bench) -> None:
     small_bench.run(place.text)
 

@@ -1,6 +1,6 @@
 """If these fail, an answer depends on who else is being answered.
 
-``QCONVERT_INTERLEAVINGS`` says how many are tried with each session (40 by default).
+``QCONVERT_INTERLEAVINGS`` says how many are tried with each session (12 by default).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qrun.sampling.params import SamplingParams
 from tests.fakes import FakeSession, fake_manifest
 from tests.qrun.interleaving import CHUNK, GRAIN, Request, differences, requests, run
 
-INTERLEAVINGS = int(os.environ.get("QCONVERT_INTERLEAVINGS", "40"))
+INTERLEAVINGS = int(os.environ.get("QCONVERT_INTERLEAVINGS", "12"))
 TRIED = settings(
     max_examples=INTERLEAVINGS,
     deadline=None,

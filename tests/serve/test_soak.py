@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.serve.soak import soak
+
+pytestmark = pytest.mark.slow
 
 
 def test_nothing_is_left_of_clients_that_behave_badly(tiny_export):

@@ -17,6 +17,8 @@ from qrun.text.tokenizer import Tokenizer
 from tests.emulated.device import EmulatedDevice
 from tests.emulated.plans import build_emulated_plan
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 128
 PROMPT = "The capital of France is Paris. The capital of Italy is"
 
