@@ -267,7 +267,7 @@ class Engine:
         self.close()
 
     def _new_scheduler(self) -> Scheduler:
-        slots = Slots(self.model.session, self.slots)
+        slots = Slots(self.model.session, self.slots, even_steps=self.model.even_steps)
         return Scheduler(slots, chunk=self._chunk, prefixes=self.prefixes, speculation=self.speculation)
 
     def _work(self) -> None:

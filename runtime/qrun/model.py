@@ -48,6 +48,8 @@ class Model:
         template: the checkpoint's chat template, or None if it has none (a base model).
         generation_config: the checkpoint's sampling defaults, in transformers' names; may be empty.
         literal: whether special tokens that are written out in messages stay text in ``chat_prompt``.
+        even_steps: whether an engine's steps have an even number of rows (see ``Slots``), which costs one row
+            at most and gives int4 in long blocks the same answers in any company.
         speculate: whether new contexts try several tokens in one step where the text repeats itself.
     """
 
@@ -64,6 +66,7 @@ class Model:
         self.generation_config = generation_config or {}
         self.literal = False
         self.speculate = False
+        self.even_steps = False
         self._grammars = Grammars(self._vocabulary)
 
     @classmethod

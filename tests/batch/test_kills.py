@@ -162,10 +162,13 @@ def test_half_an_entry_is_cut_off_and_answered_again(model, tmp_path, unordered)
         assert beside(output) == []
 
 
-def test_a_real_model_gives_the_same_bytes_after_kills(tiny_export, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_real_model_gives_the_same_bytes_after_kills(exporter, tmp_path, precision):
     """Sampled answers beside other neighbours, from other rows and after other cached beginnings."""
+    sizes = {} if precision == "fp32" else {"block_size": 128, "hidden_size": 256, "intermediate_size": 512}
+    folder = exporter(precision, max_position_embeddings=1024, **sizes)
     source = hundreds(tmp_path / "requests.jsonl", 90)
-    command = [sys.executable, "-m", "qrun.cli", "batch", "--engine", str(tiny_export), "--threads", "1"]
+    command = [sys.executable, "-m", "qrun.cli", "batch", "--engine", str(folder), "--threads", "1"]
     command += [str(source), "--max-tokens", "24", "--rows"]
     whole, output = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     subprocess.run([*command, "3", "--output", whole], check=True, cwd=REPOSITORY, capture_output=True)

@@ -39,7 +39,8 @@ def batch_engine(model: Model, rows: int, prefix_bytes: int) -> Engine:
     Raises:
         QrunError: see ``Engine``.
     """
-    if model.manifest.target != "onnxruntime":  # a plan's keys and values cannot be copied
+    model.even_steps = model.manifest.target == "onnxruntime"
+    if not model.even_steps:  # a plan has one row, whose keys and values cannot be copied
         prefix_bytes = 0
     return Engine(model, slots=rows, queue=_CAPACITY - rows, prefix_bytes=prefix_bytes)
 

@@ -25,17 +25,26 @@ class Slots:
         read: for each row, how many of its first tokens were read as a prompt, without logits. Their keys and
             values are those that any prompt with this beginning gives; those of single steps may differ from
             them in the last bits.
+
+    Args:
+        session: the model.
+        rows: how many sequences there may be.
+        even_steps: compute an even number of rows in every step, the last one for nothing where need be. The
+            kernels of 4-bit products take two rows at once and an odd last one by itself, in another order of
+            sums: without this a row's logits depend on the number of rows, with blocks of more than 32.
     """
 
-    def __init__(self, session: Session, rows: int = 1) -> None:
+    def __init__(self, session: Session, rows: int = 1, *, even_steps: bool = False) -> None:
         self._session = session
-        self.cache = session.new_cache(rows)
-        self.token_ids: list[list[int]] = [[] for _ in range(rows)]
-        self.read = [0] * rows
+        self._count, self._even_steps = rows, even_steps
+        held = rows + rows % 2 if even_steps else rows
+        self.cache = session.new_cache(held)
+        self.token_ids: list[list[int]] = [[] for _ in range(held)]
+        self.read = [0] * held
         self._shown: dict[tuple[int, int], KVCache] = {}  # held, so that what is bound for them stays bound
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return self._count
 
     def feed(
         self, row: int, token_ids: Sequence[int], *, logits: LogitsFor, whole: bool = True
@@ -72,11 +81,25 @@ class Slots:
             float32 ``[rows, vocab]``, each row's own as in ``feed``.
         """
         rows = len(token_ids)
+        if self._even_steps and rows % 2:
+            return self._step_beside(rows, token_ids)
         fed = np.asarray(token_ids, dtype=np.int64)[:, None]
         output = self._session.forward(fed, self._rows(0, rows), "last")
         for held, token_id in zip(self.token_ids, token_ids):
             held.append(token_id)
         return output[:, 0]
+
+    def _step_beside(self, rows: int, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """A step in which the next row computes something that it forgets again."""
+        if len(self.token_ids[rows]) >= self.cache.limit:
+            self.trim(rows, self.cache.limit - 1)
+        beside = len(self.token_ids[rows])
+        fed = np.asarray([*token_ids, token_ids[0]], dtype=np.int64)[:, None]
+        output = self._session.forward(fed, self._rows(0, rows + 1), "last")
+        self._rows(rows, 1).trim(beside)
+        for held, token_id in zip(self.token_ids, token_ids):
+            held.append(token_id)
+        return output[:rows, 0]
 
     def keep(self, row: int, prompt_ids: Sequence[int], pieces: Pieces | None = None) -> int:
         """Keep what ``prompt_ids`` begins with and forget the rest of a row; returns the tokens kept.
