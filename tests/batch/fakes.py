@@ -15,7 +15,7 @@ def echo(tokenizer: Tokenizer) -> Rule:
     def rule(seen: list[int]) -> int:
         start = _last(seen, header, len(seen))
         if start < 0:
-            return seen[len(seen) % 7]
+            return seen[len(seen) % min(7, len(seen))]
         end = _last(seen, [IM_END], start)
         begin = _last(seen, [IM_START], end) + opening
         wanted = [*seen[begin:end], IM_END]
