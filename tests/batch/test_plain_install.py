@@ -52,7 +52,7 @@ def test_batch_help_waits_for_nothing(tmp_path):
         except SystemExit:
             pass
         print(sorted(name for name in sys.modules if name.split(".")[0] in
-                     ("onnxruntime", "pyarrow", "msgspec", "starlette")))
+                     ("onnxruntime", "pyarrow", "starlette")))
         """
     )
     assert done.stdout.splitlines()[-1] == "[]"
