@@ -12,6 +12,7 @@
 #   make test-oldest  the runtime with the lowest versions of what it needs; test-newest: all with the newest
 #   make test-clients langchain, litellm, llm-comply, schemathesis and lm-eval against the server (three minutes)
 #   make test-formats what we read of others' formats beside peft, compressed-tensors, AutoAWQ and GPTQModel
+#   make test-ray  a batch on a Ray cluster of two node processes: workers killed, nodes removed and added
 #   make test-schemas the whole JSON-Schema-Test-Suite: each schema enforced or refused (two minutes)
 #   make test-interleavings thousands of interleavings of answers (minutes); make soak: ten minutes of bad clients
 #   make test-kills qrun batch killed a hundred times, and each answer counted (four minutes)
@@ -40,6 +41,7 @@ INTEROP_VENV := .venv-interop
 BENCH_VENV := .venv-bench
 CLIENTS_VENV := .venv-clients
 FORMATS_VENV := .venv-formats
+RAY_VENV := .venv-ray
 
 # Whole files at a time, one for each core, since the tests of a file share what they make: make test SIDE_BY_SIDE= for one.
 SIDE_BY_SIDE ?= -n auto --dist loadfile
@@ -60,7 +62,7 @@ QUESTION := Name the capital of France.
 
 .PHONY: demo test test-slow test-kills test-oldest test-newest test-matrix test-mutations test-planted test-docs test-gpu lint
 .PHONY: interop benchmark compare clean test-interleavings test-schemas test-clients test-formats soak
-.PHONY: formats-table test-llama
+.PHONY: formats-table test-llama test-ray
 
 demo: $(DEMO_EXPORT)/qconvert.json
 	$(VENV)/bin/qrun generate --engine $(DEMO_EXPORT) --prompt "$(QUESTION)"
@@ -107,6 +109,10 @@ formats-table: $(FORMATS_VENV)/.ready $(SAMPLE)/sample-model.json
 	PYTHONPATH=$(FORMATS_VENV)/gptqmodel $(FORMATS_VENV)/bin/python -m benchmarks.formats_table --sample $(SAMPLE) \
 	    $(if $(LLAMA_QUANTIZE),--llama-quantize $(LLAMA_QUANTIZE))
 
+# The tiny model comes from the pinned environment, which has torch.
+test-ray: $(RAY_VENV)/.ready $(VENV)/.ready
+	QCONVERT_TEST_PYTHON=$(CURDIR)/$(VENV)/bin/python $(RAY_VENV)/bin/pytest -rs tests/ray
+
 test-newest: $(NEWEST_VENV)/.ready
 	$(NEWEST_VENV)/bin/pytest
 # Thousands of interleavings of answers, each compared bit for bit with what it is alone.
@@ -149,7 +155,7 @@ compare: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks.compare --out report
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(INTEROP_VENV) $(BENCH_VENV) $(CLIENTS_VENV) $(FORMATS_VENV) demo .cache build dist
+	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(INTEROP_VENV) $(BENCH_VENV) $(CLIENTS_VENV) $(FORMATS_VENV) $(RAY_VENV) demo .cache build dist
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Environments. The stamp comes last, so an interrupted installation is taken up again.
@@ -195,6 +201,13 @@ $(CLIENTS_VENV)/.ready: pyproject.toml constraints-clients.txt
 	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python $(PIP_INSTALL) -c constraints-clients.txt -e '.[cpu,serve]' \
 	    httpx langchain-openai litellm llm-comply schemathesis 'lm-eval[api]' transformers pytest pytest-timeout
+	@touch $@
+
+# Without the export extra, and apart: Ray brings thirty packages.
+$(RAY_VENV)/.ready: pyproject.toml constraints-ray.txt
+	@$(call check-python)
+	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python $(PIP_INSTALL) -c constraints-ray.txt -e '.[cpu,ray]' httpx psutil pytest pytest-timeout
 	@touch $@
 
 # AutoAWQ and GPTQModel come as sources: of each a few modules are imported, without their own requirements.

@@ -65,6 +65,14 @@ BREAKS: dict[str, list[dict[str, str]]] = {
         {"runtime/qrun/evaluation/tasks.py": "import qrun.evaluation.summary\n"},
         {"runtime/qrun/evaluation/unplaced.py": ""},
     ],
+    "a cluster's work moves one way": [
+        {"runtime/qrun/scaling/folders.py": "import qrun.scaling.files\n"},
+        {"runtime/qrun/scaling/unplaced.py": ""},
+    ],
+    "only qrun.scaling knows Ray": [
+        {"runtime/qrun/batch/answering.py": "def late() -> None:\n    import ray\n"},
+        {"runtime/qrun/cli/batch_ray.py": "import ray\n"},
+    ],
     "one runtime knows nothing of the other": [
         {"runtime/qrun/backends/ort/cache.py": "import qrun.backends.trt.cuda\n"},
         {"runtime/qrun/backends/kvcache.py": "import qrun.backends.opening\n"},

@@ -84,7 +84,7 @@ class Model:
         """
         folder = find_model_folder(path)
         session = open_session(path, **options)
-        template = _template_of(folder, chat_template)
+        template = folder_template(folder, chat_template)
         model = cls(
             session,
             Tokenizer.from_folder(folder),
@@ -223,7 +223,8 @@ class Model:
         return Chat(self, system, literal=literal, variables=variables, **sampling)
 
 
-def _template_of(folder: Path, name: str | None) -> ChatTemplate | None:
+def folder_template(folder: Path, name: str | None = None) -> ChatTemplate | None:
+    """The chat template of a model folder, by its name where it has several; None where there is none."""
     has_one = (folder / "chat_template.jinja").is_file() or (
         read_tokenizer_config(folder).get("chat_template") is not None
     )

@@ -77,6 +77,8 @@ NOT_RUN = {
     r"qconvert .* --adapter .*": "an adapter of the user's: tests/qconvert/test_adapters.py runs these",
     r"make test-formats": "an environment of its own, with four libraries: it runs tests/formats",
     r"qrun eval --engine sample-fp32 .*": "minutes on exports of the sample: its figures stand below it",
+    r"qrun batch --ray|qrun batch .* --ray .*": "a cluster, and files on a store: tests/ray runs such jobs",
+    r"make test-ray": "an environment of its own, with Ray: it runs tests/ray",
     r"make test-clients": "an environment of its own, with five other projects: it runs tests/clients",
     r"python -m benchmarks\..*": _HOURS,
     r"python -m tests\.qconvert\.planted.*": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.batch_ray import ray_options, run_with_ray, take_ray
 from qrun.cli.batch_view import BatchProgress, summary_lines
 from qrun.cli.options import (
     model_options,
@@ -47,13 +48,14 @@ class _RowsType(click.ParamType):  # type: ignore[type-arg]
 
 @click.command(short_help="Answer a file of prompts.")
 @model_options
-@click.argument("source", metavar="INPUT", type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("source", metavar="INPUT", type=click.Path(allow_dash=True))
 @click.option(
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
-    help="The file to write: .jsonl, .csv or .parquet.",
+    type=click.Path(),
+    help="The file to write: .jsonl, .csv or .parquet; with --ray a folder.",
 )
+@ray_options
 @click.option(
     "--format",
     "kind",
@@ -107,8 +109,8 @@ class _RowsType(click.ParamType):  # type: ignore[type-arg]
 @sampling_options
 def batch(
     *,
-    source: Path,
-    output: Path,
+    source: str,
+    output: str,
     kind: str | None,
     column: str | None,
     template: str | None,
@@ -161,7 +163,7 @@ def batch(
     }.items():
         if templated is False and value is not None:
             raise click.UsageError(f"{name} has no place in a --raw prompt.")
-    sampling = take_sampling(options)
+    sampling, ray = take_sampling(options), take_ray(options)
     if template_file is not None:
         template = _read_text(template_file)
     fields = {
@@ -170,11 +172,11 @@ def batch(
         **({} if tools is None else _tools(tools, tool_choice)),
     }
     defaults = Defaults(sampling.get("max_tokens"), fields, sampling.get("seed") or 0)
-    pipe = sys.stdin.buffer if str(source) == "-" else None
+    pipe = sys.stdin.buffer if source == "-" else None
     wanted = Wanted(kind, column, template, system, templated is not False)  # type: ignore[arg-type]
     order = Order(
-        None if pipe is not None else source,
-        output,
+        None if pipe is not None else Path(source),
+        Path(output),
         wanted,
         defaults,
         unordered=unordered,
@@ -185,6 +187,10 @@ def batch(
         force=force,
         pipe=pipe,
     )
+    if ray["address"] is not None:
+        summary = run_with_ray(order, (source, output), ray, options, templated, literal=not control_tokens)
+        _tell(summary, output, as_json=as_json)
+        return
     check_output(order)
     model = open_model(**options)
     model.literal = not control_tokens
@@ -205,10 +211,14 @@ def _run(order: Order, model: Model, templated: bool | None, *, as_json: bool) -
             progress.close()
             note(progress.stopped())
             raise
+    _tell(summary, str(order.output), as_json=as_json)
+
+
+def _tell(summary: Mapping[str, Any], output: str, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(summary, ensure_ascii=False))
         return
-    for line in summary_lines(summary, order.output):
+    for line in summary_lines(summary, output):
         click.echo(line)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.cli.terminal import note, printable
@@ -77,7 +76,7 @@ class BatchProgress:
         )
 
 
-def summary_lines(summary: Mapping[str, Any], output: Path) -> Iterator[str]:
+def summary_lines(summary: Mapping[str, Any], output: str) -> Iterator[str]:
     """The summary for people, in 80 columns."""
     errors = summary["errors"]
     count = sum(errors.values())
@@ -92,9 +91,10 @@ def summary_lines(summary: Mapping[str, Any], output: Path) -> Iterator[str]:
     if summary["tokens_per_second"] is not None:
         yield (
             f"{summary['seconds']:,.1f} s: {summary['tokens_per_second']:,.1f} tokens/s, "
-            f"{summary['completion_tokens_per_second']:,.1f} of answers; {summary['rows']} prompts at once"
+            f"{summary['completion_tokens_per_second']:,.1f} of answers; "
+            + (f"{summary['nodes']} nodes" if "nodes" in summary else f"{summary['rows']} prompts at once")
         )
-    yield printable(str(output))
+    yield printable(output)
 
 
 def _facts(progress: Progress) -> str:

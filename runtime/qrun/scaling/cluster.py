@@ -1,0 +1,75 @@
+"""A Ray cluster, joined with its telemetry off."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from qrun.errors import QrunError
+
+TELEMETRY = "RAY_USAGE_STATS_ENABLED"
+
+
+def join(address: str) -> None:
+    """Connect to a cluster, or start one on this machine where ``auto`` finds none.
+
+    Ray sends reports of its use to its makers unless it is told not to. A cluster that is started here is
+    told; one that somebody else has started does as they said.
+
+    Raises:
+        QrunError: ray is not installed, or nobody answers at the address.
+    """
+    if find_spec("ray") is None:
+        raise QrunError("ray is not installed", hint="pip install 'qconvert[cpu,ray]'")
+    os.environ.setdefault(TELEMETRY, "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning at every start
+    import ray
+
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(
+            address=None if address == "auto" else address,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except (ConnectionError, ValueError, OSError) as error:
+        raise QrunError(
+            f"no Ray cluster answers at {address}: {first_line(error)}",
+            hint="start one with `ray start --head`, or give --ray auto for one on this machine",
+        ) from error
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The nodes that are alive: "id", "address" and "cpus"."""
+    import ray
+
+    return [
+        {
+            "id": each["NodeID"],
+            "address": each["NodeManagerAddress"],
+            "cpus": int(each["Resources"].get("CPU", 0)),
+        }
+        for each in ray.nodes()
+        if each["Alive"]
+    ]
+
+
+def refusal_of(error: BaseException) -> QrunError | None:
+    """The refusal of ours that lies in an error of Ray's, which wraps whatever a worker raises."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, QrunError):
+            return seen
+        inner = getattr(seen, "cause", None)
+        if isinstance(inner, QrunError):
+            return inner
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, for a message of ours."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
