@@ -71,7 +71,7 @@ NOT_RUN = {
     ),
     r"pip (install|uninstall|config) .*": _NETWORK,
     r"make (test|lint|interop|demo)|make test-(slow|matrix|planted|mutations|docs|schemas|kills)": _CHECK_ALL,
-    r"make (benchmark|compare)": _HOURS,
+    r"make (benchmark|compare|soak)": _HOURS,
     r"make test-gpu": _GPU,
     r".*GPTQ-Int4.*": "tests/qconvert/test_quantised.py runs these on tiny checkpoints",
     r"qconvert .* --adapter .*": "an adapter of the user's: tests/qconvert/test_adapters.py runs these",
