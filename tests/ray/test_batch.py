@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from qrun.batch import running
 from qrun.batch.asking import Defaults
 from qrun.batch.opening import Wanted
 from qrun.errors import QrunError
+from qrun.scaling.cluster import nodes
 from tests.ray.conftest import LINES, until, written
 
 WORKER = "Worker"
@@ -117,11 +120,24 @@ def test_a_node_that_leaves_loses_and_doubles_nothing(run, order, alone, cluster
     assert answers(written(order.output)) == alone(order)
 
 
-def test_a_node_that_joins_works_too(run, order, alone, cluster):
-    meanwhile = Meanwhile(order, lambda: cluster.add_node(num_cpus=2))
-    summary = run()
-    meanwhile.check()
-    assert summary["nodes"] == 3
+def test_a_node_that_joins_in_the_middle_loses_and_doubles_nothing(run, order, alone, cluster):
+    joined = []
+
+    def join():
+        ray = Path(sys.executable).with_name("ray")
+        command = [ray, "start", "--address", cluster.address, "--num-cpus", "2", "--block"]
+        joined.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+    meanwhile = Meanwhile(order, join)
+    try:
+        run()
+        meanwhile.check()
+        assert joined[0].poll() is None
+        until(lambda: len(nodes()) == 3, 60)
+    finally:
+        for process in joined:
+            process.terminate()
+            process.wait(60)
     assert answers(written(order.output)) == alone(order)
 
 
@@ -224,8 +240,17 @@ def test_another_folder_on_one_node_is_told_before_anything_runs(order, model, t
         found.shutdown()
 
 
-def test_nothing_that_ray_starts_reports_its_use(cluster, run, order):
-    run(replace(order, defaults=Defaults(1, {"temperature": 0})))
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        if "ray::" in " ".join(process.info["cmdline"] or ()):
-            assert (process.info["environ"] or {}).get("RAY_USAGE_STATS_ENABLED") == "0"
+def test_a_cluster_that_is_started_here_does_not_report_its_use():
+    """Ray does by default; asked here, and in a process of the cluster."""
+    program = (
+        "from qrun.scaling.cluster import join\n"
+        "join('local')\n"
+        "import ray\n"
+        "from ray._common.usage.usage_lib import usage_stats_enabled\n"
+        "print(usage_stats_enabled(), ray.get(ray.remote(usage_stats_enabled).remote()))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "RAY_USAGE_STATS_ENABLED"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "False"], done.stdout
