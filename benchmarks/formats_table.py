@@ -1,7 +1,8 @@
 """The sample model in every format that is read, exported and proven: the table of docs/quantised.md.
 
-``make formats-table`` makes the environment and measures all rows, a minute or two each. Rows that were
-measured before stay in the JSON file, so that they can be made one at a time.
+``make formats-table`` makes the environment and measures all rows, a minute or two each; --layers 4 takes the
+first layers alone, and a quarter of the time. Rows that were measured before stay in the JSON file, so that
+they can be made one at a time.
 The files are made by the programs that define the formats: GPTQModel, AutoAWQ and compressed-tensors pack the
 matrices (rounded to nearest, so that no calibration is needed), llama.cpp's llama-quantize makes GGUF files.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from qconvert.checkpoint.hub import resolve_source
 from qconvert.checkpoint.load import open_checkpoint
@@ -117,6 +119,22 @@ def _packed(
 
     rewrite(made, None, cast, re.compile(r"(norm|embed_tokens)\.weight$|\.bias$"))
     return rewrite(made, config, change)
+
+
+def first_layers(sample: Path, folder: Path, count: int) -> Path:
+    """The sample without its later layers: it makes no sense any more, and is rounded as the whole is."""
+    made = shutil.copytree(sample, folder)
+    tensors = load_file(made / "model.safetensors")
+    layer = re.compile(r"model\.layers\.(\d+)\.")
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if (found := layer.match(name)) is None or int(found[1]) < count
+    }
+    save_file(kept, made / "model.safetensors", {"format": "pt"})
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "num_hidden_layers": count}))
+    return made
 
 
 def _version_of(package: str, title: str) -> Callable[[], str]:
@@ -240,6 +258,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"all if none is named: {', '.join(ROWS)}")
     parser.add_argument("--sample", type=Path, default=Path(".cache/tests/sample-model"))
     parser.add_argument("--llama-quantize", type=Path, metavar="PROGRAM", help="llama.cpp's, for GGUF rows")
+    parser.add_argument("--layers", type=int, help="of the sample, the first ones; all of them by default")
     parser.add_argument("--missing", action="store_true", help="only rows that were not measured before")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/formats.json"))
     arguments = parser.parse_args()
@@ -252,9 +271,10 @@ def main() -> None:
         if name.startswith("gguf-") and arguments.llama_quantize is None and not arguments.rows:
             continue  # said by the table, which keeps what was measured before
         with tempfile.TemporaryDirectory() as scratch:
-            measured[name] = measure(
-                ROWS[name], arguments.sample, Path(scratch), Tools(arguments.llama_quantize)
-            )
+            sample = arguments.sample
+            if arguments.layers is not None:
+                sample = first_layers(sample, Path(scratch) / "sample", arguments.layers)
+            measured[name] = measure(ROWS[name], sample, Path(scratch), Tools(arguments.llama_quantize))
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))
