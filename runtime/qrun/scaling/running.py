@@ -157,7 +157,12 @@ def _answer(
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
     rows = ray.data.read_datasource(Rows(paths, wanted.format))
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=workers, max_tasks_in_flight_per_actor=2)
+    pool = ray.data.ActorPoolStrategy(
+        min_size=1,
+        initial_size=_fitting(work["cpus"], workers),
+        max_size=workers,
+        max_tasks_in_flight_per_actor=2,
+    )
     answered = rows.repartition(target_num_rows_per_block=TABLE).map_batches(
         Worker,
         fn_constructor_args=(Work(**work),),
@@ -177,6 +182,18 @@ def _answer(
             f"Ray could not complete the job: {first_line(error)}"
         ) from error
     return sink.written, read
+
+
+def _fitting(cpus: int, workers: int | None) -> int:
+    """Workers that there is room for now, with one CPU left for reading and writing.
+
+    A pool that begins with one worker gives it all tables of a short job, and leaves nothing for others.
+    """
+    here: list[int] = [each["cpus"] for each in nodes()]
+    found = sum(each // cpus for each in here)
+    if found * cpus >= sum(here):
+        found -= 1
+    return max(1, min(found, workers or found))
 
 
 def _shelf(folder: Folder) -> Any:
