@@ -248,6 +248,8 @@ def test_ctrl_c_says_how_to_go_on(signal, tmp_path):
     command = [sys.executable, "-m", "tests.batch.fake_command", source, "--output", output, "--rows", "2"]
     code = (
         "import os, runpy, signal, sys, threading, time\n"
+        # Whoever starts the tests behind nohup has told its children to ignore Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def kill():\n"
         f"    while not (os.path.exists({str(output) + SUFFIX + '/answers'!r})\n"
         f"               and os.path.getsize({str(output) + SUFFIX + '/answers'!r})): time.sleep(0.01)\n"
