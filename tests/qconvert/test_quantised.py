@@ -146,6 +146,7 @@ def test_matrices_that_read_one_input_in_one_order_share_a_gather(tmp_path: Path
     assert sum(len(node.outputs[0].uses()) for node in in_order) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gptq: an order of inputs", "gptq: 8 bits, symmetric", "awq"])
 @pytest.mark.parametrize(
     "options",
@@ -184,6 +185,7 @@ def test_every_option_of_an_export_works_with_it(
         }[options["precision"]] in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("options", [{}, {"prefill": True, "int8_kv_cache": True}], ids=["alone", "with all"])
 def test_embedding_and_head_may_be_rounded_to_8_bits(
