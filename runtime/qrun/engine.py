@@ -28,7 +28,7 @@ from qrun.decoding.prefix_files import empty_states, load_prefixes, prefix_file,
 from qrun.decoding.scheduler import Scheduler
 from qrun.decoding.sequence import Failed, Finished, Scored, Scoring
 from qrun.decoding.slots import Slots
-from qrun.decoding.speculation import Speculation
+from qrun.decoding.speculation import new_speculation
 from qrun.errors import QrunError
 from qrun.model import Model
 from qrun.sampling.constraint import Constraint, Schema
@@ -44,7 +44,7 @@ class Engine:
         model: what it answers with.
         slots: how many answers advance together at most.
         prefixes: the kept beginnings of prompts; None where none are kept.
-        speculation: what was learnt of guesses, tried while one answer decodes alone, if ``model.speculate``.
+        speculation: what was learnt of guesses, tried while one answer decodes alone: see ``Model``.
 
     Args:
         model: an opened model folder. Nobody else may use its session meanwhile.
@@ -84,7 +84,7 @@ class Engine:
         self._running: dict[int, Call] = {}
         self._closing = False
         self.prefixes = PrefixCache(prefix_bytes, GRAIN) if prefix_bytes else None
-        self.speculation = Speculation() if model.speculate else None
+        self.speculation = new_speculation(model.session, speculate=model.speculate, draft=model.draft)
         self._scheduler = self._new_scheduler()
         self._prefix_file: Path | None = None
         if self.prefixes is not None and prefix_folder is not None:

@@ -27,6 +27,7 @@ from qrun.backends.opening import Opening, open_session
 from qrun.backends.session import Session
 from qrun.backends.token_ids import as_token_ids
 from qrun.chat import Chat, template_of
+from qrun.decoding.draft import Draft
 from qrun.decoding.generate import Context, check_prompt
 from qrun.folder.manifest import Manifest, find_model_folder
 from qrun.sampling.constraint import Constraint, Grammars, Schema, Vocabulary
@@ -51,6 +52,7 @@ class Model:
         even_steps: whether an engine's steps have an even number of rows (see ``Slots``), which costs one row
             at most and gives int4 in long blocks the same answers in any company.
         speculate: whether new contexts try several tokens in one step where the text repeats itself.
+        draft: whose guesses they try in one step; see ``use_draft``.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Model:
         self.generation_config = generation_config or {}
         self.literal = False
         self.speculate = False
+        self.draft: Draft | None = None
         self.even_steps = False
         self._grammars = Grammars(self._vocabulary)
 
@@ -114,7 +117,21 @@ class Model:
 
     def new_context(self) -> Context:
         """An empty KV cache. Prompts that are given the same one share their common beginning."""
-        return Context(self.session, speculate=self.speculate)
+        return Context(self.session, speculate=self.speculate, draft=self.draft)
+
+    def use_draft(self, path: str | Path, **options: Unpack[Opening]) -> None:
+        """From now on a smaller model guesses tokens for new contexts, which are tried several in one step.
+
+        An answer does not depend on what is guessed, but for the last bits of logits, as with ``speculate``.
+
+        Args:
+            path: the draft's folder, or the .onnx in it. Its tokenizer is the same as this model's.
+            options: how it is opened, see ``Opening``.
+
+        Raises:
+            QrunError: it is a plan, it has another vocabulary, or it cannot be opened.
+        """
+        self.draft = Draft.open(path, self.manifest.folder, **options)
 
     def constraint(
         self, *, schema: Schema | None = None, regex: str | None = None, grammar: str | None = None

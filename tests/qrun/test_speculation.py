@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from qrun.backends.opening import open_session
 from qrun.cli.main import main
+from qrun.decoding.gains import StepCosts
 from qrun.decoding.generate import Context, Event, Finished, Token, generate
 from qrun.decoding.guesses import TextGuesses
-from qrun.decoding.speculation import Speculation, StepCosts
+from qrun.decoding.speculation import Speculation
 from qrun.errors import QrunError
 from qrun.sampling.params import SamplingParams
 from tests.fakes import FakeSession, fake_manifest

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from qrun.backends.session import Session
+from qrun.decoding.draft import Draft
 from qrun.decoding.generate import Context, generate
 from qrun.decoding.scheduler import PREFILL_CHUNK, Scheduler
 from qrun.decoding.sequence import Finished, Sequence, Token
@@ -100,6 +101,7 @@ def measure(
     repetitions: int,
     chunk: int = PREFILL_CHUNK,
     speculate: bool = False,
+    draft: Draft | None = None,
 ) -> Iterator[Measured]:
     """Run a workload once to warm up and then ``repetitions`` times; yields after each counted round.
 
@@ -112,7 +114,7 @@ def measure(
     _check(session.manifest, workload, chunk)
     one_round: Callable[[], Round]
     if workload.rows == 1:
-        one_round = _Alone(session, workload, chunk, speculate=speculate)
+        one_round = _Alone(session, workload, chunk, speculate=speculate, draft=draft)
     else:
         one_round = _Together(session, workload, chunk)
     rounds: list[Round] = []
@@ -126,10 +128,12 @@ def measure(
 class _Alone:
     """A round with one row, through ``generate``."""
 
-    def __init__(self, session: Session, workload: Workload, chunk: int, *, speculate: bool) -> None:
+    def __init__(
+        self, session: Session, workload: Workload, chunk: int, *, speculate: bool, draft: Draft | None
+    ) -> None:
         self._workload, self._chunk = workload, chunk
-        self._ids = _prompts(session, workload)[0]
-        self._context = Context(session, speculate=speculate)
+        self._ids = _prompts(workload, session, *(() if draft is None else (draft.session,)))[0]
+        self._context = Context(session, speculate=speculate, draft=draft)
         _fill(self._context.slots, [self._ids], workload.depth, chunk)
 
     def __call__(self) -> Round:
@@ -153,7 +157,7 @@ class _Together:
     def __init__(self, session: Session, workload: Workload, chunk: int) -> None:
         self._workload, self._chunk = workload, chunk
         self._limit = session.manifest.model.context_length
-        self._ids = _prompts(session, workload)
+        self._ids = _prompts(workload, session)
         self._slots = Slots(session, workload.rows)
         _fill(self._slots, self._ids, workload.depth, chunk)
 
@@ -181,12 +185,12 @@ class _Together:
         return Round(decoding - started, ended - decoding, fmean(firsts))
 
 
-def _prompts(session: Session, workload: Workload) -> list[list[int]]:
+def _prompts(workload: Workload, *sessions: Session) -> list[list[int]]:
+    """Random tokens that all of the models know."""
+    vocab_size = min(session.manifest.model.vocab_size for session in sessions)
     total = workload.depth + workload.prompt_tokens
     shape = (workload.rows, total)
-    found: list[list[int]] = (
-        np.random.default_rng(0).integers(0, session.manifest.model.vocab_size, shape).tolist()
-    )
+    found: list[list[int]] = np.random.default_rng(0).integers(0, vocab_size, shape).tolist()
     return found
 
 
@@ -209,15 +213,15 @@ def workloads(
     ]
 
 
-def conditions(session: Session, load_seconds: float) -> dict[str, Any]:
+def conditions(session: Session, load_seconds: float, draft: Draft | None = None) -> dict[str, Any]:
     """What a figure depends on: machine, versions, model and device; ``peak_rss_bytes`` is this process's."""
-    manifest = session.manifest
+    models = {"model": session, **({} if draft is None else {"draft": draft.session})}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": _machine(),
         "device": session.device,
         "versions": _versions(),
-        "model": {"name": manifest.name, "precision": manifest.precision, **_identity(session)},
+        **{name: _model(each) for name, each in models.items()},
         "load_seconds": load_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
     }
@@ -245,6 +249,10 @@ def _check(manifest: Manifest, workload: Workload, chunk: int) -> None:
             f"generated tokens{rows} exceed the context of {manifest.model.context_length:,}",
             hint="measure shorter lengths",
         )
+
+
+def _model(session: Session) -> dict[str, Any]:
+    return {"name": session.manifest.name, "precision": session.manifest.precision, **_identity(session)}
 
 
 def _identity(session: Session) -> dict[str, Any]:

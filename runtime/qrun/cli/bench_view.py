@@ -66,12 +66,12 @@ def as_csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def as_lines(facts: Mapping[str, Any]) -> list[str]:
     """What the figures depend on, in a few lines of up to 80 columns."""
-    machine, model = facts["machine"], facts["model"]
+    machine = facts["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return [
         "",
-        f"{model['name']}, {model['precision']}, {model['bytes'] / 1e6:,.1f} MB, "
-        f"sha256 {model['sha256'][:12]}",
+        _model(facts["model"]),
+        *([f"draft: {_model(facts['draft'])}"] if "draft" in facts else []),
         f"{machine['cpu']} ({', '.join(machine['cpu_flags']) or 'no known flags'})",
         f"{facts['device']}; {versions}",
         f"medians (range); load {facts['load_seconds']:.2f} s, "
@@ -84,3 +84,8 @@ def _rate(middle: float | None, found: Sequence[float] | None) -> str:
         return "-"
     digits = 0 if middle >= 100 else 1
     return f"{middle:,.{digits}f} ({found[0]:,.{digits}f}-{found[1]:,.{digits}f})"
+
+
+def _model(facts: Mapping[str, Any]) -> str:
+    size = f"{facts['bytes'] / 1e6:,.1f} MB"
+    return f"{facts['name']}, {facts['precision']}, {size}, sha256 {facts['sha256'][:12]}"

@@ -24,7 +24,9 @@ from qrun.cli.info import check, describe, lines
 from qrun.cli.lines import decode_input
 from qrun.cli.options import (
     COUNTS,
+    draft_option,
     model_options,
+    open_draft,
     open_engine,
     open_model,
     read_schema,
@@ -63,6 +65,7 @@ def main() -> None:
 @template_option
 @thinking_option
 @speculate_option
+@draft_option
 @click.option("--literal", is_flag=True, help="Special tokens in what is typed stay text.")
 @click.option("--system", help="The system message. [default: what the chat template says]")
 def chat(system: str | None, literal: bool, thinking: bool | None, **options: Any) -> None:
@@ -95,6 +98,7 @@ def chat(system: str | None, literal: bool, thinking: bool | None, **options: An
 @template_option
 @thinking_option
 @speculate_option
+@draft_option
 @click.option("--literal", is_flag=True, help="Special tokens in the prompt stay text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option("--schema", type=click.Path(path_type=Path), help="A JSON schema that the answer fits.")
@@ -211,6 +215,7 @@ def info(path: Path, check_hashes: bool, as_json: bool) -> None:
     help="Prompts at once. Rates are of all of them together.",
 )
 @speculate_option
+@draft_option
 @click.option(
     "-r",
     "--repetitions",
@@ -229,6 +234,7 @@ def bench(
     rows: tuple[int, ...],
     repetitions: int,
     speculate: bool,
+    draft: Path | None,
     as_json: bool,
     as_csv: bool,
     **options: Any,
@@ -240,21 +246,24 @@ def bench(
     """
     if as_json and as_csv:
         raise click.UsageError("Give either --json or --csv.")
-    if speculate and rows != (1,):
-        raise click.UsageError("--speculate is for one answer at a time: --rows 1.")
+    if (speculate or draft is not None) and rows != (1,):
+        given = "--speculate" if speculate else "--draft"
+        raise click.UsageError(f"{given} is for one answer at a time: --rows 1.")
     started = perf_counter()
     session = open_engine(**options)
+    guessing = None if draft is None else open_draft(draft, **options)
     load_seconds = perf_counter() - started
     measured: list[Measured] = []
+    rounds: dict[str, Any] = {"repetitions": repetitions, "speculate": speculate, "draft": guessing}
     for workload in workloads(prompts, generated, depths, rows):
         what = (
             f"prompt {workload.prompt_tokens:,}, new {workload.generated_tokens:,}, depth {workload.depth:,}"
             + (f", rows {workload.rows}" if workload.rows > 1 else "")
         )
         with working(f"measuring: {what}"):
-            *_, result = measure(session, workload, repetitions=repetitions, speculate=speculate)
+            *_, result = measure(session, workload, **rounds)
         measured.append(result)
-    facts = conditions(session, load_seconds)
+    facts = conditions(session, load_seconds, guessing)
     common = {name: facts[name] for name in ("load_seconds", "peak_rss_bytes")}
     results = [{**result.to_json(), **common} for result in measured]
     if as_json:
@@ -263,7 +272,7 @@ def bench(
         click.echo(as_csv_text(results), nl=False)
     else:
         Console().print(as_table(measured))
-        if speculate:
+        if speculate or guessing is not None:
             click.echo(as_guesses(measured))
         for line in as_lines(facts):
             click.echo(printable(line))

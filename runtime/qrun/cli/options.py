@@ -13,6 +13,7 @@ from qrun.backends.opening import Device, Opening, open_session
 from qrun.backends.session import Session
 from qrun.cli.info import check
 from qrun.cli.terminal import note, size, warn, working
+from qrun.decoding.draft import Draft
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest
 from qrun.machine import available_memory
@@ -146,6 +147,31 @@ def speculate_option(command: Command) -> Command:
     )(command)
 
 
+def draft_option(command: Command) -> Command:
+    """--draft, for commands that decode one answer at a time."""
+    return click.option(
+        "--draft",
+        type=click.Path(path_type=Path),
+        help="A smaller model of the same tokenizer; what it guesses is tried several tokens in one step.",
+    )(command)
+
+
+def open_draft(draft: Path, *, engine: Path, verbose: bool = False, **options: Unpack[Opening]) -> Draft:
+    """Open what --draft names, as the model itself is opened.
+
+    Raises:
+        QrunError: see ``Draft.open``.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    with working(f"opening {draft}"):
+        found = Draft.open(draft, engine, **cast("Opening", given))
+    if verbose:
+        manifest = found.session.manifest
+        context = f"context {manifest.model.context_length:,} tokens"
+        note(f"draft: {manifest.name}, {manifest.precision}, {context}")
+    return found
+
+
 def sampling_options(command: Command) -> Command:
     """What the sampler may be asked; what is not given comes from the model's generation_config.json."""
     return _decorated(command, _SAMPLING_OPTIONS)
@@ -217,6 +243,7 @@ def open_model(
     verbose: bool,
     chat_template: str | None = None,
     speculate: bool = False,
+    draft: Path | None = None,
     **options: Unpack[Opening],
 ) -> Model:
     """Open what the model options name, and tell about it where that was asked.
@@ -234,6 +261,8 @@ def open_model(
         note(f"edited since the export: {', '.join(edited)}")
     if verbose:
         tell_model(model)
+    if draft is not None:
+        model.draft = open_draft(draft, engine=engine, verbose=verbose, **options)
     return model
 
 

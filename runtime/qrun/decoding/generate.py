@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qrun.backends.kvcache import KVCache
 from qrun.backends.session import LogitsFor, Session
+from qrun.decoding.draft import Draft
 from qrun.decoding.scheduler import PREFILL_CHUNK, Scheduler
 from qrun.decoding.sequence import (
     Failed,
@@ -22,7 +23,7 @@ from qrun.decoding.sequence import (
     check_prompt,
 )
 from qrun.decoding.slots import Slots
-from qrun.decoding.speculation import Speculation
+from qrun.decoding.speculation import new_speculation
 from qrun.sampling.constraint import Constraint
 from qrun.sampling.params import SamplingParams
 
@@ -48,15 +49,16 @@ class Context:
     Args:
         session: runs the model.
         speculate: try several tokens in one step where the text repeats itself.
+        draft: a smaller model of the same vocabulary, whose guesses are tried in one step.
 
     Attributes:
         speculation: what was learnt about guesses and steps so far; None if none are tried.
     """
 
-    def __init__(self, session: Session, *, speculate: bool = False) -> None:
+    def __init__(self, session: Session, *, speculate: bool = False, draft: Draft | None = None) -> None:
         self.session = session
         self.slots = Slots(session)
-        self.speculation = Speculation() if speculate else None
+        self.speculation = new_speculation(session, speculate=speculate, draft=draft)
 
     @property
     def cache(self) -> KVCache:

@@ -145,7 +145,7 @@ class Scheduler:
         sequence.guessed += len(guesses)
         goes_on = self._choose(sequence, logits[0], events)
         for guess, following in zip(guesses, logits[1:]):
-            if not goes_on or sequence.token_ids[-1] != guess:
+            if not goes_on or not _came_true(guess, sequence):
                 break
             sequence.accepted += 1
             goes_on = self._choose(sequence, following, events)
@@ -248,3 +248,8 @@ class Scheduler:
         self._decoding.pop()
         if self._reading is not None:
             self._slots.move(last + 1, last)
+
+
+def _came_true(guess: int, sequence: Sequence) -> bool:
+    """Whether a sequence has chosen by itself what was guessed, so that the logits behind it are its own."""
+    return sequence.token_ids[-1] == guess

@@ -117,6 +117,7 @@ class Sequence:
         read: tokens of the prompt that are in the cache.
         finish_reason: None until the answer has come to its end.
         cancelled: whether somebody has asked it to end.
+        ends: the tokens that end it.
         guessed, accepted: tokens that were tried in steps of several tokens, and those that came true.
 
     Args:
@@ -150,7 +151,7 @@ class Sequence:
         self._params = params
         self._constraint = constraint
         self._sampler: Sampler | None = None
-        self._ends = frozenset() if params.ignore_eos else frozenset(params.eos_token_ids)
+        self.ends = frozenset() if params.ignore_eos else frozenset(params.eos_token_ids)
         room = context_length - len(prompt_ids) + 1  # the last token is sampled, and not fed
         self._budget = room if params.max_tokens is None else min(params.max_tokens, room)
         self._at_budget: FinishReason = "context" if self._budget == room else "length"
@@ -227,9 +228,9 @@ class Sequence:
         if self._sampler is None:
             self._sampler = Sampler(self._params, self.prompt_ids)
         # The constraint comes before biases and penalties, so that they cannot bring back what it rules out.
-        masked = logits if self._constraint is None else self._constraint.mask(logits, self._ends)
+        masked = logits if self._constraint is None else self._constraint.mask(logits, self.ends)
         token_id = self._sampler.sample(masked)
-        if token_id in self._ends:
+        if token_id in self.ends:
             return [self.finish("eos")]
         if self._constraint is not None:
             self._constraint.accept(token_id)

@@ -84,6 +84,10 @@ class Tokenizer:
         """One more than the highest token id; ids may have gaps."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def texts(self) -> dict[int, str]:
+        """Every token by its id, added ones included, as the vocabulary spells it."""
+        return {key: text for text, key in self._backend.get_vocab(with_added_tokens=True).items()}
+
     def to_json(self) -> str:
         """What tokenizer.json holds, for other libraries."""
         return self._backend.to_str()
