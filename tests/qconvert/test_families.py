@@ -60,7 +60,14 @@ def qwen3(made: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(made("qwen3"), tmp_path / "qwen3"))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+# What differs most from fp32; `make test-slow` exports the others.
+AT_ONCE = ({"precision": "int8"}, {"target": "tensorrt", "precision": "bf16"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(each, marks=() if each in AT_ONCE else pytest.mark.slow, id=str(each)) for each in OPTIONS],
+)
 @pytest.mark.parametrize("family", OTHERS)
 def test_every_family_passes_every_proof(
     made: Callable[[str], Path], tmp_path: Path, family: str, options: dict[str, Any]

@@ -72,7 +72,13 @@ def test_a_checkpoint_is_what_its_writer_meant(tmp_path: Path, kind: str) -> Non
         assert torch.equal(weights.rows(name, rows), matrix.floats[rows]), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# One of each maker's and one with an order of inputs; `make test-slow` exports the others.
+AT_ONCE = ("gptq: 4 bits", "gptq: an order of inputs, 8 bits", "awq", "compressed-tensors: integers of 8 bits")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in AT_ONCE else pytest.mark.slow) for kind in KINDS]
+)
 def test_it_is_exported_with_its_own_codes(tmp_path: Path, kind: str) -> None:
     make, settings = KINDS[kind]
     written = make(tmp_path / "model", **settings)
