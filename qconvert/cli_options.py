@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
+
+from qconvert.recipes.choose import QUALITIES
 
 # Options that `qconvert export --engine` shares with `qconvert build`, which has more of them.
 _BUILD_OPTIONS = (
@@ -33,6 +35,33 @@ def build_options(command: Any) -> Any:
     for option in reversed(_BUILD_OPTIONS):
         command = option(command)
     return command
+
+
+quality_option = click.option(
+    "--quality",
+    type=click.Choice(list(QUALITIES)),
+    help="A precision and a recipe by how exact they are, for --target onnxruntime: fast is "
+    "--precision int4, balanced --precision int4 --recipe awq-mixed, best --precision int8.",
+)
+
+
+def of_quality(quality: str | None, other_target: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options for which ``--quality`` stands.
+
+    Raises:
+        UsageError: it contradicts another option.
+    """
+    if quality is None:
+        return {}
+    given = [name for name in ("precision", "recipe") if options[name] is not None]
+    if given or other_target:
+        other = f"--{given[0]}" if given else "TensorRT"
+        raise click.UsageError(
+            f"--quality chooses for --target onnxruntime, and not together with {other}: "
+            "leave it out, or use --precision and --recipe alone."
+        )
+    precision, recipe = QUALITIES[quality]
+    return {"precision": precision, "recipe": recipe}
 
 
 def adapter_option(help_text: str) -> Callable[[Any], Any]:

@@ -17,11 +17,18 @@ from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.kept import keepable
 from qconvert.recipes.precisions import Capabilities, base_recipe, recipe_for
 
-# Balance inputs, round in groups; round to nearest; GPTQ in few bits; GPTQ with more bits where they matter.
-RECIPES = ("awq", "rtn", "gptq", "gptq-mixed")
+# Balance inputs, round in groups; round to nearest; GPTQ. "mixed": with more bits where they matter.
+RECIPES = ("awq", "awq-mixed", "rtn", "gptq", "gptq-mixed")
+# The formats of a choice between size and exactness; docs/figures.md, "Quality", shows what each costs.
+QUALITIES: Mapping[str, tuple[str, str | None]] = {
+    "fast": ("int4", None),
+    "balanced": ("int4", "awq-mixed"),
+    "best": ("int8", None),
+}
 # Tokens of the calibration text that a recipe reads at most; twice as many gain awq nothing.
 _TOKENS = {"awq": 4_096, "gptq": 16384}
-_MIXED_BLOCK = 32  # weights in a block of "gptq-mixed"
+_MIXED = "-mixed"
+_MIXED_BLOCK = 32  # weights in a block of a mixed recipe
 _SEVERAL = "leave --recipe and --calibrate out, or use --target onnxruntime --precision int4"
 
 
@@ -32,7 +39,7 @@ class Wishes:
     Attributes:
         precision: of the weights.
         block_size: weights that share a scale.
-        recipe: one of ``RECIPES``. "gptq" where there is a calibration text; else "awq" for 4 bits of a
+        recipe: one of ``RECIPES``. None: "gptq" where there is a calibration text; else "awq" for 4 bits of a
             target that can be calibrated, if the checkpoint's tokenizer can read a text; else "rtn".
         calibrate: the file of a calibration text, or "default" for the package's own.
         prefill: whether a second graph reads prompts.
@@ -107,23 +114,23 @@ def choose(
     precision = wishes.precision or target.precisions[0]
     usual = "awq" if precision == "int4" and target.calibrated else "rtn"
     name = _recipe_name(wishes, usual if reads_text else "rtn")
-    if name == "awq" and not reads_text:
+    if name.startswith("awq") and not reads_text:
         raise QconvertError(
-            "--recipe awq looks at the model's activations on a text, and the checkpoint has no "
+            f"--recipe {name} looks at the model's activations on a text, and the checkpoint has no "
             "tokenizer for its vocabulary",
             hint="use --recipe rtn, or put the tokenizer beside the weights",
         )
     recipe = base_recipe(precision, wishes.block_size, target, spec)
     if name != "rtn":
         recipe = _calibrated(recipe, name, wishes.block_size, target, spec)
-    if name != "gptq-mixed":
+    if not name.endswith(_MIXED):
         recipe = _with_shortlist(recipe, spec)
     if wishes.prefill:
         recipe = _with_prefill_graph(recipe, target, spec)
     if wishes.int8_kv_cache:
         recipe = _with_int8_kv_cache(recipe, target)
     called = precision if name == usual else f"{precision}-{name}"
-    return Choice(recipe, called, None if name == "rtn" else "awq" if name == "awq" else "gptq")
+    return Choice(recipe, called, _method_of(name))
 
 
 def _keep(
@@ -164,6 +171,10 @@ def _keep(
     return Choice(recipe, f"{precision}-kept")
 
 
+def _method_of(name: str) -> Literal["awq", "gptq"] | None:
+    return None if name == "rtn" else "awq" if name.startswith("awq") else "gptq"
+
+
 def _recipe_name(wishes: Wishes, usual: str) -> str:
     name = wishes.recipe or (usual if wishes.calibrate is None else "gptq")
     if name not in RECIPES:
@@ -184,7 +195,7 @@ def _calibrated(
         )
     assert isinstance(linear, BlockFormat)
     assert head is not None
-    if name in ("awq", "gptq"):
+    if not name.endswith(_MIXED):
         # The formats of plain int4 except for the scales' type, so that graph and speed are the same.
         return replace(
             recipe,

@@ -37,6 +37,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"precision": "int4", "recipe": "rtn", "prefill": True},
     {"precision": "int4", "recipe": "rtn", "int8_kv_cache": True},
     {"precision": "int4", "recipe": "awq"},
+    {"precision": "int4", "recipe": "awq-mixed"},
+    {"precision": "int4", "recipe": "awq-mixed", "prefill": True, "int8_kv_cache": True},
     {"precision": "int4", "recipe": "gptq"},
     {"precision": "int4", "recipe": "gptq-mixed"},
     {"precision": "int4", "recipe": "gptq", "prefill": True, "int8_kv_cache": True},

@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"precision": "int8"},
     "int8, 8-bit cache": {"precision": "int8", "int8_kv_cache": True},
     "int4 awq": {"precision": "int4", "recipe": "awq"},
+    "int4 awq-mixed": {"precision": "int4", "recipe": "awq-mixed"},
     "int4 rtn": {"precision": "int4", "recipe": "rtn"},
     "int4 gptq": {"precision": "int4", "recipe": "gptq"},
     "int4 gptq-mixed": {"precision": "int4", "recipe": "gptq-mixed"},

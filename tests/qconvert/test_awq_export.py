@@ -49,20 +49,31 @@ def test_the_command_publishes_a_verified_folder_and_nothing_else(
     assert len(read_factors(folder)) == 4 * 3
 
 
+ONE_KV_HEAD = {"num_attention_heads": 5, "num_key_value_heads": 1}
+
+
 @pytest.mark.parametrize(
-    ("sizes", "more"),
+    ("recipe", "sizes", "more"),
     [
-        ({"vocab_size": 4096}, ()),
-        ({"vocab_size": 4096}, ("--prefill", "int8", "--kv-cache", "int8")),
-        ({"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6}, ("--prefill", "int8")),
+        ("awq", {"vocab_size": 4096}, ()),
+        ("awq", {"vocab_size": 4096}, ("--prefill", "int8", "--kv-cache", "int8")),
+        (
+            "awq",
+            {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6},
+            ("--prefill", "int8"),
+        ),
+        ("awq-mixed", {"vocab_size": 4096}, ()),
+        ("awq-mixed", {"vocab_size": 4096}, ("--prefill", "int8", "--kv-cache", "int8")),
+        # Blocks of 8 bits of 16 weights: nothing longer divides a row.
+        ("awq-mixed", {"hidden_size": 80, "intermediate_size": 144} | ONE_KV_HEAD, ()),
     ],
 )
 def test_it_is_verified_with_all_that_an_export_can_have(
-    tmp_path: Path, sizes: dict[str, int], more: tuple[str, ...]
+    tmp_path: Path, recipe: str, sizes: dict[str, int], more: tuple[str, ...]
 ) -> None:
     """Both graphs share the KV cache, and with it the factors of the values; their norms are their own."""
     folder = make_tiny_checkpoint(tmp_path / "model", **sizes)
-    result = run("export", folder, "--precision", "int4", "--recipe", "awq", *more, "-o", tmp_path / "out")
+    result = run("export", folder, "--precision", "int4", "--recipe", recipe, *more, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert read_manifest(tmp_path / "out").verification == "passed"
 
@@ -76,9 +87,43 @@ def test_without_a_tokenizer_weights_are_rounded_to_nearest_and_the_user_is_told
     assert result.exit_code == 0, result.output
     assert "no tokenizer for its vocabulary" in " ".join(result.output.split())
     assert read_manifest(tmp_path / "tied-onnx-int4-rtn").recipe.method is None
-    refused = run("export", tied, "--precision", "int4", "--recipe", "awq", "--no-verify", "-o", "other")
-    assert refused.exit_code == 1
-    assert "use --recipe rtn" in " ".join(refused.output.split())
+    for more in (("--precision", "int4", "--recipe", "awq"), ("--quality", "balanced")):
+        refused = run("export", tied, *more, "--no-verify", "-o", "other")
+        assert refused.exit_code == 1
+        assert "use --recipe rtn" in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize(
+    ("quality", "name"), [("fast", "int4"), ("balanced", "int4-awq-mixed"), ("best", "int8")]
+)
+def test_a_quality_stands_for_a_precision_and_a_recipe(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quality: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("export", tied, "--quality", quality)
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / f"tied-onnx-{name}")
+    assert manifest.verification == "passed"
+    if quality == "balanced":
+        assert manifest.raw["recipe"]["exceptions"]["down_proj"]["bits"] == 8
+
+
+@pytest.mark.parametrize(
+    ("more", "other"),
+    [
+        (("--precision", "int8"), "--precision"),
+        (("--recipe", "gptq"), "--recipe"),
+        (("--target", "tensorrt"), "TensorRT"),
+        (("--engine",), "TensorRT"),
+    ],
+)
+def test_a_quality_and_what_contradicts_it_are_refused(
+    tied: Path, tmp_path: Path, more: tuple[str, ...], other: str
+) -> None:
+    result = run("export", tied, "--quality", "best", *more, "-o", tmp_path / "out")
+    assert result.exit_code != 0
+    assert f"not together with {other}" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_has_the_graph_and_the_bytes_of_gptq(exporter: Exporter) -> None:

@@ -87,6 +87,7 @@ def even_folding(spec: DecoderSpec, recipe: Recipe) -> Folding:
         ("int4", {"precision": "int4", "int8_kv_cache": True}),
         ("int4", {"precision": "int4"}),
         ("int4 --recipe rtn", {"precision": "int4", "recipe": "rtn"}),
+        ("int4 --recipe awq-mixed", {"precision": "int4", "recipe": "awq-mixed"}),
         ("int4 --recipe gptq", {"precision": "int4", "recipe": "gptq"}),
         ("int4 --recipe gptq-mixed", {"precision": "int4", "recipe": "gptq-mixed"}),
         ("int4 --prefill int8", {"precision": "int4", "prefill": True}),

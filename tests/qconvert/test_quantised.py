@@ -73,7 +73,12 @@ def test_a_checkpoint_is_what_its_writer_meant(tmp_path: Path, kind: str) -> Non
 
 
 # One of each maker's and one with an order of inputs; `make test-slow` exports the others.
-AT_ONCE = ("gptq: 4 bits", "gptq: an order of inputs, 8 bits", "awq", "compressed-tensors: integers of 8 bits")
+AT_ONCE = (
+    "gptq: 4 bits",
+    "gptq: an order of inputs, 8 bits",
+    "awq",
+    "compressed-tensors: integers of 8 bits",
+)
 
 
 @pytest.mark.parametrize(
