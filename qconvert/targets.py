@@ -24,6 +24,8 @@ PREFILL_GRAPH_NAME = "prefill.onnx"
 PREFILL_MIN_TOKENS = 32
 STANDARD_GRAPH_NAME = "model.standard.onnx"
 PROVIDER_GRAPH_NAME = "model.provider.onnx"
+# GroupQueryAttention, with the rotary embedding in it, takes heads of a multiple of so many channels.
+_HEADS_OF = 16
 # Long enough for a conversation, and 32 MB a layer less than the 32,768 that Qwen2.5 could hold.
 DEFAULT_STATIC_LENGTH = 4096
 _LAYOUT = ["batch", "kv_heads", "length", "head_size"]
@@ -83,6 +85,14 @@ class OnnxRuntimeTarget:
             raise QconvertError(
                 f"--max-length {max_length:,} is for --target tensorrt: ONNX Runtime's cache grows as needed",
                 hint="leave --max-length out, or give --target tensorrt",
+            )
+        if spec.head_size % _HEADS_OF:
+            raise QconvertError(
+                f"the model's heads have {spec.head_size} channels, and ONNX Runtime's attention takes "
+                f"multiples of {_HEADS_OF}",
+                where="config.json, head_dim (or hidden_size / num_attention_heads)",
+                hint="models that were trained have heads of 64 or 128: for a small one to test with, make "
+                f"heads of {_HEADS_OF} or {2 * _HEADS_OF}",
             )
         return spec
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qconvert.checkpoint.load import load_model, open_checkpoint
+from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export, write_graph
 from qconvert.formats.folding import NO_FOLDING, Folding, folded_inputs
 from qconvert.formats.recipe import Recipe
@@ -110,7 +111,20 @@ def test_what_inspect_tells_is_what_an_export_writes(
 
 
 def test_what_does_not_fit_a_model_has_no_forecast(tmp_path: Path) -> None:
-    told = describe(make_tiny_checkpoint(tmp_path / "c", hidden_size=40, head_dim=8)).weight_bytes
+    told = describe(make_tiny_checkpoint(tmp_path / "c", hidden_size=40, head_dim=16)).weight_bytes
     assert told["int4"] is told["int8"] is told["tensorrt int4"] is None
     assert told["fp32"] is not None
+    assert told["tensorrt bf16"] is not None
+
+
+def test_heads_that_onnx_runtime_has_no_attention_for_are_refused_before_any_work(tmp_path: Path) -> None:
+    """The export wrote its graph, and then ended with ONNX Runtime's own words."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "c", head_dim=8)
+    for precision in ("fp32", "int8", "int4"):
+        with pytest.raises(QconvertError, match="heads have 8 channels") as refused:
+            export(str(checkpoint), ExportOptions(precision=precision, output=tmp_path / "m"), QUIET)
+        assert refused.value.hint
+    assert {path.name for path in tmp_path.iterdir()} == {"c"}
+    told = describe(checkpoint).weight_bytes
+    assert told["fp32"] is told["int8"] is None
     assert told["tensorrt bf16"] is not None
