@@ -230,3 +230,11 @@ def test_the_commands_tell_what_came_true(folder: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "came true" in done.output
+
+
+def test_a_slow_first_step_of_a_kind_does_not_count() -> None:
+    """It takes memory for its tensors; where it counted, guesses could be given up for good."""
+    costs = StepCosts()
+    for count, seconds in ((1, 0.030), (1, 0.010), (2, 0.050), (2, 0.012)):
+        costs.took(count, seconds)
+    assert costs.of(2) == pytest.approx(1.2)

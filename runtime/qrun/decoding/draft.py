@@ -38,6 +38,8 @@ _TIMES = 9
 _REST, _LONGEST = 128, 4096
 # After so many steps with guesses the draft has done well, and its next rest is a short one again.
 _GOOD = 64
+# So many first steps are tried in any case: a single one says too little of what such steps take.
+_STEPS = 3
 # Tokens that the draft reads at once.
 _PIECE = 256
 _log = logging.getLogger("qrun.engine")
@@ -116,7 +118,7 @@ class Drafting:
         self._share = Share(_HOPE, _SEEN)
         self._times: deque[float] = deque(maxlen=_TIMES)
         self._rest, self._resting, self._good = _REST, 0, 0
-        self._tried = 0
+        self._tried = self._steps = 0
         self._failed = False
 
     def guess(self, sequence: Sequence, costs: StepCosts) -> list[int]:
@@ -138,6 +140,7 @@ class Drafting:
             self._failed = True
             return []
         self._tried = len(found)
+        self._steps += 1
         return found
 
     def learn(self, came_true: int) -> None:
@@ -164,6 +167,8 @@ class Drafting:
         assert costs.single is not None
         each = median(self._times) / costs.single if self._times else _STEP
         count = worth(self._share.value, most, costs, each)
+        if not count and self._steps < _STEPS:
+            count = 1
         if count:
             self._good += 1
         elif most == COUNTS[-1]:  # and not only for want of room

@@ -8,6 +8,8 @@ COUNTS = (1, 2, 3, 5, 7, 11, 15)
 _SHARE = 0.25
 # Guesses are tried where so many times the tokens are expected that single steps give in the same time.
 _WORTH = 1.05
+# The shortest of so many first steps of a kind counts, since the very first one takes longer than the others.
+_FIRST = 3
 # Each observation multiplies the weight of the earlier ones by this.
 _FADING = 0.95
 
@@ -45,10 +47,15 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._counted: dict[int, int] = {}
 
     def took(self, count: int, seconds: float) -> None:
         """A step of ``count`` tokens was measured."""
         before = self._seconds.get(count)
+        counted = self._counted[count] = self._counted.get(count, 0) + 1
+        if before is not None and counted <= _FIRST:  # the first of its kind takes memory for its tensors
+            self._seconds[count] = min(before, seconds)
+            return
         # A single slow step mostly has a cause outside of the model, so none counts for more than twice what
         # steps of this many tokens took so far.
         self._seconds[count] = seconds if before is None else 0.8 * before + 0.2 * min(seconds, 2 * before)
