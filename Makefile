@@ -12,7 +12,7 @@
 #   make test-oldest  the runtime with the lowest versions of what it needs; test-newest: all with the newest
 #   make test-clients langchain, litellm, llm-comply, schemathesis and lm-eval against the server (three minutes)
 #   make test-formats what we read of others' formats beside peft, compressed-tensors, AutoAWQ and GPTQModel
-#   make test-ray  a batch on a Ray cluster of two node processes: workers killed, nodes removed and added
+#   make test-ray  a batch on a Ray cluster of two node processes: workers killed, nodes removed and added; qrun deploy
 #   make test-schemas the whole JSON-Schema-Test-Suite: each schema enforced or refused (two minutes)
 #   make test-interleavings thousands of interleavings of answers (minutes); make soak: ten minutes of bad clients
 #   make test-kills qrun batch killed a hundred times, and each answer counted (four minutes)
@@ -207,7 +207,7 @@ $(CLIENTS_VENV)/.ready: pyproject.toml constraints-clients.txt
 $(RAY_VENV)/.ready: pyproject.toml constraints-ray.txt
 	@$(call check-python)
 	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
-	$(RAY_VENV)/bin/python $(PIP_INSTALL) -c constraints-ray.txt -e '.[cpu,ray]' httpx psutil pytest pytest-timeout
+	$(RAY_VENV)/bin/python $(PIP_INSTALL) -c constraints-ray.txt -e '.[cpu,ray]' httpx openai psutil pytest pytest-timeout
 	@touch $@
 
 # AutoAWQ and GPTQModel come as sources: of each a few modules are imported, without their own requirements.

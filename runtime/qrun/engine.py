@@ -240,6 +240,11 @@ class Engine:
         return 0 if self.prefixes is None else self.prefixes.nbytes
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread that steps the model runs: without it no prompt is ever answered."""
+        return self._thread.is_alive()
+
+    @property
     def prefix_hits(self) -> int:
         """Tokens of prompts that were found among the kept beginnings, and not read again."""
         return 0 if self.prefixes is None else self.prefixes.hits

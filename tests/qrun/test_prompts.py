@@ -96,15 +96,15 @@ def test_a_byte_order_mark_hides_no_command_of_a_chat(tiny_export):
 
 def test_a_byte_order_mark_is_no_part_of_a_schema_or_a_key(tmp_path):
     from qrun.cli.options import read_schema
-    from qrun.cli.serve import _read_keys
+    from qrun.serve.keys import read_keys
 
     file = tmp_path / "file"
     file.write_bytes(BOM + b'{"type": "integer"}')
     assert read_schema(file) == {"type": "integer"}
     file.write_bytes(BOM + b"sk-one\nsk-two\n")
-    assert _read_keys(file) == ("sk-one", "sk-two")
+    assert read_keys(file) == ("sk-one", "sk-two")
     file.write_bytes(BOM + b"# ours\nsk-one\n")
-    assert _read_keys(file) == ("sk-one",)
+    assert read_keys(file) == ("sk-one",)
 
 
 @pytest.mark.parametrize("message", [5, None, b"hi", ["hi"], {"role": "user", "content": "hi"}])

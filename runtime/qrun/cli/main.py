@@ -18,6 +18,7 @@ from qrun.cli.batch import batch
 from qrun.cli.bench import Measured, conditions, measure, workloads
 from qrun.cli.bench_view import as_csv_text, as_guesses, as_lines, as_table
 from qrun.cli.console import ChatConsole, PrefillLine
+from qrun.cli.deploy import deploy
 from qrun.cli.eval import evaluate
 from qrun.cli.group import CommandGroup
 from qrun.cli.info import check, describe, lines
@@ -279,6 +280,7 @@ def bench(
 
 
 main.add_command(batch)
+main.add_command(deploy)
 main.add_command(evaluate)
 main.add_command(serve)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +10,14 @@ import click
 
 from qrun.backends.ledger import LEDGER
 from qrun.cli.options import open_model, opening_options, speculate_option, template_option
+from qrun.cli.server_options import named, need_packages, server_options
 from qrun.cli.terminal import note, size
 from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest, weight_bytes
-from qrun.folder.paths import user_path
 
 if TYPE_CHECKING:
     from qrun.serve.models import Source
-
-KEYS_VARIABLE = "QRUN_API_KEYS"
 
 
 @click.command(short_help="Answer many programs at once over HTTP.")
@@ -33,36 +28,6 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     multiple=True,
     metavar="[NAME=]PATH",
     help="A model folder, its .onnx or a .plan, under the name that clients use; may be repeated.",
-)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8080,
-    show_default=True,
-    help="Port to listen on; 0 takes a free one.",
-)
-@click.option(
-    "--slots",
-    type=click.IntRange(min=1),
-    default=4,
-    show_default=True,
-    help="Answers at once for each model (1 for a plan).",
-)
-@click.option(
-    "--queue",
-    type=click.IntRange(min=0),
-    default=64,
-    show_default=True,
-    help="Requests that may wait for a slot; others are told to come again.",
-)
-@click.option(
-    "--prompt-piece",
-    type=click.IntRange(min=64),
-    default=128,
-    show_default=True,
-    help="Tokens of a prompt that are read between two tokens of the other answers; a multiple of 64. "
-    "A prompt of up to twice as many is read at once.",
 )
 @click.option(
     "--lazy",
@@ -78,67 +43,11 @@ KEYS_VARIABLE = "QRUN_API_KEYS"
     help="Memory that models and their caches may take together. [default: what the machine has]",
 )
 @click.option(
-    "--prefix-cache-bytes",
-    type=click.IntRange(min=0),
-    default=512_000_000,
-    show_default=True,
-    help="Memory for beginnings of prompts that need not be read again, for each model; 0 keeps none.",
-)
-@click.option(
     "--prefix-cache-dir",
     type=click.Path(path_type=Path),
     help="Keep these beginnings here over a restart. [default: they are forgotten]",
 )
-@click.option(
-    "--api-key-file",
-    type=click.Path(path_type=Path),
-    help=f"API keys, one a line. [default: those in {KEYS_VARIABLE}, separated by commas]",
-)
-@click.option(
-    "--control-tokens",
-    is_flag=True,
-    help="Special tokens written out in a message (<|im_end|>) act as such. [default: they are text]",
-)
-@click.option("--no-auth", is_flag=True, help="Let everybody in, also from other machines.")
-@click.option(
-    "--allowed-host",
-    "allowed_hosts",
-    multiple=True,
-    metavar="NAME",
-    help="A name by which clients call it, beside localhost, addresses and --host; may be repeated.",
-)
-@click.option(
-    "--cors-origin",
-    "cors_origins",
-    multiple=True,
-    metavar="ORIGIN",
-    help="Pages of this origin may ask it too, such as https://chat.example; may be repeated.",
-)
-@click.option(
-    "--max-body-mb",
-    type=click.FloatRange(min=0.001),
-    default=8.0,
-    show_default=True,
-    help="Largest request.",
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    help="Most tokens of an answer; to ask for more is refused. [default: what the context has room for]",
-)
-@click.option(
-    "--max-seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Time of a request, with waiting and reading; then its answer ends where it is. [default: no limit]",
-)
-@click.option("--log-text", is_flag=True, help="Prompts and answers in the log too. [default: never]")
-@click.option(
-    "--drain-seconds",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    show_default=True,
-    help="Time that running answers have to end after SIGTERM.",
-)
+@server_options
 @speculate_option
 @template_option
 @opening_options
@@ -171,27 +80,21 @@ def serve(
 
     A model without a name has that of its folder. SIGTERM or Ctrl-C ends it: running answers are completed.
     """
-    for package in ("starlette", "uvicorn", "prometheus_client"):
-        if find_spec(package) is None:
-            raise QrunError(f"{package} is not installed", hint="pip install 'qconvert[serve]'")
+    need_packages("starlette", "uvicorn", "prometheus_client", extra="serve")
     if prompt_piece % 64:
         raise click.UsageError(f"--prompt-piece {prompt_piece} is no multiple of 64.")
     if prefix_cache_dir is not None and not prefix_cache_bytes:
         raise click.UsageError("--prefix-cache-dir has nothing to keep: --prefix-cache-bytes is 0.")
     from qrun.serve.guard import read_host, read_origin
+    from qrun.serve.keys import keys_for
     from qrun.serve.models import Models
     from qrun.serve.server import bind, log_to_stderr, run
     from qrun.serve.state import ServerState
 
-    keys = _read_keys(api_key_file)
-    if not keys and not no_auth and not _is_loopback(host):
-        raise QrunError(
-            f"{host} can be reached from other machines, and there are no API keys",
-            hint="give --api-key-file FILE, or --no-auth if everybody may ask",
-        )
+    keys = keys_for(host, api_key_file, no_auth=no_auth)
     names = tuple(read_host(each) for each in (host, *allowed_hosts))
     origins = tuple(read_origin(each) for each in cors_origins)
-    named = _named(engines)
+    folders = named(engines)
     limit = None if memory_gb is None else int(memory_gb * 1e9)
     with bind(host, port) as listening:
         log_to_stderr()
@@ -203,7 +106,7 @@ def serve(
         opening = {**options, "speculate": speculate}
         sources = {
             name: source_of(path, **places, settings=settings, opening=opening, literal=not control_tokens)
-            for name, path in named.items()
+            for name, path in folders.items()
         }
         models = Models(sources, lazy=lazy)
         for name, served in models.items():
@@ -274,39 +177,3 @@ def _tell(name: str, source: Source, limit: int | None) -> None:
         f"to {context:,} tokens ({size(forecast_bytes(manifest, context, source.slots))} if all are full), "
         f"{size(source.prefix_bytes)} for beginnings of prompts"
     )
-
-
-def _named(engines: tuple[str, ...]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for each in engines:
-        name, equals, path = each.partition("=")
-        if not equals or "/" in name:  # a path may hold an equals sign
-            path = each
-            whole = user_path(path)
-            folder = whole.parent if whole.suffix in (".onnx", ".plan") else whole
-            # A link's own name, and not that of what it leads to.
-            name = folder.resolve().name if folder.name in ("", "..") else folder.name
-        if not name or not path:
-            raise QrunError(f"--engine {each} names nothing", hint="give PATH, or NAME=PATH")
-        if name in found:
-            raise QrunError(f"two models are called {name}", hint="give them names: --engine NAME=PATH")
-        found[name] = Path(path)
-    return found
-
-
-def _read_keys(file: Path | None) -> tuple[str, ...]:
-    if file is None:
-        lines = os.environ.get(KEYS_VARIABLE, "").split(",")
-    else:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if file is not None and not keys:
-        raise QrunError("the file holds no API key", where=file, hint="write one key on each line")
-    return keys
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

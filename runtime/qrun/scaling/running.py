@@ -23,7 +23,8 @@ from qrun.batch.sources import Format, Source
 from qrun.errors import QrunError
 from qrun.folder.manifest import read_manifest
 from qrun.scaling.cluster import first_line, join, nodes, refusal_of
-from qrun.scaling.folders import Folder, Shelf, checked, folder_of
+from qrun.scaling.folders import folder_of
+from qrun.scaling.placing import check_nodes, shelf_of
 
 # Rows that a worker is given at once: what is lost with a worker that dies, and done again.
 TABLE = 64
@@ -89,8 +90,8 @@ def run_on_ray(
         kind = _kind(output.path, first, maker)
         columns, schema = _columns(first, shape, kind)
         job = _job(order, engine, paths)
-    shelf = _shelf(folder)
-    here = _check_nodes(folder, shelf, tell)
+    shelf = shelf_of(folder)
+    here = check_nodes(folder, shelf, tell)
     cpus = cluster.cpus or max(1, min(each["cpus"] for each in here) - 1)
     work = {
         "folder": folder,
@@ -194,53 +195,6 @@ def _fitting(cpus: int, workers: int | None) -> int:
     if found * cpus >= sum(here):
         found -= 1
     return max(1, min(found, workers or found))
-
-
-def _shelf(folder: Folder) -> Any:
-    """An actor on this node, which has the folder."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Shelf).options(
-        num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=3
-    )
-    return actor.remote(folder)
-
-
-def _check_nodes(folder: Folder, shelf: Any, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every node that computes, which has the folder and our version when this returns.
-
-    Raises:
-        QrunError: a node has another folder or another version, or none computes.
-    """
-    import ray
-    from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = [each for each in nodes() if each["cpus"]]
-    if not here:
-        raise QrunError("no node of the cluster has CPUs", hint="start one with `ray start --address HEAD`")
-    task = ray.remote(checked)
-    asked = [
-        task.options(
-            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(each["id"], soft=False)
-        ).remote(folder, shelf)
-        for each in here
-    ]
-    try:
-        found = ray.get(asked)
-    except RayError as error:
-        raise refusal_of(error) or QrunError(
-            f"a node cannot work: {first_line(error)}",
-            hint=f"every node needs qrun {__version__}: pip install 'qconvert[cpu,ray]'",
-        ) from error
-    for each in found:
-        if each["version"] != __version__:
-            raise QrunError(f"{each['address']} has qrun {each['version']}, and here it is {__version__}")
-        if each["copied"]:
-            tell(f"{each['address']}: the model folder was copied there")
-    return here
 
 
 class _Output:

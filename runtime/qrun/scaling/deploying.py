@@ -1,0 +1,128 @@
+"""A deployment from its start to Ctrl-C, and its configuration file."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qrun.errors import QrunError
+from qrun.scaling.cluster import first_line, join, refusal_of
+from qrun.scaling.folders import folder_of
+from qrun.scaling.placing import check_nodes, shelf_of
+
+
+def config_file(wishes: Mapping[str, Any], port: int) -> str:
+    """A file for ``serve deploy``, as ``serve build`` writes them. API keys do not stand in it."""
+    import yaml
+
+    from qrun.scaling.replica import NAME, deployment_of
+
+    content = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": wishes["hosts"][0], "port": port},
+        "applications": [
+            {
+                "name": NAME,
+                "route_prefix": "/",
+                "import_path": "qrun.scaling.replica:application",
+                "args": {"wishes": dict(wishes)},
+                "deployments": [{"name": NAME, **deployment_of(wishes)}],
+            }
+        ],
+    }
+    return str(yaml.safe_dump(content, sort_keys=False))
+
+
+def cpus_for(replicas: int, cpus: int | None, here: list[dict[str, Any]]) -> int:
+    """CPUs of each replica: those that were asked for, else as many as there are for each.
+
+    Raises:
+        QrunError: so many replicas find no room.
+    """
+    sizes = [each["cpus"] for each in here]
+    found = cpus or next(
+        (each for each in range(max(sizes), 0, -1) if sum(size // each for size in sizes) >= replicas), 1
+    )
+    room = sum(size // found for size in sizes)
+    if room < replicas:
+        raise QrunError(
+            f"the cluster has room for {room} replicas of {found} CPUs, and {replicas} are wanted",
+            hint="give fewer --replicas or --ray-cpus, or add nodes",
+        )
+    return found
+
+
+def deploy_on_ray(
+    wishes: dict[str, Any],
+    port: int,
+    address: str,
+    *,
+    tell: Callable[[str], None],
+    ended: threading.Event | None = None,
+) -> None:
+    """Answer until Ctrl-C or SIGTERM, then take everything away that was started.
+
+    Args:
+        wishes: see ``replica.application``; "cpus" None is decided here.
+        port: a free one; it is every node's.
+        address: of the cluster, or "auto".
+        tell: shows a line to the person.
+        ended: ends it as well.
+
+    Raises:
+        QrunError: the cluster, a node's folder, the room or the model is no good; or Ray Serve runs there
+            already, whose applications are left alone.
+    """
+    folder = folder_of(Path(wishes["path"]))
+    ended = ended or threading.Event()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {
+            each: signal.signal(each, lambda *_: ended.set()) for each in (signal.SIGTERM, signal.SIGINT)
+        }
+    try:
+        join(address)
+        _deploy(wishes, port, folder, tell, ended)
+    finally:
+        import ray
+
+        ray.shutdown()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _deploy(
+    wishes: dict[str, Any], port: int, folder: Any, tell: Callable[[str], None], ended: threading.Event
+) -> None:
+    from ray import serve
+    from ray.exceptions import RayError
+
+    from qrun.scaling.replica import NAME, application
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if serve.status().applications or serve.status().proxies:
+        raise QrunError(
+            "Ray Serve runs on this cluster already", hint="add to its file what --print-config prints"
+        )
+    shelf = shelf_of(folder)
+    here = check_nodes(folder, shelf, tell)
+    fewest = wishes["autoscaling"].get("min_replicas", 1) if wishes["autoscaling"] else wishes["replicas"]
+    wishes["cpus"] = cpus_for(fewest, wishes["cpus"], here)
+    host = wishes["hosts"][0]
+    app = application(wishes, shelf, folder)
+    try:
+        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+        tell(f"{fewest} replicas of {wishes['cpus']} CPUs, {len(here)} nodes; Ray's usage statistics are off")
+        serve.run(app, name=NAME, route_prefix="/")
+        shown = f"[{host}]" if ":" in host else host
+        tell(f"listening on http://{shown}:{port}")
+        ended.wait()
+        tell("closing")
+    except (RayError, RuntimeError, OSError, ValueError) as error:
+        raise refusal_of(error) or QrunError(f"Ray Serve could not deploy it: {first_line(error)}") from error
+    finally:
+        serve.shutdown()

@@ -1,0 +1,186 @@
+"""If these fail, `qrun deploy` answers otherwise than `qrun serve`, loses requests, or leaves things behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from qrun.scaling.deploying import config_file
+from qrun.scaling.replica import application
+from tests.ray.conftest import until
+
+SAID = [{"role": "user", "content": "hello"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]},
+    },
+}
+LONG = 30_000
+
+
+@pytest.fixture(scope="module")
+def engine(exporter):
+    """With a context that an answer needs many seconds to fill."""
+    return exporter("int8", max_position_embeddings=32768)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "qrun.cli", "deploy", *map(str, arguments)]
+
+
+@contextmanager
+def deploying(log: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The command, and its address; at the end Ctrl-C, after which nothing of it is left."""
+    before = {each.pid for each in ray_processes()}
+    with log.open("w") as file:
+        process = subprocess.Popen(command(*arguments, "--port", 0), stderr=file)
+    try:
+        said = "listening on "
+
+        def listening() -> bool:
+            assert process.poll() is None, log.read_text()
+            return said in log.read_text()
+
+        until(listening, 180)
+        yield process, log.read_text().split(said)[1].split()[0]
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    until(lambda: {each.pid for each in ray_processes()} <= before, 30)
+
+
+def ray_processes() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or ())
+        if words.startswith("ray::") or "raylet" in words or "gcs_server" in words:
+            found.append(process)
+    return found
+
+
+def replicas() -> list[psutil.Process]:
+    return [each for each in ray_processes() if "ServeReplica" in " ".join(each.info["cmdline"])]
+
+
+@pytest.fixture(scope="module")
+def address(engine, tmp_path_factory) -> Iterator[str]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("sk-test\n")
+    log = keys.with_name("log")
+    asked = ("--engine", f"tiny={engine}", "--replicas", 2, "--ray-cpus", 1, "--api-key-file", keys)
+    with deploying(log, *asked) as (_, found):
+        assert "usage statistics are off" in log.read_text()
+        yield found
+
+
+@pytest.fixture
+def client(address) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="sk-test", max_retries=5) as found:
+        yield found
+
+
+def ask(client: openai.OpenAI, **more):
+    given = {"model": "tiny", "messages": SAID, "max_tokens": 8, "temperature": 0, **more}
+    return client.chat.completions.create(**given)
+
+
+def test_it_answers_as_the_server_does(client):
+    assert [each.id for each in client.models.list()] == ["tiny"]
+    whole = ask(client)
+    assert whole.usage.completion_tokens > 0
+    pieces = list(ask(client, stream=True))
+    text = "".join(each.choices[0].delta.content or "" for each in pieces if each.choices)
+    assert text == whole.choices[0].message.content
+    assert len(pieces) > 1
+    called = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=200)
+    assert called.choices[0].message.tool_calls[0].function.name == "get_weather"
+
+
+def test_errors_are_those_of_the_server(client, address):
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        ask(client, model="other")
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        ask(client, temperature=-1)
+    body = {"model": "tiny", "messages": SAID}
+    assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 401
+    assert httpx.get(f"{address}/ready", headers={"host": "evil.example"}).status_code == 421
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+
+def active(address: str) -> int:
+    """Most answers at once that any of some requests for /ready tells of: they are spread over replicas."""
+    return max(httpx.get(f"{address}/ready").json()["models"]["tiny"]["active"] for _ in range(12))
+
+
+def test_a_client_that_leaves_frees_its_slot(client, address):
+    stream = ask(client, stream=True, max_tokens=LONG)
+    next(iter(stream))
+    until(lambda: active(address) == 1, 20)
+    stream.close()
+    until(lambda: active(address) == 0, 20)
+
+
+def test_a_killed_replica_loses_no_request_of_a_client_that_tries_again(client):
+    """What runs on it is answered with an error, which the client's own retries meet; Ray starts another."""
+    before = {each.pid for each in replicas()}
+    assert len(before) == 2
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(ask, client, max_tokens=400) for _ in range(24)]
+        until(lambda: sum(each.done() for each in asked) >= 3, 60)
+        assert not all(each.done() for each in asked)
+        os.kill(min(before), signal.SIGKILL)
+        texts = {each.result(120).choices[0].message.content for each in asked}
+    assert len(texts) == 1, "greedy answers in int8 are the same on every replica"
+    until(lambda: len({each.pid for each in replicas()}) == 2 and min(before) not in psutil.pids(), 90)
+    assert ask(client).usage.completion_tokens > 0
+
+
+def refused(*arguments: object, code: int = 1) -> str:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_slips_are_one_message(engine, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "cannot listen" in refused("--engine", engine, "--port", port)
+    assert "qconvert.json" in refused("--engine", tmp_path)
+    assert "there are no API keys" in refused("--engine", engine, "--host", "0.0.0.0")
+    assert "no Ray cluster answers" in refused("--engine", engine, "--port", 0, "--ray", "127.0.0.1:1")
+    assert "need --max-replicas" in refused("--engine", engine, "--min-replicas", 2, code=2)
+    assert "has no place in a deployment" in refused("--engine", engine, "--threads", 2, code=2)
+
+
+def test_a_config_file_is_what_serve_deploy_reads(engine):
+    from ray.serve.schema import ServeDeploySchema
+
+    asked = ("--engine", engine, "--max-replicas", "3", "--by-session", "--print-config")
+    text = subprocess.run(command(*asked), capture_output=True, text=True, check=True).stdout
+    config = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    (app,) = config.applications
+    assert app.import_path == "qrun.scaling.replica:application"
+    wishes = app.args["wishes"]
+    assert application(wishes) is not None, "what Ray calls with these arguments"
+    assert yaml.safe_load(config_file(wishes, 8080)) == yaml.safe_load(text)
+    (deployment,) = app.deployments
+    assert deployment.autoscaling_config["max_replicas"] == 3
