@@ -79,7 +79,7 @@ NOT_RUN = {
     r"make (test-formats|formats-table)": "an environment of its own, with the libraries of tests/formats",
     r"qrun eval --engine sample-fp32 .*": "minutes on exports of the sample: its figures stand below it",
     r"qrun batch --ray|qrun batch .* --ray .*": "a cluster, and files on a store: tests/ray runs such jobs",
-    r"qrun deploy .*|serve deploy .*": "a cluster that answers until Ctrl-C: tests/ray/test_deploy.py runs them",
+    r"qrun deploy .*|serve deploy .*": "it answers until Ctrl-C: tests/ray/test_deploy.py runs it",
     r"make test-ray": "an environment of its own, with Ray: it runs tests/ray",
     r"make test-clients": "an environment of its own, with five other projects: it runs tests/clients",
     r"python -m benchmarks\..*": _HOURS,

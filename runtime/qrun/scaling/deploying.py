@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,6 @@ def deploy_on_ray(
     address: str,
     *,
     tell: Callable[[str], None],
-    ended: threading.Event | None = None,
 ) -> None:
     """Answer until Ctrl-C or SIGTERM, then take everything away that was started.
 
@@ -71,33 +71,24 @@ def deploy_on_ray(
         port: a free one; it is every node's.
         address: of the cluster, or "auto".
         tell: shows a line to the person.
-        ended: ends it as well.
 
     Raises:
         QrunError: the cluster, a node's folder, the room or the model is no good; or Ray Serve runs there
             already, whose applications are left alone.
     """
     folder = folder_of(Path(wishes["path"]))
-    ended = ended or threading.Event()
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {
-            each: signal.signal(each, lambda *_: ended.set()) for each in (signal.SIGTERM, signal.SIGINT)
-        }
     try:
         join(address)
-        _deploy(wishes, port, folder, tell, ended)
+        # Ray has taken this signal for itself.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _deploy(wishes, port, folder, tell)
     finally:
         import ray
 
         ray.shutdown()
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
-def _deploy(
-    wishes: dict[str, Any], port: int, folder: Any, tell: Callable[[str], None], ended: threading.Event
-) -> None:
+def _deploy(wishes: dict[str, Any], port: int, folder: Any, tell: Callable[[str], None]) -> None:
     from ray import serve
     from ray.exceptions import RayError
 
@@ -120,7 +111,8 @@ def _deploy(
         serve.run(app, name=NAME, route_prefix="/")
         shown = f"[{host}]" if ":" in host else host
         tell(f"listening on http://{shown}:{port}")
-        ended.wait()
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
         tell("closing")
     except (RayError, RuntimeError, OSError, ValueError) as error:
         raise refusal_of(error) or QrunError(f"Ray Serve could not deploy it: {first_line(error)}") from error
