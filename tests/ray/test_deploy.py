@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -122,6 +123,21 @@ def test_errors_are_those_of_the_server(client, address):
     assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 401
     assert httpx.get(f"{address}/ready", headers={"host": "evil.example"}).status_code == 421
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+
+def active(address: str) -> int:
+    """Most answers at once that any of some requests for /ready tells of: they are spread over replicas."""
+    return max(httpx.get(f"{address}/ready").json()["models"]["tiny"]["active"] for _ in range(12))
+
+
+def test_a_client_that_leaves_frees_its_slot(client, address, engine):
+    ends = json.loads((engine / "generation_config.json").read_text())["eos_token_id"]
+    never = {str(each): -100 for each in (ends if isinstance(ends, list) else [ends])}
+    stream = ask(client, stream=True, max_tokens=30_000, logit_bias=never)
+    next(iter(stream))
+    until(lambda: active(address) == 1, 20)
+    stream.close()
+    until(lambda: active(address) == 0, 20)
 
 
 def test_a_killed_replica_loses_no_request_of_a_client_that_tries_again(client):
