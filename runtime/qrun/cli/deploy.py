@@ -63,7 +63,8 @@ def deploy(
 ) -> None:
     """Answer over HTTP with replicas on a Ray cluster, as `qrun serve` does alone (docs/scaling.md).
 
-    Ctrl-C or SIGTERM ends it: running answers are completed. Ray's usage statistics are off.
+    Ctrl-C or SIGTERM ends it: running answers are completed. On a cluster that it starts Ray's usage
+    statistics are off.
     """
     if max_replicas is None and (min_replicas or target_ongoing_requests):
         raise click.UsageError("--min-replicas and --target-ongoing-requests need --max-replicas.")

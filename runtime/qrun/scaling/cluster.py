@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from importlib.util import find_spec
 from typing import Any
 
 from qrun.errors import QrunError
 
 TELEMETRY = "RAY_USAGE_STATS_ENABLED"
+_SECONDS = 10  # for a node to take a connection
 
 
 def join(address: str) -> None:
@@ -29,6 +31,7 @@ def join(address: str) -> None:
     if ray.is_initialized():
         return
     try:
+        _connect(address)
         ray.init(
             address=None if address == "auto" else address,
             include_dashboard=False,
@@ -40,6 +43,18 @@ def join(address: str) -> None:
             f"no Ray cluster answers at {address}: {first_line(error)}",
             hint="start one with `ray start --head`, or give --ray auto for one on this machine",
         ) from error
+
+
+def _connect(address: str) -> None:
+    """See whether anything listens at HOST:PORT: Ray itself asks for minutes before it gives up.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS):
+            pass
 
 
 def nodes() -> list[dict[str, Any]]:

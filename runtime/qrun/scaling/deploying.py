@@ -107,7 +107,7 @@ def _deploy(wishes: dict[str, Any], port: int, folder: Any, tell: Callable[[str]
     app = application(wishes, shelf, folder)
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-        tell(f"{fewest} replicas of {wishes['cpus']} CPUs, {len(here)} nodes; Ray's usage statistics are off")
+        tell(f"{fewest} replicas of {wishes['cpus']} CPUs, {len(here)} nodes")
         serve.run(app, name=NAME, route_prefix="/")
         shown = f"[{host}]" if ":" in host else host
         tell(f"listening on http://{shown}:{port}")
