@@ -103,11 +103,16 @@ def drawing(points: dict[str, Any]) -> str:
     """The chart as a file of its own: mean KL against decode speed, with megabytes in the labels."""
     marks = [
         Point(
-            f"{name}, {point['megabytes']:.0f} MB", median(point["decode"]), mean_of(point["kl"]), ours=True
+            f"{name.replace(', two graphs', '*')}, {point['megabytes']:.0f} MB",
+            median(point["decode"]),
+            mean_of(point["kl"]),
+            ours=True,
         )
         for name, point in points.items()
     ]
-    figure = scatter("What exactness costs", marks, "tokens/s, 0.5B, decoding", "mean KL, 135M sample")
+    figure = scatter(
+        "What exactness costs", marks, "tokens/s, 0.5B, decoding (* two graphs)", "mean KL, 135M sample"
+    )
     start, stop = figure.index("<svg"), figure.index("</svg>")
     head, body = figure[start:stop].split(">", 1)
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{body}</svg>\n'
