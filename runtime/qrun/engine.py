@@ -1,7 +1,6 @@
 """Many answers at once: one thread steps the model, any number of callers follow their answers.
 
 engine = qrun.Engine(qrun.open("./Qwen2.5-1.5B-Instruct-onnx-int8"), slots=4)
-
 async def ask(question):
     async for event in engine.chat([{"role": "user", "content": question}], max_tokens=200):
         if isinstance(event, qrun.Piece):
@@ -314,11 +313,7 @@ class Engine:
                 self._changed.wait()
 
     def _begin_anew(self, error: Exception) -> bool:
-        """After a fault of ours in a step: fail the running answers, and make new rows for later ones.
-
-        Returns:
-            Whether the engine can go on: False where it is closing, or where new rows cannot be made.
-        """
+        """After a fault in a step: fail the answers, and make new rows; False if it closes, or has none."""
         refusal = QrunError(f"the answer could not be completed: {type(error).__name__}: {error}")
         with self._changed:
             calls = list(self._running.values())

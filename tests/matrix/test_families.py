@@ -38,7 +38,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"precision": "int4", "recipe": "rtn", "int8_kv_cache": True},
     {"precision": "int4", "recipe": "awq"},
     {"precision": "int4", "recipe": "awq-mixed"},
-    {"precision": "int4", "recipe": "awq-mixed", "prefill": True, "int8_kv_cache": True},
+    # On the package's text: after the tests' short one rounding costs the tiny Llama's sharp twin too much.
+    {
+        "precision": "int4",
+        "recipe": "awq-mixed",
+        "prefill": True,
+        "int8_kv_cache": True,
+        "calibrate": "default",
+    },
     {"precision": "int4", "recipe": "gptq"},
     {"precision": "int4", "recipe": "gptq-mixed"},
     {"precision": "int4", "recipe": "gptq", "prefill": True, "int8_kv_cache": True},
@@ -72,7 +79,8 @@ def test_it_is_exported_and_proven(
     made: Callable[[str], Path], text: str, output: Path, family: str, options: dict[str, Any]
 ) -> None:
     calibrate = text if options.get("recipe") not in (None, "rtn") else None
-    done = export(str(made(family)), ExportOptions(**options, calibrate=calibrate, output=output), QUIET)
+    chosen = ExportOptions(**{"calibrate": calibrate, **options}, output=output)
+    done = export(str(made(family)), chosen, QUIET)
     assert done.report is not None
     assert done.report.passed
     assert read_manifest(output).model.vocab_size == SIZES[family]["vocab_size"]
