@@ -11,10 +11,9 @@ import click
 
 from qrun.errors import QrunError
 from qrun.folder.paths import user_path
+from qrun.serve.keys import VARIABLE
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-KEYS_VARIABLE = "QRUN_API_KEYS"
-
 
 _OPTIONS = (
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
@@ -45,7 +44,6 @@ _OPTIONS = (
         default=128,
         show_default=True,
         help="Tokens of a prompt that are read between two tokens of the other answers; a multiple of 64. "
-        ""
         "A prompt of up to twice as many is read at once.",
     ),
     click.option(
@@ -58,7 +56,7 @@ _OPTIONS = (
     click.option(
         "--api-key-file",
         type=click.Path(path_type=Path),
-        help=f"API keys, one a line. [default: those in {KEYS_VARIABLE}, separated by commas]",
+        help=f"API keys, one a line. [default: those in {VARIABLE}, separated by commas]",
     ),
     click.option(
         "--control-tokens",

@@ -53,7 +53,7 @@ class StepCosts:
         """A step of ``count`` tokens was measured."""
         before = self._seconds.get(count)
         counted = self._counted[count] = self._counted.get(count, 0) + 1
-        if before is not None and counted <= _FIRST:  # the first of its kind takes memory for its tensors
+        if before is not None and counted <= _FIRST:  # the very first one may have been slow
             self._seconds[count] = min(before, seconds)
             return
         # A single slow step mostly has a cause outside of the model, so none counts for more than twice what

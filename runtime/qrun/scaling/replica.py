@@ -81,7 +81,7 @@ def application(wishes: dict[str, Any], shelf: Any = None, folder: Folder | None
     Args:
         wishes: "path" of the model folder, "name" that clients use, "cpus" of a replica, "opening" of the
             model, "speculate", "literal", "engine" and "state" for those classes, "hosts" (the first is the
-            address), "origins", "api_key_file", "no_auth", and "deployment" for Ray Serve.
+            address), "origins", "api_key_file", "no_auth", and what ``deployment_of`` reads.
         shelf: gives the folder to nodes that have none.
         folder: with its hashes, where they are known.
 
