@@ -80,7 +80,6 @@ NOT_RUN = {
     r"qrun eval --engine sample-fp32 .*": "minutes on exports of the sample: its figures stand below it",
     r"qrun batch --ray|qrun batch .* --ray .*": "a cluster, and files on a store: tests/ray runs such jobs",
     r"qrun deploy .*": "it answers until Ctrl-C: tests/ray/test_deploy.py runs it",
-    r"serve deploy .*": "it is Ray's, and never ends: tests/ray/test_deploy.py builds what its file says",
     r"make test-ray": "an environment of its own, with Ray: it runs tests/ray",
     r"make test-clients": "an environment of its own, with five other projects: it runs tests/clients",
     r"python -m benchmarks\..*": _HOURS,
