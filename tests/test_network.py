@@ -83,6 +83,8 @@ RUN = {
     "qrun batch": (("--engine", "model", "prompts.txt", "--output", "answers.jsonl", *_ASK), "", 0),
     "qrun bench": (("--engine", "model", "-p", "8", "-n", "2", "-r", "1"), "", 0),
     "qrun chat": (("--engine", "model", *_ASK), "hello\n/stats\n/exit\n", 0),
+    # Refused: Ray is not installed here. With it, the command speaks to its cluster (tests/ray).
+    "qrun deploy": (("--engine", "model"), "", 1),
     "qrun eval": (("--engine", "model", "lines.jsonl", "--max-tokens", "4", "--page", "page.html"), "", 0),
     "qrun generate": (("--engine", "model", "--prompt", "hello " * 30, "--check-hashes", *_ASK), "", 0),
     "qrun info": (("model", "--check-hashes"), "", 0),
