@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic
@@ -36,7 +38,7 @@ from qrun.sampling.params import SamplingParams
 _log = logging.getLogger("qrun.engine")
 
 
-class Engine:
+class Engine(AbstractContextManager["Engine"]):
     """A model that answers several prompts at once, each as if it were alone.
 
     Attributes:
@@ -54,6 +56,7 @@ class Engine:
         prefix_folder: where these are kept when the engine is closed, and taken from at the start.
         max_tokens: of an answer; ``resolve`` refuses more, and an answer for which none are asked ends there.
         max_seconds: for a prompt, from ``submit`` on; see ``Call``.
+        prompts_first: see ``Scheduler``; for lists of prompts, which nobody waits for one by one.
 
     Raises:
         QrunError: slots or queue out of range, or a model that answers one sequence at a time.
@@ -70,6 +73,7 @@ class Engine:
         prefix_folder: Path | None = None,
         max_tokens: int | None = None,
         max_seconds: float | None = None,
+        prompts_first: bool = False,
     ) -> None:
         if chunk % GRAIN or chunk < GRAIN:
             raise QrunError(f"pieces of {chunk} tokens", hint=f"give a multiple of {GRAIN}")
@@ -77,7 +81,7 @@ class Engine:
             raise QrunError(f"{slots} slots and a queue of {queue}", hint="give 1 slot and 0 places, or more")
         self.model, self.slots = model, slots
         self.max_tokens, self.max_seconds = max_tokens, max_seconds
-        self._queue, self._chunk = queue, chunk
+        self._queue, self._schedule = queue, partial(Scheduler, chunk=chunk, prompts_first=prompts_first)
         self._changed = Condition()
         self._waiting: FairQueue[Call] = FairQueue()
         self._running: dict[int, Call] = {}
@@ -264,15 +268,12 @@ class Engine:
             save_prefixes(self.prefixes, self._prefix_file)
             self._prefix_file = None  # closed twice, it is written once
 
-    def __enter__(self) -> Engine:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def _new_scheduler(self) -> Scheduler:
         slots = Slots(self.model.session, self.slots, even_steps=self.model.even_steps)
-        return Scheduler(slots, chunk=self._chunk, prefixes=self.prefixes, speculation=self.speculation)
+        return self._schedule(slots, prefixes=self.prefixes, speculation=self.speculation)
 
     def _work(self) -> None:
         while self._admit():

@@ -43,9 +43,9 @@ def test_even_pieces_are_multiples_of_one_length():
     assert [pieces.end(place, 9_950) for place in (0, 99, 100, 9_900)] == [100, 100, 200, 9_950]
 
 
-def run(session, prompts, *, rows, prefixes=None) -> list[Recorded]:
+def run(session, prompts, *, rows, **options) -> list[Recorded]:
     """All prompts through one scheduler with the pieces that a server has."""
-    scheduler = Scheduler(Slots(session, rows), chunk=PIECE, prefixes=prefixes)
+    scheduler = Scheduler(Slots(session, rows), chunk=PIECE, **options)
     limit = session.manifest.model.context_length
     sequences = [Recorded(prompt, GREEDY, limit) for prompt in prompts]
     for sequence in sequences:
@@ -78,10 +78,12 @@ def test_long_prompts_give_the_same_bits_alone_in_company_and_from_what_is_kept(
     prefixes = PrefixCache(1 << 30, GRAIN)
     together = run(session, prompts, rows=3, prefixes=prefixes)
     assert prefixes.hits == 640 + 640 + 640 + 128
-    for here, there in zip(together, alone):
-        assert here.token_ids == there.token_ids
-        for ours, theirs in zip(here.logits, there.logits):
-            assert np.array_equal(ours, theirs)
+    first = run(session, prompts, rows=3, prefixes=PrefixCache(1 << 30, GRAIN), prompts_first=True)
+    for found in (together, first):
+        for here, there in zip(found, alone):
+            assert here.token_ids == there.token_ids
+            for ours, theirs in zip(here.logits, there.logits):
+                assert np.array_equal(ours, theirs)
 
 
 def test_the_last_token_of_a_prompt_goes_along_with_the_others_step():
@@ -113,3 +115,36 @@ def test_short_prompts_do_not_wait_for_a_step_each():
     while not all(other.token_ids for other in others):
         scheduler.step()
     assert len(answering.token_ids) - before <= 3
+
+
+@pytest.mark.parametrize("last_apart", [False, True])
+def test_a_batch_decodes_only_when_no_row_is_free(last_apart):
+    """A step over few rows takes almost as long as one over many, so it waits for them."""
+    session = FakeSession(lambda seen: 7, last_apart=last_apart)
+    scheduler = Scheduler(Slots(session, 2), chunk=64, prompts_first=True)
+    sequences = [Sequence([10 + n] * 200, GREEDY, 400) for n in range(3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    answering = []
+    while scheduler.busy:
+        scheduler.step()
+        answering.append([len(sequence.token_ids) for sequence in sequences])
+    assert all(len(sequence.token_ids) == 3 for sequence in sequences)
+    begun = next(n for n, counts in enumerate(answering) if counts[1])
+    assert answering[begun][0] <= 1, "the first answer went on while the second prompt was read"
+    third = next(n for n, counts in enumerate(answering) if counts[2])
+    assert answering[third][:2] == [3, 3], "two rows, so the third waits for an answer to end"
+
+
+def test_a_cancelled_prompt_does_not_stop_a_batch():
+    session = FakeSession(lambda seen: 7)
+    scheduler = Scheduler(Slots(session, 2), chunk=64, prompts_first=True)
+    going, gone = Sequence([1, 2], GREEDY, 400), Sequence([3] * 300, GREEDY, 400)
+    scheduler.add(going)
+    scheduler.add(gone)
+    scheduler.step()
+    gone.cancel()
+    for _ in range(10):
+        scheduler.step()
+    assert not scheduler.busy
+    assert len(going.token_ids) == 3

@@ -15,6 +15,7 @@ from qrun.batch.asking import Asking, Prepared
 from qrun.batch.lines import Line, Record
 from qrun.batch.ordering import ordered
 from qrun.call import Call, EngineClosedError
+from qrun.decoding.pieces import PIECE
 from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.model import Model
@@ -28,13 +29,14 @@ _CAPACITY = 256
 _AHEAD = 8
 
 
-def batch_engine(model: Model, rows: int, prefix_bytes: int) -> Engine:
-    """An engine for one batch; close it.
+def batch_engine(model: Model, rows: int, prefix_bytes: int, piece: int = PIECE) -> Engine:
+    """An engine for one batch, which fills all rows before it decodes; close it.
 
     Args:
         model: nobody else may use its session meanwhile.
         rows: prompts that are answered at once; up to 128.
         prefix_bytes: of memory, for beginnings of prompts.
+        piece: tokens of a prompt that are read at once, see ``beginnings``.
 
     Raises:
         QrunError: see ``Engine``.
@@ -42,7 +44,8 @@ def batch_engine(model: Model, rows: int, prefix_bytes: int) -> Engine:
     model.even_steps = model.manifest.target == "onnxruntime"
     if not model.even_steps:  # a plan has one row, whose keys and values cannot be copied
         prefix_bytes = 0
-    return Engine(model, slots=rows, queue=_CAPACITY - rows, prefix_bytes=prefix_bytes)
+    queue = _CAPACITY - rows
+    return Engine(model, slots=rows, queue=queue, chunk=piece, prefix_bytes=prefix_bytes, prompts_first=True)
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from typing import Any
 from qrun import __version__
 from qrun.batch.answering import Answerer, batch_engine
 from qrun.batch.asking import Asking
+from qrun.batch.beginnings import piece_tokens
 from qrun.batch.job import Job, digest, model_facts
 from qrun.batch.journal import Journal
 from qrun.batch.lines import Line, Record
@@ -185,7 +186,8 @@ class _Run:
         rows_by_number: dict[int, Row] = {}
         self._watch(progress)
         started = monotonic()
-        with batch_engine(self._model, progress.rows.count, order.prefix_bytes) as engine:
+        piece = piece_tokens(self._source.rows(), self._maker)
+        with batch_engine(self._model, progress.rows.count, order.prefix_bytes, piece) as engine:
             asking = Asking(engine, order.defaults, name=job.name)
             self._try_options(asking)
             left = self._left(rows_by_number if growing is not None else None)

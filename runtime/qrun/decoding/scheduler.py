@@ -52,6 +52,8 @@ class Scheduler:
         prefixes: where beginnings of prompts are kept when their rows are needed for others.
         speculation: tries several tokens of an answer in one step, while it is the only one that decodes.
             With more rows a step's weights are shared already.
+        prompts_first: fill all rows before anything is decoded. A step costs little more for many rows than
+            for few, so a list of prompts is done sooner; an answer stands still while prompts are read.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Scheduler:
         grain: int | None = GRAIN,
         prefixes: PrefixCache | None = None,
         speculation: Speculation | None = None,
+        prompts_first: bool = False,
     ) -> None:
         assert prefixes is None or prefixes.grain == grain, "blocks are kept in the size that is reused"
         self._slots = slots
@@ -70,6 +73,7 @@ class Scheduler:
         self._reuses_all = grain is None
         self._prefixes = prefixes
         self._speculation = speculation
+        self._prompts_first = prompts_first
         self._waiting: deque[Sequence] = deque()
         self._reading: Sequence | None = None
         self._decoding: list[Sequence] = []
@@ -104,9 +108,15 @@ class Scheduler:
         """
         events: Events = []
         self._drop_cancelled(events)
-        self._decode(events)
+        if not (self._prompts_first and self._may_read):
+            self._decode(events)
         self._read(events)
         return events
+
+    @property
+    def _may_read(self) -> bool:
+        """Whether a prompt is being read, or has a row to be read into."""
+        return self._reading is not None or bool(self._waiting and len(self._decoding) < len(self._slots))
 
     def _decode(self, events: Events) -> None:
         if not self._decoding:

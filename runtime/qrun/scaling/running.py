@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any
 
 from qrun import __version__
+from qrun.batch.beginnings import piece_tokens
 from qrun.batch.job import Job, model_facts
 from qrun.batch.opening import Maker, Wanted, maker_of
 from qrun.batch.order import Order
@@ -90,6 +91,7 @@ def run_on_ray(
         kind = _kind(output.path, first, maker)
         columns, schema = _columns(first, shape, kind)
         job = _job(order, engine, paths)
+        piece = piece_tokens(first.rows(), maker)
     shelf = shelf_of(folder)
     here = check_nodes(folder, shelf, tell)
     cpus = cluster.cpus or max(1, min(each["cpus"] for each in here) - 1)
@@ -105,6 +107,7 @@ def run_on_ray(
         "shape": shape,
         "rows": order.rows,
         "prefix_bytes": order.prefix_bytes,
+        "piece": piece,
         "cpus": cpus,
     }
     tell(f"{len(paths):,} files; workers of {cpus} CPUs on {len(here)} nodes")

@@ -37,6 +37,7 @@ class Work:
         shape: of table rows in the output.
         rows: prompts at once; None to measure.
         prefix_bytes: of memory, for beginnings of prompts.
+        piece: tokens of a prompt that are read at once.
         cpus: of a worker, which are its threads.
     """
 
@@ -51,6 +52,7 @@ class Work:
     shape: TableShape
     rows: int | None
     prefix_bytes: int
+    piece: int
     cpus: int
 
 
@@ -103,7 +105,7 @@ class Worker:
                     self._model, lines=len(rows), tokens=self._tokens(rows), reserved=self._work.prefix_bytes
                 ).count
             )
-            self._engine = batch_engine(self._model, count, self._work.prefix_bytes)
+            self._engine = batch_engine(self._model, count, self._work.prefix_bytes, self._work.piece)
         asking = Asking(self._engine, self._work.defaults, name=self._name(file))
         yield from Answerer(asking).answer(self._maker.lines(rows))
 
