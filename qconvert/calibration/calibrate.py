@@ -14,9 +14,10 @@ from qconvert.calibration.kv_scales import KVScales, scales_for
 from qconvert.calibration.observer import Observer, observe
 from qconvert.calibration.smoothing import folding_for
 from qconvert.calibration.text import CalibrationText
+from qconvert.folder.tensors import save_tensors
 from qconvert.formats.folding import NO_FOLDING, Folding
 from qconvert.formats.recipe import Recipe
-from qconvert.formats.record import add_to_record, digest_of, write_factors
+from qconvert.formats.record import FACTORS_NAME, add_to_record, digest_of
 from qconvert.progress import Progress
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def calibrate(
             factors = balance_and_round(
                 model, recipe, text.sequences, rounded, progress=progress, watcher=observer
             )
-            write_factors(folder, {found.divided: each for found, each in factors.items()})
+            divided = {found.divided: each.bfloat16() for found, each in factors.items()}
+            save_tensors(divided, folder / FACTORS_NAME)
             balance = Folding.of_inputs(factors)
             # These divide what is in the KV cache, so every graph that reads or fills it needs them.
             values = Folding.of_inputs({f: each for f, each in factors.items() if f.of_values})

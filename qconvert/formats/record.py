@@ -68,18 +68,11 @@ def read_record(folder: Path) -> dict[str, str]:
         ) from error
 
 
-def write_factors(folder: Path, factors: Mapping[str, torch.Tensor]) -> None:
-    """``balance.safetensors``: factors, of bfloat16's values, by the name of the tensor that they divide."""
-    from safetensors.torch import save_file
-
-    save_file({name: factor.bfloat16() for name, factor in factors.items()}, folder / FACTORS_NAME)
-
-
 def read_factors(folder: Path) -> dict[str, torch.Tensor]:
-    """The same in float32; none where nothing was folded before rounding.
+    """Factors by the name of the tensor that they divide, in float32; none where nothing was folded.
 
     Raises:
-        QconvertError: the file is not what ``write_factors`` writes.
+        QconvertError: the file is not what ``calibration.calibrate`` writes.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -29,6 +29,10 @@ QUALITIES: Mapping[str, tuple[str, str | None]] = {
 _TOKENS = {"awq": 4_096, "gptq": 16384}
 _MIXED = "-mixed"
 _MIXED_BLOCK = 32  # weights in a block of a mixed recipe
+# Of down_proj in a calibrated recipe: its inputs are the most uneven, and a calibration gains more from short
+# blocks than rounding to nearest does. Mean KL of the sample with awq: 0.196 with 256 (88.3 MB), 0.183 with
+# 128 (88.6), 0.167 with 64 (89.1), 0.150 with 32 (90.2).
+_DOWN_BLOCK = 128
 _SEVERAL = "leave --recipe and --calibrate out, or use --target onnxruntime --precision int4"
 
 
@@ -196,12 +200,16 @@ def _calibrated(
     assert isinstance(linear, BlockFormat)
     assert head is not None
     if not name.endswith(_MIXED):
-        # The formats of plain int4 except for the scales' type, so that graph and speed are the same.
+        # The formats of plain int4 except for the scales' type and the blocks of down_proj.
+        exceptions = dict(recipe.exceptions)
+        down = exceptions.get("down_proj", linear)
+        if block_size is None and down.block_size > _DOWN_BLOCK:
+            exceptions["down_proj"] = replace(down, block_size=_DOWN_BLOCK)
         return replace(
             recipe,
             linear=_short_scales(linear),
             head=_short_scales(head),
-            exceptions={part: _short_scales(fmt) for part, fmt in recipe.exceptions.items()},
+            exceptions={part: _short_scales(fmt) for part, fmt in exceptions.items()},
         )
     size = next(size for size in (64, 32, 16) if spec.hidden_size % size == 0)
     head = BlockFormat(8, size, symmetric=True, scale_dtype="bfloat16")

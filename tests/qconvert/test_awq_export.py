@@ -15,8 +15,9 @@ import torch
 import qconvert.calibration.awq
 import qconvert.export
 from qconvert.errors import QconvertError
+from qconvert.folder.tensors import save_tensors
 from qconvert.formats.folding import Folding
-from qconvert.formats.record import FACTORS_NAME, RECORD_NAME, read_factors, write_factors
+from qconvert.formats.record import FACTORS_NAME, RECORD_NAME, read_factors
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.building import run
 from tests.qconvert.mutants import Exporter, overwrite, reseal, stored_at
@@ -153,7 +154,7 @@ def recorded(exporter: Exporter) -> Callable[[Callable[[dict[str, torch.Tensor]]
     def write(change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
         factors = {name: factor.clone() for name, factor in true.items()}
         change(factors)
-        write_factors(folder, factors)
+        save_tensors({name: each.bfloat16() for name, each in factors.items()}, folder / FACTORS_NAME)
         reseal(folder)
         return folder
 

@@ -91,6 +91,15 @@ def test_the_number_of_a_systems_error_is_found_in_the_words_of_safetensors(tmp_
         save_tensors({"t": torch.zeros(2)}, tmp_path / "t.safetensors")
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    """balance.safetensors of every int4 export could be read by its owner alone, unlike its neighbours."""
+    beside = tmp_path / "beside"
+    beside.touch()
+    for _ in range(2):  # a new file, and one that is replaced
+        save_tensors({"t": torch.zeros(2)}, tmp_path / "t.safetensors")
+        assert (tmp_path / "t.safetensors").stat().st_mode == beside.stat().st_mode
+
+
 def test_a_limit_to_the_size_of_files(tied: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "qconvert.cli", "export", str(tied), "-q", "--output", str(tmp_path / "m")],
