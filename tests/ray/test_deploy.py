@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ import ray
 import yaml
 from ray import serve as ray_serve
 
-from qrun.scaling.deploying import config_file
+from qrun.errors import QrunError
+from qrun.scaling.deploying import _end, config_file
 from qrun.scaling.replica import application
 from tests.ray.conftest import until
 
@@ -209,3 +211,12 @@ def test_a_cluster_where_ray_serve_runs_already_is_left_alone(cluster, engine):
         assert handle.remote().result(timeout_s=30) == "mine"
     finally:
         ray_serve.shutdown()
+
+
+def test_an_end_that_does_not_come_is_told():
+    """Ctrl-C was followed by nothing for a minute, since Ray asked a controller that had been killed."""
+    stuck = threading.Event()
+    with pytest.raises(QrunError, match="has not ended within"):
+        _end(stuck.wait, 0.1)
+    stuck.set()
+    _end(lambda: None, 10)

@@ -15,6 +15,9 @@ from qrun.scaling.cluster import first_line, join, refusal_of
 from qrun.scaling.folders import folder_of
 from qrun.scaling.placing import check_nodes, shelf_of
 
+# For Ray Serve to end, beyond the seconds that running answers have.
+_SECONDS_TO_END = 20.0
+
 
 def config_file(wishes: Mapping[str, Any], port: int) -> str:
     """A file for ``serve deploy``, as ``serve build`` writes them. API keys do not stand in it."""
@@ -73,8 +76,8 @@ def deploy_on_ray(
         tell: shows a line to the person.
 
     Raises:
-        QrunError: the cluster, a node's folder, the room or the model is no good; or Ray Serve runs there
-            already, whose applications are left alone.
+        QrunError: the cluster, a node's folder, the room or the model is no good; Ray Serve runs there
+            already, whose applications are left alone; or it does not end.
     """
     folder = folder_of(Path(wishes["path"]))
     try:
@@ -117,4 +120,20 @@ def _deploy(wishes: dict[str, Any], port: int, folder: Any, tell: Callable[[str]
     except (RayError, RuntimeError, OSError, ValueError) as error:
         raise refusal_of(error) or QrunError(f"Ray Serve could not deploy it: {first_line(error)}") from error
     finally:
-        serve.shutdown()
+        _end(serve.shutdown, wishes["drain_seconds"] + _SECONDS_TO_END)
+
+
+def _end(shutdown: Callable[[], None], seconds: float) -> None:
+    """Take Ray Serve down. Its controller may have died, and Ray would ask for it without end.
+
+    Raises:
+        QrunError: it does not end.
+    """
+    ending = threading.Thread(target=shutdown, name="qrun-deploy-end", daemon=True)
+    ending.start()
+    ending.join(seconds)
+    if ending.is_alive():
+        raise QrunError(
+            f"Ray Serve has not ended within {seconds:.0f} s",
+            hint="on a cluster of your own `serve shutdown` ends it, or `ray stop` the cluster",
+        )
