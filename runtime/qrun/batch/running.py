@@ -186,7 +186,7 @@ class _Run:
         rows_by_number: dict[int, Row] = {}
         self._watch(progress)
         started = monotonic()
-        piece = piece_tokens(self._source.rows(), self._maker)
+        piece = piece_tokens(self._source.rows(), self._maker, self._model.manifest)
         with batch_engine(self._model, progress.rows.count, order.prefix_bytes, piece) as engine:
             asking = Asking(engine, order.defaults, name=job.name)
             self._try_options(asking)

@@ -161,7 +161,7 @@ def _results(model: Model, tasks: Sequence[Task], asked: Asked, rows: int, label
     queue = max(_QUEUE, 2 * rows, *(len(task.choices) for task in tasks))
     found: dict[int, Result] = {}
     with (
-        Engine(model, slots=1 if plan else rows, queue=queue) as engine,
+        Engine(model, slots=1 if plan else rows, queue=queue, prompts_first=True) as engine,
         _progress(label, len(tasks)) as done,
     ):
         for place, result in results(engine, tasks, asked):

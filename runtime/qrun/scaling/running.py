@@ -91,7 +91,7 @@ def run_on_ray(
         kind = _kind(output.path, first, maker)
         columns, schema = _columns(first, shape, kind)
         job = _job(order, engine, paths)
-        piece = piece_tokens(first.rows(), maker)
+        piece = piece_tokens(first.rows(), maker, read_manifest(engine))
     shelf = shelf_of(folder)
     here = check_nodes(folder, shelf, tell)
     cpus = cluster.cpus or max(1, min(each["cpus"] for each in here) - 1)
