@@ -147,9 +147,10 @@ def write_report(
 
     parts = [f"# Servers under load: Qwen2.5's {arguments.shape.upper()} shape, random weights"]
     parts.append(conditions_text(facts))
+    many = "one request" if arguments.requests == 1 else f"{arguments.requests} requests, one after the other,"
     parts.append(
         f"Prompts of {arguments.prompt} token ids, {arguments.tokens} new tokens, greedy, streamed; each "
-        f"client sends {arguments.requests} requests in a round, one after the other. {arguments.rounds} "
+        f"client sends {many} in a round. {arguments.rounds} "
         f"rounds, servers in turn, {arguments.threads} threads each. Medians of the rounds, their range in "
         "brackets; the 95th percentile is of all requests. OpenVINO's continuous batching stands behind a "
         "server that does not even make text of its tokens, which flatters it."
