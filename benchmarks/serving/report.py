@@ -147,7 +147,8 @@ def write_report(
 
     parts = [f"# Servers under load: Qwen2.5's {arguments.shape.upper()} shape, random weights"]
     parts.append(conditions_text(facts))
-    many = "one request" if arguments.requests == 1 else f"{arguments.requests} requests, one after the other,"
+    several = f"{arguments.requests} requests, one after the other,"
+    many = "one request" if arguments.requests == 1 else several
     parts.append(
         f"Prompts of {arguments.prompt} token ids, {arguments.tokens} new tokens, greedy, streamed; each "
         f"client sends {many} in a round. {arguments.rounds} "
