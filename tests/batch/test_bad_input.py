@@ -17,6 +17,7 @@ from tests.batch.typing_in import type_in
 
 GOOD = json.dumps(request("a", "hello")) + "\n"
 TABLE = "id,text\n1,hello\n"
+ARRAY = '[\n  {"prompt": "a"},\n  {"prompt": "b"}\n]\n'
 
 
 def parquet(path: Path) -> None:
@@ -64,6 +65,39 @@ WHOLE = {
         "in.csv --template-file nowhere --output out.csv",
         "template cannot be read",
     ),
+    "a header that is not UTF-8": (
+        lambda path: path.write_bytes("id,caf\u00e9\n1,x\n".encode("latin-1")),
+        "in.csv --column id --output out.jsonl",
+        "the header is not UTF-8",
+    ),
+    # Its whole lines were taken for prompts.
+    "a header with semicolons": ("id;text\n1;x\n", "in.csv --output out.csv", "separated otherwise"),
+    "a header with tabs": ("id\ttext\n1\tx\n", "in.csv --output out.csv", "name the file .tsv"),
+    "a column without a name": (TABLE, ["in.csv", "--column", "", "--output", "out.csv"], "no column ''"),
+    "an empty template": (TABLE, ["in.csv", "--template", "", "--output", "out.csv"], "template is empty"),
+    "an array of JSON": (ARRAY, "in.json --output out.jsonl", "this is one JSON array"),
+    "an array by another name": (ARRAY, "in.jsonl --output out.jsonl", "this is one JSON array"),
+    "an array of texts": ('["a", "b"]\n', "in.json --output out.jsonl", "this is one JSON array"),
+    "one object over several lines": ('{\n "prompt": "x"\n}\n', "in.json --output o.jsonl", "no row of the"),
+    "a column of Parquet twice": (
+        lambda path: pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["x", "x"]), path),
+        "in.parquet --column x --output out.jsonl",
+        "two columns are called 'x'",
+    ),
+    "a device": (None, "/dev/zero --output out.jsonl", "the input is no file"),
+    # It was found after the last answer, and the answers could not be published.
+    "an output that is a link to nowhere": (GOOD, "in.jsonl --output dangling.jsonl", "a link to nowhere"),
+    "types that exclude each other": (
+        '{"prompt": "a", "x": 1}\n{"prompt": "b", "x": "c"}\n',
+        "in.jsonl --output out.parquet",
+        "cannot hold these values: column 'x'",
+    ),
+    "a number beyond 64 bits": (
+        '{"prompt": "a", "x": 18446744073709551616}\n',
+        "in.jsonl --output out.parquet",
+        "cannot hold these values: column 'x'",
+    ),
+    "an empty object": ('{"prompt": "a", "x": {}}\n', "in.jsonl --output out.parquet", "cannot hold these"),
     "an answer's column": ("answer\nx\n", "in.csv --output out.csv", "column 'answer'"),
     "an output without a format": (GOOD, "in.jsonl --output out", "does not say its format"),
     "batch lines into CSV": (GOOD, "in.jsonl --output out.csv", "answered in JSON lines"),
@@ -90,6 +124,7 @@ def lay_out(place: Path, content, name: str) -> None:
     (place / "folder" / "object").write_text("{}")
     (place / "there.jsonl").write_text("mine")
     os.mkfifo(place / "fifo")
+    (place / "dangling.jsonl").symlink_to(place / "away" / "out.jsonl")
     for job, file in (("foreign", "thesis.txt"), ("strange", "job.json")):
         (place / f"{job}.jsonl.qrun-batch").mkdir()
         (place / f"{job}.jsonl.qrun-batch" / file).write_text("mine")
@@ -105,7 +140,7 @@ def lay_out(place: Path, content, name: str) -> None:
 def seen(place: Path) -> dict[str, bytes | None]:
     """Every file with its content."""
     return {
-        str(path.relative_to(place)): path.read_bytes() if stat.S_ISREG(path.stat().st_mode) else None
+        str(path.relative_to(place)): path.read_bytes() if stat.S_ISREG(path.lstat().st_mode) else None
         for path in sorted(place.rglob("*"))
     }
 
@@ -113,10 +148,11 @@ def seen(place: Path) -> dict[str, bytes | None]:
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_cannot_be_done_is_one_message_and_leaves_nothing(name, monkeypatch, model, tmp_path):
     content, typed, words = WHOLE[name]
+    typed = typed.split() if isinstance(typed, str) else typed
     monkeypatch.chdir(tmp_path)
-    lay_out(tmp_path, content, typed.split()[0])
+    lay_out(tmp_path, content, typed[0])
     before = seen(tmp_path)
-    done = type_in(monkeypatch, model, *typed.split())
+    done = type_in(monkeypatch, model, *typed)
     assert done.exit_code == 1, done.output
     assert done.stdout == ""
     assert words in done.stderr

@@ -36,6 +36,15 @@ BAD_LINES = {
         {"messages": [USER, {"role": "assistant", "content": "x"}], "expected": "x"},
         "there is nothing to answer",
     ),
+    # Templates leave such a message out, and the model was never asked.
+    "a role that nobody has": (
+        {"messages": [{"role": "human", "content": "x"}], "expected": "x"},
+        "the role 'human' in messages is none of",
+    ),
+    "more of a message": (
+        {"messages": [{**USER, "prefix": True}], "expected": "x"},
+        "'prefix' in messages is not read",
+    ),
     "nothing expected": ({"prompt": "x"}, "expected is missing"),
     "an empty expectation": ({**TASK, "expected": ""}, "expected is empty"),
     "an empty list of expectations": ({**TASK, "expected": []}, "nothing would be right"),
@@ -80,16 +89,18 @@ def test_many_bad_lines_are_counted_in_one_message(tmp_path):
 
 def test_blank_lines_and_a_byte_order_mark_are_no_faults(tmp_path):
     line = json.dumps(TASK).encode()
-    found = read_tasks(data(tmp_path / "data.jsonl", b"\xef\xbb\xbf" + line, "", line))
+    found, _ = read_tasks(data(tmp_path / "data.jsonl", b"\xef\xbb\xbf" + line, "", line))
     assert [(task.number, task.name) for task in found] == [(1, "line 1"), (3, "line 3")]
 
 
 @pytest.mark.parametrize("expected", [4, "4"])
 def test_a_whole_number_stands_for_its_digits_and_a_choice_may_be_named_by_its_place(tmp_path, expected):
     lines = [{"prompt": "x", "expected": expected}, {"prompt": "x", "choices": [3, 4], "expected": expected}]
-    number, choice = read_tasks(data(tmp_path / "a.jsonl", *lines))
+    (number, choice), _ = read_tasks(data(tmp_path / "a.jsonl", *lines))
     assert (number.expected, choice.expected, choice.choices) == (("4",), ("4",), ("3", "4"))
-    (placed,) = read_tasks(data(tmp_path / "b.jsonl", {"prompt": "x", "choices": ["a", "b"], "expected": 1}))
+    ((placed,), _) = read_tasks(
+        data(tmp_path / "b.jsonl", {"prompt": "x", "choices": ["a", "b"], "expected": 1})
+    )
     assert placed.expected == ("b",)
 
 

@@ -118,7 +118,7 @@ def test_texts_of_prompts_answers_and_folders_stay_text_on_the_page(tmp_path):
         {"id": EVIL, "group": EVIL, "prompt": EVIL, "expected": EVIL},
         {"prompt": EVIL, "expected": EVIL, "group": "other"},
     ]
-    tasks = read_tasks(data(tmp_path / "data.jsonl", *lines))
+    tasks, _ = read_tasks(data(tmp_path / "data.jsonl", *lines))
     found = [[Result(True, EVIL), Result(False, EVIL)], [Result(False, EVIL), Result(False, EVIL)]]
     labels = [EVIL, "other"]
     folders = [
@@ -141,6 +141,6 @@ def test_texts_of_prompts_answers_and_folders_stay_text_on_the_page(tmp_path):
 
 
 def test_the_example_is_as_the_page_says():
-    tasks = read_tasks(REPOSITORY / "examples" / "evaluation" / "questions.jsonl")
+    tasks, _ = read_tasks(REPOSITORY / "examples" / "evaluation" / "questions.jsonl")
     assert len(tasks) == 60
     assert {task.kind for task in tasks} == {"exact", "contains", "regex", "choice", "perplexity"}

@@ -113,7 +113,18 @@ REFUSED = [
     ({"schema": {"type": "strin"}}, "strin"),
     ({"schema": {"contentEncoding": "base64"}}, '"contentEncoding"'),
     ({"schema": {"type": "object", "minProperties": 2}}, '"minProperties"'),
-    ({"schema": {"foo": {"minProperties": 2}, "$ref": "#/foo"}}, '"minProperties"'),
+    ({"schema": {"$defs": {"a": {"minProperties": 2}}, "$ref": "#/$defs/a"}}, '"minProperties"'),
+    # Words that nobody enforces: misspelt ones, those of other drafts and of OpenAPI. All were ignored.
+    ({"schema": {"foo": {"type": "null"}, "$ref": "#/foo"}}, '"foo"'),
+    ({"schema": {"type": "array", "minitems": 2}}, '"minitems"'),
+    ({"schema": {"properties": {"a": {"type": "string", "nullable": True}}}}, '"nullable"'),
+    ({"schema": {"divisibleBy": 2}}, '"divisibleBy"'),
+    ({"schema": {"disallow": "string"}}, '"disallow"'),
+    # llguidance says "NoExtensionBias" to these.
+    ({"schema": {"$ref": "#"}}, "leads to nothing but itself"),
+    ({"schema": {"anyOf": [{"$ref": "#"}]}}, "leads to nothing but itself"),
+    ({"grammar": "start: a\na: start"}, "leads to nothing but itself"),
+    ({"schema": {"const": float("nan")}}, "not JSON"),
     ({"schema": {"x-guidance": {"lenient": True}}}, '"x-guidance"'),
     ({"schema": {"const": "a\0b"}}, "control characters"),
     ({"schema": json.loads('{"items":' * 500 + "{}" + "}" * 500)}, "recursion"),
@@ -145,6 +156,10 @@ def test_what_holds_keywords_as_data_is_not_refused(model):
     schema = {"properties": {"not": {"type": "null"}, "minProperties": {}}, "description": "contentEncoding"}
     assert model.constraint(schema=schema) is not None
     assert model.constraint(schema={"const": {"minProperties": 7}}) is not None
+    notes = {"title": "A", "examples": [{"foo": 1}], "x-order": {"foo": 1}, "deprecated": True}
+    assert model.constraint(schema={"type": "integer", **notes, "$comment": "none"}) is not None
+    union = {"oneOf": [{"type": "integer"}, {"type": "string"}], "discriminator": {"propertyName": "kind"}}
+    assert model.constraint(schema=union) is not None
     assert model.constraint() is None
 
 

@@ -107,6 +107,26 @@ def test_a_byte_order_mark_is_no_part_of_a_schema_or_a_key(tmp_path):
     assert read_keys(file) == ("sk-one",)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("sk-schl\u00fcssel\n".encode(), "the API key in line 1 holds more than ASCII"),
+        (b"sk-one\nsk\x00two\n", "the API key in line 2 holds more than ASCII"),
+        ("sk-one\n".encode("utf-16"), "not UTF-8"),
+        (b" # only a comment\n\n", "holds no API key"),
+    ],
+)
+def test_a_key_that_no_client_could_send_is_refused_and_not_shown(content, words, tmp_path):
+    """Such keys were taken, and every request that carried one was then refused."""
+    from qrun.errors import QrunError
+    from qrun.serve.keys import read_keys
+
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(QrunError, match=words) as error:
+        read_keys(tmp_path / "keys")
+    assert "sk" not in str(error.value).replace(str(tmp_path), "")
+
+
 @pytest.mark.parametrize("message", [5, None, b"hi", ["hi"], {"role": "user", "content": "hi"}])
 def test_a_message_that_is_no_text_is_refused(message, model):
     chat = model.chat(max_tokens=1)

@@ -106,6 +106,18 @@ def test_a_message_is_answered_whole(claude):
     assert asked.input_tokens == found.usage.input_tokens
 
 
+@pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
+def test_a_message_of_nothing_is_still_a_message(claude, content):
+    """A message of empty parts was left out, and the conversation was another one."""
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "what?"}]
+    asked = {"model": "echo", "max_tokens": 9, "messages": [*turns, {"role": "user", "content": "hello"}]}
+    empty = {**asked, "messages": [{"role": "user", "content": ""}, *asked["messages"][1:]]}
+    counts = [
+        claude.messages.count_tokens(model="echo", messages=each["messages"]) for each in (asked, empty)
+    ]
+    assert counts[0].input_tokens == counts[1].input_tokens
+
+
 def test_a_message_says_which_stop_sequence_has_ended_it(claude):
     found = claude.messages.create(model="long", max_tokens=50, messages=USER, stop_sequences=["zz", "gh"])
     assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", "gh")

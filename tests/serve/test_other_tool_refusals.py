@@ -10,6 +10,7 @@ from tests.serve.tooling import CLAUDES, FLAT, USER
 
 FORCED = {"tools": FLAT, "tool_choice": "required"}
 CALLED = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "x"}
 RESPONSES_REFUSED = [
     ({"tools": "f"}, "tools"),
     ({"tools": [1]}, "tools[0]"),
@@ -25,6 +26,10 @@ RESPONSES_REFUSED = [
     ),
     ({**FORCED, "text": {"format": {"type": "json_object"}}}, "tools"),
     ({"tools": FLAT}, "tools"),  # "echo" has a template without a place for tools
+    ({"input": [{**CALLED, "caller": 1}]}, "input[0].caller"),
+    ({"input": [CALLED, {**OUTPUT, "is_error": True}]}, "input[1].is_error"),
+    ({"input": [{"role": "user", "content": "x", "weight": 1}]}, "input[0].weight"),
+    ({"tools": FLAT, "tool_choice": {"type": "function", "name": "f", "mode": "x"}}, "tool_choice.mode"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": FLAT, "tool_choice": "any"}, "tool_choice"),
     ({"tools": FLAT, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
@@ -117,6 +122,23 @@ MESSAGES_REFUSED = [
         r"messages\[0\].content\[0\] is 'image'",
     ),
     ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, r"messages\[0\].name is not supported"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "weight": 1}]}]},
+        r"messages\[0\].content\[0\].weight is not supported",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": [{**USED["content"][0], "weight": 1}]}]},
+        r"messages\[0\].content\[0\].weight is not supported",
+    ),
+    (
+        {
+            "messages": [
+                USED,
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "weight": 1}]},
+            ]
+        },
+        r"messages\[1\].content\[0\].weight is not supported",
+    ),
     ({"messages": []}, "messages is empty"),
 ]
 

@@ -15,6 +15,9 @@ TEXT = "/v1/completions"
 GOOD = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 PLAIN = {"model": "base", "prompt": "hi", "max_tokens": 2}
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+NAMED = {"type": "function", "function": {"name": "f"}}
+
 # (path, changes to a good request, status, field)
 FIELDS = [
     (CHAT, {"model": None}, 400, "model"),
@@ -44,6 +47,17 @@ FIELDS = [
         "messages[0].content[0]",
     ),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0]"),
+    # Within a field, too, nothing is ignored in silence.
+    (CHAT, {"messages": [{"role": "user", "content": "hi", "weight": 1}]}, 400, "messages[0].weight"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "detail": "low"}]}]},
+        400,
+        "messages[0].content[0].detail",
+    ),
+    (CHAT, {"tools": [{**TOOL, "strict": True}]}, 400, "tools[0].strict"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {**NAMED, "mode": "x"}}, 400, "tool_choice.mode"),
+    ("/apply-template", {"messages": [{"role": "user", "content": "hi", "x": 1}]}, 400, "messages[0].x"),
     (CHAT, {"temperature": "hot"}, 400, "temperature"),
     (CHAT, {"temperature": -1}, 400, "temperature"),
     (CHAT, {"temperature": True}, 400, "temperature"),

@@ -139,11 +139,16 @@ class Asking:
         most = self.defaults.max_tokens
         if dialect is MESSAGES and most is None:
             most = DEFAULT_MAX_TOKENS
+        if dialect is COMPLETION and most is None and line.custom_id is None:
+            # A plain prompt, and no request of this API, which would end after 16 tokens.
+            most = self.engine.resolve({}).max_tokens or DEFAULT_MAX_TOKENS
         if most is not None and all(body.get(name) is None for name in names):
             body[names[0]] = most
         for name, value in self.defaults.fields.items():
             if dialect is RESPONSES and name == "response_format":
-                body.setdefault("text", {"format": {"type": "json_schema", **value["json_schema"]}})
+                text = body.get("text")
+                if text is None or (isinstance(text, dict) and text.get("format") is None):
+                    body["text"] = {**(text or {}), "format": {"type": "json_schema", **value["json_schema"]}}
             elif body.get(name) is None:
                 body[name] = value
         return msgspec.json.encode(body)

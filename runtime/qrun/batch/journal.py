@@ -120,9 +120,10 @@ class Journal:
 
     def rewind(self, length: int) -> None:
         """Forget the entries after those whose output fits into ``length`` bytes."""
-        begins = [begin for begin, entry in list(self._entries()) if entry.end > length]
-        if begins:
-            self._file.truncate(begins[0])
+        # The first of them: "end" only grows. Entries are read one by one, since each holds a whole answer.
+        first = next((begin for begin, entry in self._entries() if entry.end > length), None)
+        if first is not None:
+            self._file.truncate(first)
             self._file.close()
             self.done.clear()
             self.errors.clear()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qrun.batch.parquet import Parquet, need_pyarrow
 from qrun.batch.requests import BatchLines, Prompts, Template
@@ -25,6 +28,7 @@ _COMPRESSED = {
     b"\xfd7zXZ": "xz -dc",
     b"\x28\xb5\x2f\xfd": "zstd -dc",
 }
+_OBJECTS = re.compile(rb"\[\s*\{")
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "text")
 
 
@@ -70,7 +74,7 @@ def open_source(path: Path, kind: Format | None = None, *, name: Path | None = N
             raise QrunError(
                 "the input is packed", where=shown, hint=f"{unpack} {shown} | qrun batch ... - --output ..."
             )
-    kind = kind or _SUFFIXES.get(shown.suffix.lower()) or _sniffed(head)
+    told, kind = kind, kind or _SUFFIXES.get(shown.suffix.lower()) or _sniffed(head)
     if kind == "parquet":
         return Parquet(path)
     if head.startswith(b"PAR1"):
@@ -82,6 +86,12 @@ def open_source(path: Path, kind: Format | None = None, *, name: Path | None = N
             "the input is no text: there are zero bytes in it",
             where=shown,
             hint="give UTF-8 (iconv -f UTF-16 -t UTF-8), JSON lines, CSV or Parquet",
+        )
+    if kind in ("jsonl", "text") and told != "text" and _is_array(head, shown):
+        raise QrunError(
+            "this is one JSON array, and one object a line is needed",
+            where=shown,
+            hint=f"jq -c '.[]' {shown} gives them; or --format text, if each line is a prompt",
         )
     if kind == "csv":
         return Csv(path, "\t" if shown.suffix.lower() == ".tsv" else ",")
@@ -117,9 +127,9 @@ def maker_of(source: Source, wanted: Wanted) -> Maker:
     """How the rows of a source become requests.
 
     Raises:
-        QrunError: no column holds the prompt, or none that was named.
+        QrunError: no row can be read, no column holds the prompt, or none that was named.
     """
-    first = next((row.values for row in source.rows() if row.problem is None), {})
+    first = _first_values(source)
     given = wanted.column is not None or wanted.template is not None
     if isinstance(source, JsonLines) and not given and ("body" in first or "custom_id" in first):
         if wanted.system is not None:
@@ -133,7 +143,9 @@ def maker_of(source: Source, wanted: Wanted) -> Maker:
     template = None if wanted.template is None else Template(wanted.template)
     column = None
     if template is None:
-        column = wanted.column or _only(columns)
+        column = _only(columns) if wanted.column is None else wanted.column
+        if wanted.column is None and column is not None and source.columns is not None:
+            _check_separator(column, source)
         if column is None:
             raise QrunError(
                 f"which column holds the prompt? There are: {', '.join(columns) or 'none'}",
@@ -149,10 +161,51 @@ def maker_of(source: Source, wanted: Wanted) -> Maker:
     return Prompts(column, template, wanted.system, wanted.chat)
 
 
+def _first_values(source: Source) -> Mapping[str, Any]:
+    """Of the first row that can be read; nothing where there are no rows.
+
+    Raises:
+        QrunError: there are some, and none can be read.
+    """
+    problem = None
+    for row in source.rows():
+        if row.problem is None:
+            return row.values
+        problem = problem or row.problem
+    if problem is not None:
+        raise QrunError(f"no row of the input can be read: {problem.message}", where=source.path)
+    return {}
+
+
+def _check_separator(column: str, source: Source) -> None:
+    """Refuse a header that names several columns in another way than with commas.
+
+    Raises:
+        QrunError: its only column's name holds a separator of others.
+    """
+    for separator, hint in (
+        (";", "separate columns with commas"),
+        ("\t", "name the file .tsv"),
+        ("|", "separate columns with commas"),
+    ):
+        if separator in column:
+            raise QrunError(
+                f"the header has one column, {column!r}: are its columns separated otherwise?",
+                where=source.path,
+                hint=f"{hint}; or give --column {column!r}, if it is one",
+            )
+
+
 def _only(columns: tuple[str, ...]) -> str | None:
     if "prompt" in columns:
         return "prompt"
     return columns[0] if len(columns) == 1 else None
+
+
+def _is_array(head: bytes, shown: Path) -> bool:
+    """Whether a file begins as one array of JSON. The first line of a text may begin with a bracket, too."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return text.startswith(b"[") and (shown.suffix.lower() == ".json" or bool(_OBJECTS.match(text)))
 
 
 def _sniffed(head: bytes) -> Format:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -20,6 +20,8 @@ from qrun.batch.parquet import Parquet, write_beside, write_rows
 from qrun.batch.shapes import answer_columns, answer_types, batch_output
 from qrun.batch.sources import Format, Row, Source
 from qrun.errors import QrunError
+
+_BLOCK = 1 << 20
 
 
 class Shape(Protocol):
@@ -87,10 +89,10 @@ class Growing:
         if (last := journal.last) is not None:
             self._end, self._crc = last.end, last.crc
             self._file = path.open("r+b", buffering=0)
-            if zlib.crc32(self._file.read(self._end)) != self._crc:
+            if _crc_of(self._file, self._end) != self._crc:
                 raise changed_meanwhile(path)
             self._file.truncate(self._end)
-        elif path.exists() and not head.startswith(path.read_bytes()):
+        elif path.exists() and not (path.stat().st_size <= len(head) and head.startswith(path.read_bytes())):
             raise changed_meanwhile(path)
 
     def add(self, row: Row, record: Record) -> None:
@@ -122,6 +124,14 @@ class Growing:
             left = left[self._file.write(left) :]
 
 
+def _crc_of(file: io.FileIO, length: int) -> int:
+    """Of the first bytes of a file, which may be larger than the memory; it then stands behind them."""
+    crc = 0
+    while length and (block := file.read(min(length, _BLOCK))):
+        crc, length = zlib.crc32(block, crc), length - len(block)
+    return crc
+
+
 def changed_meanwhile(path: Path) -> QrunError:
     """Somebody has written to the output of a job that is not finished."""
     return QrunError(
@@ -129,6 +139,15 @@ def changed_meanwhile(path: Path) -> QrunError:
         where=path,
         hint="move it away and start over with --force, or give another --output",
     )
+
+
+def check_columns(rows: Iterable[Row], columns: Sequence[str]) -> None:
+    """Refuse rows whose values a Parquet file cannot hold, before the hours of work for it.
+
+    Raises:
+        QrunError: names the column.
+    """
+    write_rows(None, (row.values for row in rows), tuple(columns))
 
 
 def write_output(

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qrun.batch.sources import Row
+from qrun.batch.sources import Row, check_names
 from qrun.errors import QrunError
 
 _ROWS = 1024  # that are held at a time
@@ -29,7 +29,7 @@ class Parquet:
     """The rows of one Parquet file; a row's values are Python's.
 
     Raises:
-        QrunError: pyarrow is not installed, or this is no Parquet file.
+        QrunError: pyarrow is not installed, this is no Parquet file, or two columns have one name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +44,7 @@ class Parquet:
         except (pyarrow.ArrowException, OSError) as error:
             raise QrunError(f"this is no Parquet file: {_first_line(error)}", where=path) from None
         self.columns: tuple[str, ...] = tuple(self.schema.names)
+        check_names(self.columns, path)
 
     def rows(self) -> Iterator[Row]:
         number = 0
@@ -68,11 +69,16 @@ class Parquet:
             raise QrunError(f"the file cannot be read: {_first_line(error)}", where=self.path) from None
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: tuple[str, ...]) -> None:
+def write_rows(path: Path | None, rows: Iterable[Mapping[str, Any]], columns: tuple[str, ...]) -> None:
     """Write rows of texts, numbers and the like; a column's type is that of its values.
 
+    Args:
+        path: what to write; None to see only whether it could be written.
+        rows: in order.
+        columns: those to write.
+
     Raises:
-        QrunError: a column holds values of types that exclude each other.
+        QrunError: a column holds values of types that exclude each other, or that Parquet has no type for.
     """
     import pyarrow
     import pyarrow.parquet
@@ -81,17 +87,29 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: tuple[str
     tables: list[Any] = []
     try:
         for block in _blocks(rows):
-            filled = {name: [row.get(name) for row in block] for name in columns}
-            tables.append(pyarrow.table(filled))
+            arrays = [_array(name, [row.get(name) for row in block]) for name in columns]
+            tables.append(pyarrow.table(arrays, names=list(columns)))
         schema = pyarrow.unify_schemas([each.schema for each in tables], promote_options="permissive")
-        with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        with pyarrow.parquet.ParquetWriter(path or pyarrow.MockOutputStream(), schema) as writer:
             for table in tables:
                 writer.write_table(table.cast(schema))
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as error:
-        raise QrunError(
-            f"a column holds values of types that exclude each other: {_first_line(error)}",
-            hint="give an --output that ends in .jsonl",
-        ) from None
+    except pyarrow.ArrowException as error:
+        raise _unwritable(_first_line(error)) from None
+
+
+def _array(name: str, values: list[Any]) -> Any:
+    import pyarrow
+
+    try:
+        return pyarrow.array(values)
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise _unwritable(f"column {name!r}: {_first_line(error)}") from None
+
+
+def _unwritable(what: str) -> QrunError:
+    return QrunError(
+        f"a Parquet file cannot hold these values: {what}", hint="give an --output that ends in .jsonl"
+    )
 
 
 def write_beside(path: Path, source: Parquet, added: Iterator[Mapping[str, Any]], types: Any) -> None:

@@ -16,6 +16,10 @@ def check_output(order: Order) -> None:
         raise QrunError("the output is a folder", where=output, hint="give the name of a file")
     if not output.parent.is_dir():
         raise QrunError("there is no such folder", where=output.parent, hint="make it, or choose another")
+    if output.is_symlink() and not output.exists():
+        raise QrunError(
+            "the output is a link to nowhere", where=output, hint="remove it, or give another name"
+        )
     if output.exists() and not output.is_file():
         raise QrunError("the output is no file", where=output, hint="give the name of a file")
     if order.input is not None:
@@ -23,6 +27,8 @@ def check_output(order: Order) -> None:
             raise QrunError("there is no such input", where=order.input)
         if order.input.is_dir():
             raise QrunError("the input is a folder", where=order.input, hint="give a file")
+        if not (order.input.is_file() or order.input.is_fifo()):
+            raise QrunError("the input is no file", where=order.input, hint="give a file, or - for a pipe")
         if output.exists() and order.input.samefile(output):
             raise QrunError("the output is the input", where=output, hint="give another --output")
 

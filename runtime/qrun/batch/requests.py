@@ -23,6 +23,8 @@ class Template:
     """
 
     def __init__(self, text: str) -> None:
+        if not text.strip():
+            raise QrunError("the template is empty", where="--template", hint="such as '{{ text }}'")
         environment = sandbox()
         environment.undefined = jinja2.StrictUndefined
         del environment.globals["strftime_now"]  # a prompt would change from one day to the next

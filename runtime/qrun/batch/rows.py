@@ -56,7 +56,8 @@ def _measured(model: Model, lines: int, tokens: int, reserved: int) -> Rows:
     if manifest.target != "onnxruntime":
         return Rows(1, "a plan answers one prompt at a time")
     most = min(MOST_ROWS, max(1, lines))
-    why = f"there are {lines:,} lines" if lines < MOST_ROWS else f"the most are {MOST_ROWS}"
+    there = "there is 1 line" if lines == 1 else f"there are {lines:,} lines"
+    why = there if lines < MOST_ROWS else f"the most are {MOST_ROWS}"
     free = available_memory()
     if free is not None:
         row = forecast_bytes(manifest, min(tokens, manifest.model.context_length))

@@ -18,7 +18,8 @@ from qrun.batch.journal import Journal
 from qrun.batch.lines import Line, Record
 from qrun.batch.opening import Maker, maker_of, open_source, output_format
 from qrun.batch.order import Order, Progress
-from qrun.batch.outputs import BatchShape, Growing, Shape, TableShape, write_output
+from qrun.batch.outputs import BatchShape, Growing, Shape, TableShape, check_columns, write_output
+from qrun.batch.parquet import Parquet
 from qrun.batch.publishing import check_output, check_unpublished, identity, is_published, publish
 from qrun.batch.requests import BatchLines
 from qrun.batch.rows import Rows, choose_rows
@@ -81,6 +82,8 @@ class _Run:
         if not order.unordered:
             check_unpublished(order.output, journal, replaces)
         self._shape = self._shape_of(job)
+        if self._kind == "parquet" and not isinstance(self._source, Parquet):
+            check_columns(self._source.rows(), self._columns)
         journal.open()
         summary = self._answer(job, *self._measure()).to_json()
         if not order.unordered and not is_published(order.output, journal):
@@ -92,12 +95,14 @@ class _Run:
 
     def _open_input(self) -> None:
         order, journal = self._order, self._journal
-        path, shown = order.input, order.input
-        if path is None:
-            assert order.pipe is not None, "a file or a pipe"
-            path, shown = journal.path("input"), Path("standard input")
-            with path.open("wb") as file:
-                shutil.copyfileobj(order.pipe, file)
+        shown = order.input or Path("standard input")
+        path = shown
+        if order.input is None or order.input.is_fifo():  # it can be read only once
+            path = journal.path("input")
+            coming = order.pipe if order.input is None else order.input.open("rb")
+            assert coming is not None, "a file or a pipe"
+            with closing(coming), path.open("wb") as file:
+                shutil.copyfileobj(coming, file)
         self._source = open_source(path, order.wanted.format, name=shown)
         self._maker = maker_of(self._source, order.wanted)
         self._kind = output_format(order.output, batch_lines=isinstance(self._maker, BatchLines))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -67,19 +67,7 @@ class JsonLines:
         self.path = path
 
     def rows(self) -> Iterator[Row]:
-        for number, line in _lines(self.path):
-            if line.strip():
-                yield self._row(number, line)
-
-    def _row(self, number: int, line: bytes) -> Row:
-        try:
-            values = msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            return Row(number, problem=Problem("invalid_json", f"line {number:,} is not JSON: {error}"))
-        if not isinstance(values, dict):
-            text = f"line {number:,} is no JSON object, but {_kind(values)}"
-            return Row(number, problem=Problem("invalid_json", text))
-        return Row(number, values)
+        return json_rows(_lines(self.path))
 
 
 class PlainText:
@@ -100,7 +88,7 @@ class Csv:
     """Comma-separated values with a header; a row may go over several lines.
 
     Raises:
-        QrunError: there is no header, or one with a name twice.
+        QrunError: there is no header, or one with a name twice or that is not UTF-8.
     """
 
     def __init__(self, path: Path, separator: str = ",") -> None:
@@ -114,9 +102,11 @@ class Csv:
             raise QrunError(
                 "the file has no header", where=path, hint="its first line names the columns: id,text"
             )
-        twice = next((name for name in header if header.count(name) > 1), None)
-        if twice is not None:
-            raise QrunError(f"two columns are called {twice!r}", where=path, hint="rename one of them")
+        if any(not _is_text(name) for name in header):
+            raise QrunError(
+                "the header is not UTF-8", where=path, hint=f"iconv -f LATIN1 -t UTF-8 {path} gives it"
+            )
+        check_names(header, path)
         self.columns: tuple[str, ...] = tuple(header)
 
     def rows(self) -> Iterator[Row]:
@@ -151,10 +141,49 @@ class Csv:
         return csv.reader(text, delimiter=self._separator, strict=True)
 
 
+def check_names(columns: Sequence[str], path: Path) -> None:
+    """Refuse columns that a row could not tell apart.
+
+    Raises:
+        QrunError: two have the same name.
+    """
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise QrunError(f"two columns are called {twice!r}", where=path, hint="rename one of them")
+
+
+def _is_text(found: str) -> bool:
+    """Whether these were bytes of UTF-8."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in found)
+
+
+def json_rows(lines: Iterable[tuple[int, bytes]]) -> Iterator[Row]:
+    """A row for each line that is not blank; ``lines`` come with their numbers."""
+    for number, line in lines:
+        if line.strip():
+            yield _json_row(number, line)
+
+
+def _json_row(number: int, line: bytes) -> Row:
+    try:
+        values = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return Row(number, problem=Problem("invalid_json", f"line {number:,} is not JSON: {error}"))
+    if not isinstance(values, dict):
+        text = f"line {number:,} is no JSON object, but {_kind(values)}"
+        return Row(number, problem=Problem("invalid_json", text))
+    return Row(number, values)
+
+
+def numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, without the mark that some editors begin a file with."""
+    for number, line in enumerate(lines, 1):
+        yield number, line.removeprefix(_BOM) if number == 1 else line
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            yield number, line.removeprefix(_BOM) if number == 1 else line
+        yield from numbered(file)
 
 
 def _text(number: int, line: bytes) -> tuple[str, Problem | None]:

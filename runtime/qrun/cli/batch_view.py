@@ -52,7 +52,7 @@ class BatchProgress:
             if progress.earlier:
                 note(f"going on: {progress.earlier:,} of {progress.lines:,} lines are answered already")
             if progress.rows is not None:
-                note(f"{progress.rows.count} prompts at once: {progress.rows.why}")
+                note(f"{_prompts(progress.rows.count)} at once: {progress.rows.why}")
         if self._bar is None:
             return
         if self._task is None:
@@ -82,7 +82,8 @@ def summary_lines(summary: Mapping[str, Any], output: str) -> Iterator[str]:
     count = sum(errors.values())
     earlier = summary["answered_before_this_start"]
     yield (
-        f"{summary['lines']:,} lines: {summary['answered']:,} answered, {count:,} with an error"
+        f"{summary['lines']:,} {'line' if summary['lines'] == 1 else 'lines'}: "
+        f"{summary['answered']:,} answered, {count:,} with an error"
         + (f" ({earlier:,} of them before)" if earlier else "")
     )
     for kind, number in errors.items():
@@ -92,9 +93,13 @@ def summary_lines(summary: Mapping[str, Any], output: str) -> Iterator[str]:
         yield (
             f"{summary['seconds']:,.1f} s: {summary['tokens_per_second']:,.1f} tokens/s, "
             f"{summary['completion_tokens_per_second']:,.1f} of answers; "
-            + (f"{summary['nodes']} nodes" if "nodes" in summary else f"{summary['rows']} prompts at once")
+            + (f"{summary['nodes']} nodes" if "nodes" in summary else f"{_prompts(summary['rows'])} at once")
         )
     yield printable(output)
+
+
+def _prompts(count: int) -> str:
+    return "1 prompt" if count == 1 else f"{count} prompts"
 
 
 def _facts(progress: Progress) -> str:

@@ -17,9 +17,7 @@ from qrun.folder.manifest import read_manifest
 @click.option(
     "--engine", required=True, metavar="[NAME=]PATH", help="A model folder, under the name that clients use."
 )
-@click.option(
-    "--replicas", type=click.IntRange(min=1), default=1, show_default=True, help="Models that answer."
-)
+@click.option("--replicas", type=click.IntRange(min=1), help="Models that answer. [default: 1]")
 @click.option("--min-replicas", type=click.IntRange(min=1), help="Fewest replicas. [default: 1]")
 @click.option(
     "--max-replicas",
@@ -51,7 +49,7 @@ from qrun.folder.manifest import read_manifest
 def deploy(
     *,
     engine: str,
-    replicas: int,
+    replicas: int | None,
     min_replicas: int | None,
     max_replicas: int | None,
     target_ongoing_requests: float | None,
@@ -68,6 +66,10 @@ def deploy(
     """
     if max_replicas is None and (min_replicas or target_ongoing_requests):
         raise click.UsageError("--min-replicas and --target-ongoing-requests need --max-replicas.")
+    if max_replicas is not None and replicas is not None:
+        raise click.UsageError(
+            "--replicas has no place beside --max-replicas; --min-replicas says the fewest."
+        )
     if max_replicas is not None and (min_replicas or 1) > max_replicas:
         raise click.UsageError("--min-replicas is more than --max-replicas.")
     if options["prompt_piece"] % 64:
@@ -100,7 +102,7 @@ def deploy(
             "target_ongoing_requests": target,
         }
     wishes = _wishes(name, path, host, options)
-    wishes.update(replicas=replicas, autoscaling=scaling)
+    wishes.update(replicas=replicas or 1, autoscaling=scaling)
     from qrun.scaling.deploying import config_file, deploy_on_ray
 
     if print_config:

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -112,11 +111,11 @@ def evaluate(
     text whose perplexity is measured: docs/evaluation.md. Answers are greedy. One folder is open at a time.
     """
     _check_raw(templated, system, options["chat_template"], thinking)
-    tasks = read_tasks(data, match)
+    tasks, digest = read_tasks(data, match)
     folders = (engine, *others)
     labels = _labels(folders)
     if page is not None:
-        _check_page(page, force)
+        _check_page(page, data, force)
     sampling: dict[str, Any] = {"max_tokens": max_tokens, **({"stop": list(stop)} if stop else {})}
     described, found = list[dict[str, Any]](), list[list[Result]]()
     for folder, label in zip(folders, labels):
@@ -135,7 +134,7 @@ def evaluate(
         give_back_memory()
     facts = {
         "data": data.name,
-        "sha256": sha256(data.read_bytes()).hexdigest(),
+        "sha256": digest,
         "lines": len(tasks),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "chat": bool(templated),
@@ -145,13 +144,19 @@ def evaluate(
         "seed": seed,
     }
     report = Report(facts, described, tasks, found, measures(tasks, labels, found, seed))
+    failure = None
     if page is not None:
-        _write(page, html_page(report), force)
+        try:
+            _write(page, html_page(report), force)
+        except (QrunError, OSError) as error:  # what was found, maybe in hours, is shown all the same
+            failure = error
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
-        return
-    for line in as_lines(report):
-        click.echo(printable(line))
+    else:
+        for line in as_lines(report):
+            click.echo(printable(line))
+    if failure is not None:
+        raise failure
 
 
 def _results(model: Model, tasks: Sequence[Task], asked: Asked, rows: int, label: str) -> list[Result]:
@@ -217,8 +222,12 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     return ["/".join(name[-depth:]) for name in names]
 
 
-def _check_page(path: Path, force: bool) -> None:
+def _check_page(path: Path, data: Path, force: bool) -> None:
     """Refuse a page that could not be written, before the hours of work for it."""
+    if path.is_symlink() and not path.exists():
+        raise QrunError("--page is a link to nowhere", where=path, hint="remove it, or give another name")
+    if path.exists() and path.samefile(data):
+        raise QrunError("--page is the file of the data", where=path, hint="such as report.html")
     if path.is_dir():
         raise QrunError("--page names a folder, not a file", where=path, hint="such as report.html")
     if path.exists() and not force:
@@ -231,7 +240,7 @@ def _check_page(path: Path, force: bool) -> None:
 
 def _write(path: Path, text: str, force: bool) -> None:
     """Whole or not at all; a file that has appeared meanwhile is left alone without ``force``."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".qrun-page.")
     written = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -241,8 +250,15 @@ def _write(path: Path, text: str, force: bool) -> None:
         written.chmod(0o666 & ~mask)  # as any other file that the user writes
         if force:
             written.replace(path)
-        else:
+            return
+        try:
             os.link(written, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without links
+            if path.exists():
+                raise FileExistsError from None
+            written.replace(path)
     except FileExistsError:
         raise QrunError("the file has appeared meanwhile, and is left as it is", where=path) from None
     finally:

@@ -6,10 +6,12 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from qrun.batch.sources import JsonLines
+from qrun.batch.sources import json_rows, numbered
 from qrun.errors import QrunError
 from qrun.evaluation.matching import Match
 
@@ -17,6 +19,7 @@ Kind = Match | Literal["choice", "perplexity"]
 KINDS: tuple[Kind, ...] = ("exact", "contains", "regex", "choice", "perplexity")
 
 _FIELDS = ("id", "group", "note", "prompt", "messages", "system", "expected", "match", "choices", "text")
+ROLES = ("system", "user", "assistant", "tool")
 _OF_TEXT = ("id", "group", "note", "text")
 _SHOWN = 5  # faults of a file that are told one by one
 
@@ -55,8 +58,10 @@ class Task:
         return self.prompt if self.prompt is not None else str(self.messages[-1].get("content", ""))
 
 
-def read_tasks(path: Path, match: Match = "contains") -> list[Task]:
-    """All lines of a file; ``match`` is for lines that do not name theirs.
+def read_tasks(path: Path, match: Match = "contains") -> tuple[list[Task], str]:
+    """All lines of a file, and its SHA-256; ``match`` is for lines that do not name theirs.
+
+    The file is read once: a pipe can be, and what is told of it is what was judged.
 
     Raises:
         QrunError: the file cannot be read, is empty, or has lines that cannot be used: the first of them by
@@ -64,8 +69,13 @@ def read_tasks(path: Path, match: Match = "contains") -> list[Task]:
     """
     if path.is_dir():
         raise QrunError("this is a folder, not a file of JSON lines", where=path)
+    content = path.read_bytes()
+    return _tasks(content, path, match), sha256(content).hexdigest()
+
+
+def _tasks(content: bytes, path: Path, match: Match) -> list[Task]:
     tasks, faults, names = [], list[str](), dict[str, int]()
-    for row in JsonLines(path).rows():
+    for row in json_rows(numbered(BytesIO(content))):
         if row.problem is not None:
             faults.append(row.problem.message)
             continue
@@ -150,6 +160,13 @@ def _conversation(values: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], .
     )
     if not shaped or not given:
         raise QrunError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
+    # Templates leave out a message whose role they do not know, and the model would never see it.
+    role = next((each["role"] for each in given if each["role"] not in ROLES), None)
+    if role is not None:
+        raise QrunError(f"the role {role!r} in messages is none of {', '.join(ROLES)}")
+    more = next((name for each in given for name in each if name not in ("role", "content", "name")), None)
+    if more is not None:
+        raise QrunError(f"{more!r} in messages is not read: they have a role and a content")
     if given[-1]["role"] == "assistant":
         raise QrunError("the last of messages is the assistant's: there is nothing to answer")
     return (*system, *given), None

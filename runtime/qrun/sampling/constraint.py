@@ -246,7 +246,7 @@ def _text_of(kind: str, value: Any) -> str:
         if not isinstance(value, Mapping | bool):
             raise QrunError(f"schema must be a JSON object, not {type(value).__name__}")
         try:
-            text = json.dumps(value, ensure_ascii=False)
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise QrunError(f"schema is not JSON: {error}") from None
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from qrun.errors import QrunError
@@ -11,10 +12,27 @@ from qrun.errors import QrunError
 _DATA = ("const", "enum", "default", "examples")  # hold values and no schemas
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # by a name
 _UNENFORCED = ("contentEncoding", "contentMediaType", "contentSchema")
+# Notes for people and programs, which say nothing of what fits; and the x- of whoever made the schema.
+_NOTES = frozenset(
+    (
+        *("$schema", "$id", "id", "$anchor", "$comment", "title", "description", "default", "example"),
+        *("examples", "deprecated", "readOnly", "writeOnly", "discriminator", "xml", "externalDocs"),
+    )
+)
+_KNOWN = frozenset(
+    (
+        *("type", "enum", "const", "properties", "required", "additionalProperties"),
+        *("patternProperties", "minProperties", "maxProperties", "items", "additionalItems"),
+        *("prefixItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "anyOf", "allOf"),
+        *("oneOf", "$ref", "$defs", "definitions"),
+    )
+)
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*?)\]")
 # Control characters that JSON can write only as \u escapes, which are not allowed (see ``constraint``).
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")
 _LONGEST = 300
+_SHOWN = 3  # keywords that are named
 # llguidance's own formats accept the 29th of February in every year, and a 61st second at any time.
 _LEAP_YEAR = "([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
 _DATE = (
@@ -71,8 +89,18 @@ def refuse_unenforced(schema: Mapping[str, Any] | bool) -> None:
                 "schema cannot be enforced: control characters in const, enum or properties",
                 hint="only \\b, \\f, \\n, \\r and \\t are written",
             )
-        if "x-guidance" in part:
-            raise QrunError('schema cannot be enforced: "x-guidance"', hint="leave it out")
+        unknown = sorted(name for name in part if name == "x-guidance" or not _is_known(name))
+        if unknown:
+            near = get_close_matches(unknown[0], _KNOWN, 1, 0.8)
+            others = "leave that out; docs/serving.md lists what is enforced"
+            names = ", ".join(f'"{name[:100]}"' for name in unknown[:_SHOWN])
+            raise QrunError(
+                f"schema cannot be enforced: {names}", hint=f"is {near[0]} meant?" if near else others
+            )
+
+
+def _is_known(name: str) -> bool:
+    return name in _KNOWN or name in _NOTES or name.startswith("x-")
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -100,7 +128,7 @@ def _parts(schema: object) -> Iterator[Mapping[str, Any]]:
             for name, value in found.items():
                 if name in _NAMED and isinstance(value, Mapping):
                     left += value.values()
-                elif name not in _DATA:
+                elif name not in _DATA and name not in _NOTES and not name.startswith("x-"):
                     left.append(value)
 
 
@@ -108,6 +136,8 @@ def readable(message: str) -> str:
     """A message of llguidance, short and about the user's text alone."""
     if found := _UNIMPLEMENTED.search(message):
         return found[1]
+    if "NoExtensionBias" in message:  # llguidance's word for a start from which no first character follows
+        return "it leads to nothing but itself, so that no answer fits it"
     lines = [line.strip() for line in message.split("\n\nError context", maxsplit=1)[0].splitlines()]
     text = " ".join(line for line in lines if line and line != "<non-verbose/>")
     if text.startswith("oneOf constraints"):

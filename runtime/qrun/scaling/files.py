@@ -10,7 +10,7 @@ import pickle
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from hashlib import sha256
@@ -96,22 +96,69 @@ def key_of(path: str, number: int) -> int:
 
 
 class Rows(FileBasedDatasource):  # type: ignore[misc]
-    """The rows of many files; each file is read by one task."""
+    """The rows of many files; each file is read by one task.
 
-    def __init__(self, paths: Sequence[str], kind: Format | None) -> None:
+    Args:
+        paths: of the files.
+        kind: their format; by default what each one's name and first bytes say.
+        columns: those of the output, whose names tables must have; None where each row has its own.
+        taken: names of the answer's columns, which no row may have.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        kind: Format | None,
+        columns: Sequence[str] | None = None,
+        taken: Collection[str] = (),
+    ) -> None:
         super().__init__(list(paths), open_stream_args={"compression": None})
-        self._kind = kind
+        self._kind, self._columns, self._taken = kind, columns, taken
 
     def _read_stream(self, f: Any, path: str) -> Iterator[Any]:
         with tempfile.TemporaryDirectory(prefix="qrun-input-") as folder:
             block: list[Row] = []
-            for row in _opened(f, path, Path(folder), self._kind).rows():
+            source = _opened(f, path, Path(folder), self._kind)
+            self._check(source.columns or (), path)
+            for row in source.rows():
+                check_taken(row.values, self._taken, path)
                 block.append(row)
                 if len(block) == _ROWS:
                     yield _table(path, block)
                     block = []
             if block:
                 yield _table(path, block)
+
+    def _check(self, columns: Sequence[str], path: str) -> None:
+        """Refuse a table whose columns would be left out of the output, or be missing in it.
+
+        Raises:
+            QrunError: names one.
+        """
+        if self._columns is None or set(columns) == set(self._columns):
+            return
+        odd = sorted(set(columns) ^ set(self._columns))[0]
+        which = "is not in the first file" if odd in columns else "is missing"
+        raise QrunError(
+            f"the files have different columns: {odd!r} {which}",
+            where=path,
+            hint="give files of the same columns, or JSON lines",
+        )
+
+
+def check_taken(columns: Collection[str], taken: Collection[str], path: str | Path) -> None:
+    """Refuse a column that an answer's would overwrite.
+
+    Raises:
+        QrunError: names it.
+    """
+    found = next((name for name in taken if name in columns), None)
+    if found is not None:
+        raise QrunError(
+            f"the input has a column {found!r}, which is the name of one of the answer's",
+            where=path,
+            hint="give --prefix, such as --prefix model_",
+        )
 
 
 def _table(path: str, rows: Sequence[Row]) -> Any:

@@ -89,7 +89,7 @@ def run_on_ray(
         maker = maker_of(first, order.wanted)
         shape = TableShape(order.prefix, tools="tools" in order.defaults.fields)
         kind = _kind(output.path, first, maker)
-        columns, schema = _columns(first, shape, kind)
+        columns, schema = _columns(first, maker, shape, kind)
         job = _job(order, engine, paths)
         piece = piece_tokens(first.rows(), maker, read_manifest(engine))
     shelf = shelf_of(folder)
@@ -119,6 +119,7 @@ def run_on_ray(
             work,
             (output.part, kind, columns, schema, cluster.file_rows),
             cluster.workers,
+            columns=None if kind == "jsonl" else columns[: len(columns) - len(shape.types)],
         )
         if (written.rows, written.sum) != (read.rows, read.sum):
             raise QrunError(
@@ -146,9 +147,15 @@ def run_on_ray(
 
 
 def _answer(
-    paths: list[str], wanted: Wanted, work: Mapping[str, Any], target: Any, workers: int | None
+    paths: list[str],
+    wanted: Wanted,
+    work: Mapping[str, Any],
+    target: Any,
+    workers: int | None,
+    *,
+    columns: tuple[str, ...] | None,
 ) -> tuple[Any, Any]:
-    """What was written, and what was read."""
+    """What was written, and what was read; ``columns`` see ``files.Rows``."""
     import ray.data
     from ray.exceptions import RayError
 
@@ -160,7 +167,8 @@ def _answer(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
-    rows = ray.data.read_datasource(Rows(paths, wanted.format))
+    taken = () if work["batch_lines"] else tuple(work["shape"].types)
+    rows = ray.data.read_datasource(Rows(paths, wanted.format, columns, taken))
     pool = ray.data.ActorPoolStrategy(
         min_size=1,
         initial_size=_fitting(work["cpus"], workers),
@@ -249,16 +257,14 @@ def _kind(path: str, first: Source, maker: Maker) -> Format:
     return kind
 
 
-def _columns(first: Source, shape: TableShape, kind: Format) -> tuple[tuple[str, ...], Any]:
+def _columns(first: Source, maker: Maker, shape: TableShape, kind: Format) -> tuple[tuple[str, ...], Any]:
     """Columns of the output, and its schema where it is Parquet."""
+    from qrun.scaling.files import check_taken
+
     own = first.columns or ()
-    taken = next((name for name in shape.types if name in own), None)
-    if taken is not None:
-        raise QrunError(
-            f"the input has a column {taken!r}, which is the name of one of the answer's",
-            where=first.path,
-            hint="give --prefix, such as --prefix model_",
-        )
+    if not isinstance(maker, BatchLines):
+        for columns in [first.columns] if first.columns else (row.values for row in first.rows()):
+            check_taken(columns, shape.types, first.path)
     if kind != "parquet":
         return (*own, *shape.types), None
     import pyarrow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -140,11 +141,28 @@ def _refusal(text: str) -> ApiError:
     return ApiError(400, f"{field or 'the body'}: {what[0].lower()}{what[1:]}", param=field)
 
 
+# Of messages: what is read, and what clients send back of our own answers or for people.
+_OF_MESSAGE = frozenset(("role", "content", "tool_calls", "tool_call_id", "reasoning_content"))
+_BESIDE_MESSAGE = frozenset(("name", "id", "type", "status", "refusal", "annotations", "cache_control"))
+_OF_PART = frozenset(("type", "text", "annotations", "logprobs", "citations", "cache_control"))
+
+
+def check_names(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Refuse a field within a request that nobody reads. An empty one asks for nothing.
+
+    Raises:
+        ApiError: 400, with the field.
+    """
+    for name, value in given.items():
+        if name not in known and value not in (None, False, "", [], {}):
+            raise ApiError(400, f"{where}.{name} is not supported here", param=f"{where}.{name}")
+
+
 def texts_only(messages: list[dict[str, Any]], where: str = "messages") -> list[dict[str, Any]]:
     """Messages whose contents are strings: parts of text are joined. ``where`` is the field's name.
 
     Raises:
-        ApiError: 400: a message without a role, or a part that is not text.
+        ApiError: 400: a message without a role, a part that is not text, or a field that is not known.
     """
     if not messages:
         raise ApiError(400, f"{where} is empty: there is nothing to answer", param=where)
@@ -162,6 +180,7 @@ def with_text(message: dict[str, Any], where: str) -> dict[str, Any]:
     if role not in ROLES:
         text = f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}"
         raise ApiError(400, text, param=f"{where}.role")
+    check_names(message, _OF_MESSAGE | _BESIDE_MESSAGE, where)
     if role == "developer":  # OpenAI's newer word
         role = "system"
     if content is None:
@@ -193,5 +212,6 @@ def part_text(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
         raise ApiError(400, f"{where} is {kind!r}: this model reads text only", param=where)
+    check_names(part, _OF_PART, where)
     text: str = part["text"]
     return text

@@ -27,19 +27,30 @@ def keys_for(host: str, file: Path | None, *, no_auth: bool) -> tuple[str, ...]:
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
-    """Keys of a file, one a line, or of the variable.
+    """Keys of a file, one a line, or of the variable. None of them is ever shown, also where it is refused.
 
     Raises:
-        QrunError: the file holds none.
+        QrunError: the file holds none, is no text, or a key that no client could send.
     """
     if file is None:
         lines = os.environ.get(VARIABLE, "").split(",")
     else:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise QrunError("the file of API keys is not UTF-8", where=file) from None
+    keys = {number: line.strip() for number, line in enumerate(lines, 1)}
+    keys = {number: key for number, key in keys.items() if key and not key.startswith("#")}
+    for number, key in keys.items():
+        if not (key.isascii() and key.isprintable()):
+            raise QrunError(
+                f"the API key in line {number} holds more than ASCII, which headers of HTTP cannot carry",
+                where=file or VARIABLE,
+                hint="make another one, such as with: openssl rand -hex 32",
+            )
     if file is not None and not keys:
         raise QrunError("the file holds no API key", where=file, hint="write one key on each line")
-    return keys
+    return tuple(keys.values())
 
 
 def _is_loopback(host: str) -> bool:

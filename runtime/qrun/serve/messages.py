@@ -14,7 +14,7 @@ from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.serve.asking import Asked, check_length
 from qrun.serve.errors import ApiError, from_qrun
-from qrun.serve.fields import part_text, text_of
+from qrun.serve.fields import check_names, part_text, text_of
 from qrun.serve.thinking import of_anthropic
 from qrun.serve.tools import Choice, Places, Tools, prompt_with_tools, tools_of
 
@@ -150,6 +150,7 @@ def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append({"role": role, "content": text_of(content, f"{where}.content")})
             continue
         said: dict[str, Any] = {"role": role, "content": ""}
+        answered = False
         for number, block in enumerate(content):
             place = f"{where}.content[{number}]"
             kind = block.get("type") if isinstance(block, dict) else None
@@ -162,14 +163,17 @@ def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     found.append(said)
                     said = {"role": role, "content": ""}
                 found.append(_result(block, place, called))
+                answered = True
             else:
                 said["content"] += part_text(block, place)
-        if said["content"] or "tool_calls" in said or not content:
+        # Results stand for themselves; a message of nothing else but empty text is one all the same.
+        if said["content"] or "tool_calls" in said or not answered:
             found.append(said)
     return found
 
 
 def _call(block: dict[str, Any], place: str) -> dict[str, Any]:
+    check_names(block, ("type", "id", "name", "input", "cache_control", "caller"), place)
     for name in ("id", "name"):
         if not isinstance(block.get(name), str):
             raise ApiError(400, f"{place}.{name} must be a string", param=f"{place}.{name}")
@@ -184,6 +188,7 @@ def _call(block: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _result(block: dict[str, Any], place: str, called: set[str]) -> dict[str, Any]:
+    check_names(block, ("type", "tool_use_id", "content", "is_error", "cache_control"), place)
     key, content, failed = block.get("tool_use_id"), block.get("content"), block.get("is_error", False)
     if not isinstance(key, str) or key not in called:
         text = f"{place}.tool_use_id: no tool_use before it has the id {key!r}"

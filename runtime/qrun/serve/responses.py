@@ -11,7 +11,7 @@ from typing import Any
 from qrun.engine import Engine
 from qrun.serve.asking import Asked, for_each
 from qrun.serve.errors import ApiError
-from qrun.serve.fields import Common, Harmless, text_of, with_text
+from qrun.serve.fields import Common, Harmless, check_names, text_of, with_text
 from qrun.serve.thinking import of_reasoning
 from qrun.serve.tools import Choice, Places, Tools, arguments_of, prompt_with_tools, tools_of
 
@@ -110,6 +110,7 @@ def _choice(choice: str | dict[str, Any] | None) -> Choice:
     if choice is None or choice in ("auto", "none", "required"):
         return Choice("auto" if choice is None else str(choice))
     if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("name"), str):
+        check_names(choice, ("type", "name"), "tool_choice")
         return Choice("required", choice["name"])
     raise ApiError(400, "tool_choice must be auto, none, required or a function", param="tool_choice")
 
@@ -125,8 +126,8 @@ def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     for index, item in enumerate(given):
         where, kind = f"input[{index}]", item.get("type", "message")
         if kind == "message":
-            kept = {key: value for key, value in item.items() if key in ("role", "content")}
-            found.append(with_text(kept, where))
+            said = with_text(item, where)
+            found.append({key: said[key] for key in ("role", "content")})
         elif kind == "function_call":
             call = _call(item, where)
             called.add(call["id"])
@@ -135,6 +136,7 @@ def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
             # Calls that follow each other, or a text, are one message of the assistant.
             found[-1].setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
+            check_names(item, ("type", "id", "call_id", "output", "status"), where)
             key = _text(item, "call_id", where)
             if key not in called:
                 text = f"{where}.call_id: no function_call before it has the id {key!r}"
@@ -147,6 +149,7 @@ def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _call(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+    check_names(item, ("type", "id", "call_id", "name", "arguments", "status"), where)
     function = {name: _text(item, name, where) for name in ("name", "arguments")}
     arguments_of(function["arguments"], f"{where}.arguments")
     return {"id": _text(item, "call_id", where), "type": "function", "function": function}

@@ -13,6 +13,7 @@ from qrun.errors import QrunError
 from qrun.model import Model
 from qrun.sampling.constraint import Constraint, inline
 from qrun.serve.errors import ApiError
+from qrun.serve.fields import check_names
 from qrun.text.tool_calls import CLOSING, OPENING, THOUGHT, THOUGHT_END, ToolCallParser
 
 _MOST_CALLS = 16  # in an answer that a grammar constrains
@@ -143,6 +144,7 @@ def read_tools(tools: Any, choice: Any, parallel: bool | None) -> Tools | None:
         if tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
             text = f"{place} must be a function, as {{type: function, function: ...}}"
             raise ApiError(400, text, param=place)
+        check_names(tool, ("type", "function", "cache_control"), place)
         functions.append(tool["function"])
     if not functions and parallel is not None:
         raise ApiError(400, "parallel_tool_calls needs tools", param="parallel_tool_calls")
@@ -197,6 +199,8 @@ def _choice(choice: Any) -> Choice:
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(choice, dict) or choice.get("type") != "function" or not isinstance(name, str):
         raise ApiError(400, "tool_choice must be auto, none, required or a function", param="tool_choice")
+    check_names(choice, ("type", "function"), "tool_choice")
+    check_names(function or {}, ("name",), "tool_choice.function")
     return Choice("required", name)
 
 
