@@ -77,6 +77,17 @@ ADAPTERS: dict[str, tuple[dict[str, Any], Break, str]] = {
         adapter_config(target_modules="(q_proj"),
         "target_modules = '(q_proj'",
     ),
+    # Each was a traceback: peft makes expressions of these names.
+    "a module to save that is no expression": (
+        {},
+        adapter_config(modules_to_save=["lm_head("]),
+        "= ['lm_head('",
+    ),
+    "a list of layers that is no expression": (
+        {},
+        adapter_config(layers_to_transform=[0], layers_pattern=["*"]),
+        "layers_pattern = ['*']",
+    ),
     "another rank": (
         {},
         adapter_config(r=8),

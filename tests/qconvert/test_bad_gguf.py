@@ -149,6 +149,10 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
         {"qwen2.attention.head_count": ("add_array", [4, 2, 4])},
         "one whole number is needed",
     ),
+    # A list where a number is due was a traceback.
+    "experts by layers": ({"qwen2.expert_count": ("add_array", [0, 0])}, "qwen2.expert_count = "),
+    "parts by layers": ({"split.no": ("add_array", [0, 1])}, "split.no = "),
+    "a text for parts": ({"split.count": ("add_string", "two")}, "split.count = "),
     "alignment": ({"general.alignment": ("add_uint32", 33)}, "general.alignment = 33"),
 }
 

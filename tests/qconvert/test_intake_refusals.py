@@ -108,6 +108,36 @@ CHECKPOINTS: dict[str, tuple[Callable[..., Any], dict[str, Any], Break, str]] = 
     "GPTQ packed in int64": (make_gptq, {}, config(pack_dtype="int64"), "pack_dtype = 'int64'"),
     "GPTQ that was rotated": (make_gptq, {}, config(rotation="hadamard"), "rotation = 'hadamard' is not su"),
     "GPTQ with other overrides": (make_gptq, {}, config(dynamic={".*": {"adapter": 1}}), "dynamic = {'.*'"),
+    "GPTQ with an expression that is none": (
+        make_gptq,
+        {},
+        config(dynamic={"+:(q": {"bits": 4}}),
+        "dynamic =",
+    ),
+    "compressed-tensors that ignores no expression": (
+        make_compressed,
+        {},
+        config(ignore=["re:(a"]),
+        "ignore =",
+    ),
+    "compressed-tensors whose targets are none": (
+        make_compressed,
+        {},
+        lambda folder: edit_json(
+            folder / "config.json",
+            lambda raw: raw["quantization_config"]["config_groups"]["group_0"].update(targets=["re:*"]),
+        ),
+        "group_0.targets = ['re:*']",
+    ),
+    **{
+        f"compressed-tensors in tiles of {tile}": (
+            make_compressed,
+            {},
+            group(type="float", num_bits=8, strategy="block", group_size=None, block_structure=tile),
+            "block_structure =",
+        )
+        for tile in ("ab", [0, 128], [128, 1.5], 128)
+    },
     "GPTQ of another group size": (make_gptq, {}, config(group_size=64), "qzeros is I32 [4, 16], due is I32"),
     "GPTQ of other bits": (make_gptq, {}, config(bits=8), "qweight is I32 [16, 128], due is I32 [32, 128]"),
     "GPTQ with a zero point of 16": (make_gptq, {}, tensor(f"{Q0}.qzeros", filled(-1)), "a zero point of 16"),

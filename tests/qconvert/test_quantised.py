@@ -51,6 +51,12 @@ KINDS: dict[str, tuple[Callable[..., Written], dict[str, Any]]] = {
     "compressed-tensors: channels": (make_compressed, {"group": -1}),
     "compressed-tensors: an order of inputs": (make_compressed, {"order": True, "symmetric": False}),
     "compressed-tensors: integers of 8 bits": (make_compressed, {"bits": 8, "group": -1, "integers": True}),
+    # Their codes were packed with what lies above the 4 bits.
+    "compressed-tensors: integers of 4 bits": (make_compressed, {"group": 64, "integers": True}),
+    "compressed-tensors: integers of 4 bits with zero points": (
+        make_compressed,
+        {"group": 64, "integers": True, "symmetric": False},
+    ),
     "compressed-tensors: integers with zero points": (
         make_compressed,
         {"bits": 8, "group": 64, "integers": True, "symmetric": False},

@@ -143,8 +143,8 @@ def read_settings(folder: Path) -> AdapterSettings:
         targets=_names(take("target_modules", [], _is_names, "a list of names or an expression")),
         excluded=_names(take("exclude_modules", [], _is_names, "a list of names or an expression")),
         layers=_layers(take("layers_to_transform", None, _is_layers, "numbers of layers")),
-        layers_pattern=_as_list(take("layers_pattern", [], _is_names, "names of lists of layers")),
-        saved=_as_list(take("modules_to_save", [], _is_names, "a list of names")),
+        layers_pattern=_as_list(take("layers_pattern", [], _are_expressions, "names of lists of layers")),
+        saved=_as_list(take("modules_to_save", [], _are_expressions, "a list of names")),
         bias=take(
             "bias", "none", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"
         ),
@@ -180,6 +180,11 @@ def _is_names(value: Any) -> bool:
     if isinstance(value, str):
         return _is_expression(value)
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_expressions(value: Any) -> bool:
+    """Whether each of them can be part of an expression, which is what peft makes of them."""
+    return _is_names(value) and all(_is_expression(name) for name in _as_list(value))
 
 
 def _names(value: str | list[str]) -> str | tuple[str, ...]:

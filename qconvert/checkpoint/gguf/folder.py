@@ -109,7 +109,8 @@ def _parts(path: Path) -> list[Path]:
 
 def _check_parts(files: list[Container]) -> None:
     for number, file in enumerate(files):
-        stated = [file.metadata.get(f"split.{key}", default) for key, default in (("no", 0), ("count", 0))]
+        fields = Fields(file.path, file.metadata)
+        stated = [fields.number(f"split.{key}") or 0 for key in ("no", "count")]
         due = [number, len(files)] if len(files) > 1 else [0, stated[1] if stated[1] in (0, 1) else 1]
         if stated != due:
             what = f"says that it is part {stated[0]!r} of {stated[1]!r}, counted from 0"
@@ -118,7 +119,7 @@ def _check_parts(files: list[Container]) -> None:
                 where=file.path,
                 hint="give the parts the names under which they were published, all in one folder",
             )
-    total = files[0].metadata.get("split.tensors.count")
+    total = Fields(files[0].path, files[0].metadata).number("split.tensors.count")
     found = sum(len(file.tensors) for file in files)
     if total is not None and len(files) > 1 and total != found:
         raise QconvertError(

@@ -190,7 +190,7 @@ def _check_all(fields: Fields, arch: str) -> None:
         name = key.removeprefix(f"{arch}.")
         if name == key or name in read or name in _HARMLESS:
             continue
-        if name not in _ONLY or value != _ONLY[name]:
+        if name not in _ONLY or isinstance(value, np.ndarray) or value != _ONLY[name]:
             fields.refuse(
                 key, value, "it is not known what it means" if name not in _ONLY else f"{_ONLY[name]} is"
             )

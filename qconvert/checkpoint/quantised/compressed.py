@@ -15,7 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qconvert.checkpoint.quantised.fields import ORIGINAL, Field, Fields, names, one_of, truth
+from qconvert.checkpoint.quantised.fields import (
+    ORIGINAL,
+    Field,
+    Fields,
+    is_tile,
+    names_or_expressions,
+    one_of,
+    truth,
+)
 from qconvert.checkpoint.quantised.floats8 import DTYPES, Float8Matrix, float8_matrix
 from qconvert.checkpoint.quantised.grouped import SCALE_DTYPES, Grouped, Groups
 from qconvert.checkpoint.quantised.tensors import TensorFiles
@@ -86,6 +94,8 @@ class Compressed:
         files.expect(scales, tuple(SCALE_DTYPES), files[scales].shape if whole else (rows, count))
         of_inputs = self._order(base, columns, length, count, files)
         groups = Groups(bits, length, weights.symmetric, SCALE_DTYPES[files[scales].dtype], of_inputs)
+        if not packed:
+            _expect_small(f"{base}.weight", bits, files)
         if not weights.symmetric:
             _expect_zeros(base, rows, count, bits, files)
         return CompressedMatrix(base, shape, groups, packed, files)
@@ -135,6 +145,18 @@ def _expect_zeros(base: str, rows: int, count: int, bits: int, files: TensorFile
         files.expect(name, ("I32",), (-(-rows * bits // 32), count))
     else:
         files.expect(name, ("I8",), (rows, count))
+        _expect_small(name, bits, files)
+
+
+def _expect_small(name: str, bits: int, files: TensorFiles) -> None:
+    """Bytes that hold numbers of fewer bits: larger ones would be cut when they are packed."""
+    if bits == 8:
+        return
+    found, half = files.read(name), 1 << (bits - 1)
+    least, most = int(found.min()), int(found.max())
+    if least < -half or most >= half:
+        what = f"{name} has numbers from {least} to {most}, which {bits} bits do not hold"
+        raise QconvertError(what, where=files.folder, hint=ORIGINAL)
 
 
 def read_compressed(raw: Mapping[str, Any], where: str) -> Compressed:
@@ -153,7 +175,9 @@ def read_compressed(raw: Mapping[str, Any], where: str) -> Compressed:
         "weights with holes are not read",
     )
     fields.take("transform_config", {}, lambda value: value == {}, "rotated weights are not read")
-    ignored = fields.take("ignore", [], names, "a list of names is", "what is not quantised")
+    ignored = fields.take(
+        "ignore", [], names_or_expressions, "a list of names and expressions is", "what is not quantised"
+    )
     groups = fields.take(
         "config_groups", None, lambda value: isinstance(value, dict) and bool(value), "at least one group is"
     )
@@ -175,8 +199,8 @@ def _read_group(name: str, group: Any, outer: Fields, where: str) -> _Weights:
     if group.get("format") not in (None, *_FORMATS):
         raise outer.refusal(f"{name}.format", group["format"], f"{', '.join(_FORMATS)} are")
     targets = group.get("targets")
-    if not isinstance(targets, list) or not names(targets):
-        raise outer.refusal(f"{name}.targets", targets, "a list of names is")
+    if not names_or_expressions(targets):
+        raise outer.refusal(f"{name}.targets", targets, "a list of names and expressions is")
     fields = Fields(group["weights"], f"{where}, config_groups, {name}", "compressed-tensors")
     kind = fields.take("type", "int", one_of("int", "float"), "int and float are", "of every code")
     allowed = (8,) if kind == "float" else (4, 8)
@@ -195,7 +219,7 @@ def _read_group(name: str, group: Any, outer: Fields, where: str) -> _Weights:
     tile = fields.take(
         "block_structure",
         None,
-        lambda value: (value is None) if strategy != "block" else len(value) == 2,
+        lambda value: (value is None) if strategy != "block" else is_tile(value),
         "two numbers for blocks, and for nothing else, are",
         "weights that share a scale",
     )
@@ -263,7 +287,7 @@ class CompressedMatrix(Grouped):
         if self._packed:
             codes = _fields(self._read("weight_packed"), bits)[:, :columns]
         else:
-            codes = self._read("weight").view(torch.uint8) ^ half  # 128 more than a signed byte
+            codes = self._read("weight").view(torch.uint8) + half  # a byte goes around: -1 is 127 then
         zeros = None
         if not self.groups.symmetric:
             found = self._read("weight_zero_point")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -104,3 +105,26 @@ def truth(value: Any) -> bool:
 def names(value: Any) -> bool:
     """Whether it is a list of names."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def names_or_expressions(value: Any) -> bool:
+    """Whether it is a list of names, and of expressions that begin with ``re:``."""
+    return names(value) and all(
+        is_expression(name.removeprefix("re:")) for name in value if name.startswith("re:")
+    )
+
+
+def is_expression(text: Any) -> bool:
+    """Whether it is a regular expression."""
+    try:
+        re.compile(text)
+    except (re.error, TypeError, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def is_tile(value: Any) -> bool:
+    """Whether it is a list of two positive whole numbers."""
+    return (
+        isinstance(value, list) and len(value) == 2 and all(type(each) is int and each > 0 for each in value)
+    )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qconvert.checkpoint.quantised.fields import ORIGINAL, Field, Fields, names, one_of
+from qconvert.checkpoint.quantised.fields import ORIGINAL, Field, Fields, is_tile, names, one_of
 from qconvert.checkpoint.quantised.grouped import SCALE_DTYPES
 from qconvert.checkpoint.quantised.tensors import TensorFiles
 from qconvert.errors import QconvertError
@@ -61,7 +61,7 @@ def read_float8(raw: Mapping[str, Any], where: str) -> Float8:
     tile = fields.take(
         "weight_block_size",
         None,
-        lambda value: value is None or _is_tile(value),
+        lambda value: value is None or is_tile(value),
         "two positive numbers are",
         lambda value: (
             "one scale for a matrix or an output" if value is None else "weights that share a scale"
@@ -107,12 +107,6 @@ def float8_matrix(
             hint=ORIGINAL,
         )
     return Float8Matrix(base, shape, files, scales=scales, tile=tile, method=method)
-
-
-def _is_tile(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(type(each) is int and each > 0 for each in value)
-    )
 
 
 class Float8Matrix:

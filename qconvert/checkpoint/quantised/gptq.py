@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qconvert.checkpoint.quantised.fields import ORIGINAL, Field, Fields, one_of, truth
+from qconvert.checkpoint.quantised.fields import ORIGINAL, Field, Fields, is_expression, one_of, truth
 from qconvert.checkpoint.quantised.grouped import SCALE_DTYPES, Grouped, Groups
 from qconvert.checkpoint.quantised.tensors import TensorFiles
 from qconvert.errors import QconvertError
@@ -169,7 +169,8 @@ def _overrides(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     for pattern, values in value.items():
-        re.compile(pattern.removeprefix("+:").removeprefix("-:"))
+        if not is_expression(pattern.removeprefix("+:").removeprefix("-:")):
+            return False
         known = isinstance(values, dict) and set(values) <= set(_OVERRIDES)
         if not known or not one_of(4, 8)(values.get("bits", 4)) or not _length(values.get("group_size", 1)):
             return False
