@@ -7,6 +7,7 @@ import json
 import pytest
 
 import qrun as api
+import qrun.errors as qrun_errors
 from qrun.text.literal import Literal
 from qrun.text.tokenizer import Tokenizer
 from tests.commands import qrun
@@ -129,3 +130,9 @@ def test_qwen_s_own_tokens(tmp_path):
         "<|im_end|>",
     ]
     assert TYPED in tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_half_a_character_is_refused_as_it_is_in_a_plain_prompt(model):
+    """A server takes messages literally; half a character in the arguments of an earlier call was a fault."""
+    with pytest.raises(qrun_errors.QrunError, match="half a character"):
+        model.chat_prompt([{"role": "user", "content": "a \ud83d b"}], literal=True)

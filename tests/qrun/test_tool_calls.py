@@ -44,6 +44,12 @@ CASES = {
     "a thought behind text": (f"x <think>{CALL}</think>", ["x <think>", F, "</think>"]),
     "half of a thought's tag": (" <thi", [" <thi"]),
     "no thought": (f"<thing> {CALL}", ["<thing>", F]),
+    # Each ended the request, or the whole batch, with a traceback, or was JSON that no client can read.
+    "a name that is a list": (CALL.replace('"f"', '["f"]'), [CALL.replace('"f"', '["f"]')]),
+    "a name that is an object": (CALL.replace('"f"', "{}"), [CALL.replace('"f"', "{}")]),
+    "not a number": (CALL.replace("1", "NaN"), [CALL.replace("1", "NaN")]),
+    "beyond all numbers": (CALL.replace("1", "1e999"), [CALL.replace("1", "1e999")]),
+    "half a character": (CALL.replace("1", '"\\ud83d é"'), [ToolCall("f", '{"a": "\\ud83d \\u00e9"}')]),
     "a deep nest": (f"<tool_call>{'[' * 100_000}</tool_call>!", [f"<tool_call>{'[' * 100_000}</tool_call>!"]),
 }
 

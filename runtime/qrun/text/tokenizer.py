@@ -103,16 +103,7 @@ class Tokenizer:
         Raises:
             QrunError: the text holds half of a surrogate pair, so it is not Unicode text.
         """
-        try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:
-            place = next((i for i, letter in enumerate(text) if 0xD800 <= ord(letter) <= 0xDFFF), None)
-            if place is None:
-                raise
-            raise QrunError(
-                f"the text is not Unicode: half a character (U+{ord(text[place]):04X}) at index {place}",
-                hint="it was probably not UTF-8; check the file's or the terminal's encoding",
-            ) from None
+        return _encode(self._backend, text, add_special_tokens)
 
     def encode_literally(
         self, text: str, unmask: Callable[[str], str], add_special_tokens: bool = False
@@ -123,6 +114,9 @@ class Tokenizer:
             text: with masks in it, see ``Literal``.
             unmask: gives a piece of it without its masks.
             add_special_tokens: see ``encode``.
+
+        Raises:
+            QrunError: see ``encode``.
         """
         if self._literal_backend is None:  # made on demand: it takes a second for a large vocabulary
             self._literal_backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
@@ -131,10 +125,10 @@ class Tokenizer:
         ids: list[int] = []
         end = 0
         for found in self._own_specials().finditer(text):
-            ids += backend.encode(unmask(text[end : found.start()]), add_special_tokens=False).ids
+            ids += _encode(backend, unmask(text[end : found.start()]))
             ids.append(int(str(found.lastgroup)[1:]))
             end = found.end()
-        ids += backend.encode(unmask(text[end:]), add_special_tokens=False).ids
+        ids += _encode(backend, unmask(text[end:]))
         if not add_special_tokens:
             return ids
         alone, whole = self.encode("a"), self.encode("a", add_special_tokens=True)
@@ -178,6 +172,24 @@ class Tokenizer:
         """The id behind a name such as "eos_token", None if the model has none."""
         text = self.special_tokens.get(name)
         return None if text is None else self.token_id(text)
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        QrunError: it holds half of a surrogate pair, which tokenizers refuses with an error of its own.
+    """
+    try:
+        return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+    except TypeError:
+        place = next((i for i, letter in enumerate(text) if 0xD800 <= ord(letter) <= 0xDFFF), None)
+        if place is None:
+            raise
+        raise QrunError(
+            f"the text is not Unicode: half a character (U+{ord(text[place]):04X}) at index {place}",
+            hint="it was probably not UTF-8; check the file's or the terminal's encoding",
+        ) from None
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:

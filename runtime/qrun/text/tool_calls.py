@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 THOUGHT, THOUGHT_END = "<think>", "</think>"
@@ -137,7 +138,8 @@ class ToolCallParser:
             content = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(content, dict) or content.get("name") not in self._names:
+        name = content.get("name") if isinstance(content, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = content.get("arguments", {})
         if isinstance(arguments, str):  # some models write them as a text that holds JSON
@@ -145,9 +147,21 @@ class ToolCallParser:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
                 return None
-        if not isinstance(arguments, dict):
-            return None
-        return ToolCall(content["name"], json.dumps(arguments, ensure_ascii=False))
+        written = _as_json(arguments) if isinstance(arguments, dict) else None
+        return None if written is None else ToolCall(name, written)
+
+
+def _as_json(arguments: Mapping[str, Any]) -> str | None:
+    """As JSON that everybody reads; None where there is none: Python takes NaN and 1e999 for numbers."""
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character stays as it was written, as an escape
+        return json.dumps(arguments)
+    return text
 
 
 def _held_back(text: str) -> int:
