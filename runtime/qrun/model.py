@@ -175,7 +175,7 @@ class Model:
                 expression or grammar that cannot be enforced.
         """
         params, _ = self.resolve(sampling)
-        ids = self._plain_prompt(prompt, literal) if isinstance(prompt, str) else as_token_ids(prompt)
+        ids = self.plain_prompt(prompt, literal=literal) if isinstance(prompt, str) else as_token_ids(prompt)
         check_prompt(ids, self.manifest.model.context_length)
         constraint = self.constraint(schema=schema, regex=regex, grammar=grammar)
         return self.answering(ids, params, context=context, constraint=constraint).events()
@@ -191,8 +191,18 @@ class Model:
         """The answer to a prompt as an object that can be cancelled; see ``generate``."""
         return Answering(context or self.new_context(), self.tokenizer, prompt_ids, params, constraint)
 
-    def _plain_prompt(self, text: str, literal: bool) -> list[int]:
-        if not literal:
+    def plain_prompt(self, text: str, *, literal: bool | None = None) -> list[int]:
+        """The token ids of a prompt that is continued as it is.
+
+        Args:
+            text: the prompt.
+            literal: special tokens that are written out in it stay text. By default as ``literal`` of this
+                model says.
+
+        Raises:
+            QrunError: it is not Unicode text.
+        """
+        if not (self.literal if literal is None else literal):
             return self.tokenizer.encode(text, add_special_tokens=True)
         as_text = Literal(self.tokenizer)
         return as_text.encode(as_text.mask(text), add_special_tokens=True)
@@ -210,8 +220,8 @@ class Model:
         Args:
             messages: all turns so far.
             tools: see ``ChatTemplate.render``.
-            literal: special tokens that are written out in the messages stay text. By default as ``literal``
-                of this model says.
+            literal: special tokens that are written out in messages and tools stay text. By default as
+                ``literal`` of this model says.
             variables: what else the template reads, such as ``{"enable_thinking": False}``.
 
         Raises:
@@ -221,7 +231,8 @@ class Model:
         if not (self.literal if literal is None else literal):
             return self.tokenizer.encode(template.render(messages, tools=tools))
         as_text = Literal(self.tokenizer)
-        return as_text.encode(template.render(as_text.mask_all(messages), tools=tools))
+        given = None if tools is None else as_text.mask_tools(tools)
+        return as_text.encode(template.render(as_text.mask_all(messages), tools=given))
 
     def chat(
         self,

@@ -37,6 +37,22 @@ def test_a_raw_prompt_is_continued_as_far_as_a_chat(monkeypatch, tokenizer, tmp_
     assert line["completion_tokens"] == 512
 
 
+@pytest.mark.parametrize(("option", "control"), [((), False), (("--control-tokens",), True)])
+def test_special_tokens_in_a_raw_prompt_are_text_as_in_a_chat(
+    monkeypatch, tokenizer, tmp_path, option, control
+):
+    """A text of a data set that holds <|im_end|> ended the prompt, whatever --control-tokens said."""
+    model = fake_model(tokenizer, repeating(tokenizer, "abc"))
+    source, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("a<|im_end|>b\n")
+    done = type_in(monkeypatch, model, source, "--output", output, "--raw", "--max-tokens", 2, *option)
+    assert done.exit_code == 0, done.output
+    (line,) = read_lines(output)
+    whole = len(tokenizer.encode("a<|im_end|>b"))
+    assert (line["prompt_tokens"] == whole) == control
+    assert line["prompt_tokens"] >= whole
+
+
 def test_a_request_of_the_api_keeps_its_default(monkeypatch, tokenizer, tmp_path):
     model = fake_model(tokenizer, repeating(tokenizer, "abc"))
     line = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}}

@@ -128,7 +128,7 @@ REFUSED = [
     ({"schema": {"x-guidance": {"lenient": True}}}, '"x-guidance"'),
     ({"schema": {"const": "a\0b"}}, "control characters"),
     ({"schema": json.loads('{"items":' * 500 + "{}" + "}" * 500)}, "recursion"),
-    ({"schema": False}, "schema"),
+    ({"schema": False}, "no answer fits the schema false"),
     ({"schema": [1]}, "must be a JSON object"),
     ({"schema": {"const": "a" * 300_000}}, "at most"),
     ({"schema": {"const": {1, 2}}}, "not JSON"),

@@ -122,6 +122,7 @@ FIELDS = [
     (TEXT, {"logprobs": 21}, 400, "logprobs"),
     ("/tokenize", {"content": 5}, 400, "content"),
     ("/detokenize", {"tokens": ["x"]}, 400, "tokens[0]"),
+    ("/detokenize", {"tokens": [99999]}, 400, "tokens"),  # it was left out of the text
     ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
     ("/apply-template", {"messages": []}, 400, "messages"),
     ("/apply-template", {"messages": GOOD["messages"], "model": "base"}, 400, None),

@@ -139,9 +139,12 @@ class Asking:
         most = self.defaults.max_tokens
         if dialect is MESSAGES and most is None:
             most = DEFAULT_MAX_TOKENS
-        if dialect is COMPLETION and most is None and line.custom_id is None:
-            # A plain prompt, and no request of this API, which would end after 16 tokens.
-            most = self.engine.resolve({}).max_tokens or DEFAULT_MAX_TOKENS
+        if dialect is COMPLETION and line.custom_id is None:
+            # A plain prompt, and no request of this API: that would end after 16 tokens, and would take
+            # special tokens that are written out in a prompt for such.
+            body["prompt"] = self.engine.model.plain_prompt(line.body["prompt"])
+            if most is None:
+                most = self.engine.resolve({}).max_tokens or DEFAULT_MAX_TOKENS
         if most is not None and all(body.get(name) is None for name in names):
             body[names[0]] = most
         for name, value in self.defaults.fields.items():

@@ -195,9 +195,11 @@ class Grammars:
             )
         from llguidance import LLMatcher, LLParserLimits
 
+        if value is False:
+            raise _refusal(kind, "no answer fits the schema false")
         if kind == "schema":
             try:
-                exact = {} if value is True else {"not": {}} if value is False else with_exact_formats(value)
+                exact = {} if value is True else with_exact_formats(value)
                 source = LLMatcher.grammar_from_json_schema(
                     json.dumps(exact),
                     overrides=_SCHEMA_OPTIONS,  # type: ignore[arg-type]
@@ -237,7 +239,10 @@ def inline(schema: Mapping[str, Any]) -> str:
     """
     refuse_unenforced(schema)
     options = {name: value for name, value in _SCHEMA_OPTIONS.items() if value is not False}
-    return "%json " + json.dumps({"x-guidance": options, **with_exact_formats(schema)})
+    try:
+        return "%json " + json.dumps({"x-guidance": options, **with_exact_formats(schema)})
+    except RecursionError:
+        raise _refusal("schema", "it is nested too deeply") from None
 
 
 def _text_of(kind: str, value: Any) -> str:

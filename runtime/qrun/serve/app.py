@@ -202,11 +202,12 @@ async def _tokenize(request: Request) -> Response:
 
 async def _detokenize(request: Request) -> Response:
     fields = decode(await read_body(request), DetokenizeRequest)
-    tokenizer = (await engine_of(request, fields.model)).model.tokenizer
-    bad = next((each for each in fields.tokens if not 0 <= each < 1 << 31), None)
+    model = (await engine_of(request, fields.model)).model
+    size = model.manifest.model.vocab_size
+    bad = next((each for each in fields.tokens if not 0 <= each < size), None)
     if bad is not None:
-        raise ApiError(400, f"{bad} is not a token id", param="tokens")
-    text = await asyncio.to_thread(tokenizer.decode, fields.tokens, skip_special_tokens=False)
+        raise ApiError(400, f"token id {bad} is outside the vocabulary of {size}", param="tokens")
+    text = await asyncio.to_thread(model.tokenizer.decode, fields.tokens, skip_special_tokens=False)
     return json_response({"content": text})
 
 

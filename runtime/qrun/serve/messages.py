@@ -80,9 +80,11 @@ def ask_messages(engine: Engine, request: MessagesRequest) -> Asked:
         params = engine.resolve(sampling)
     except QrunError as error:
         refusal = from_qrun(error)
-        named = {"stop": "stop_sequences"}
         name = next((name for name in sampling if error.what.startswith(name)), None)
-        refusal.param = named.get(name or "", name)
+        if name == "stop":
+            name, text = "stop_sequences", refusal.message.replace("stop", "stop_sequences", 1)
+            refusal = ApiError(refusal.status, text, code=refusal.code)
+        refusal.param = name
         raise refusal from None
     constraint = None if tools is None else tools.constraint(engine.model)
     return Asked([prompt], [params], [""], [constraint], tools)

@@ -69,10 +69,16 @@ def ask_responses(engine: Engine, request: ResponsesRequest) -> Asked:
         own = {"max_tokens": request.max_output_tokens}
         return for_each(engine, common, [prompt], [""], own, tools=tools)
     except ApiError as error:
-        if error.param is not None and error.param.startswith("response_format"):
-            error.param = "text.format"
-        if error.param == "max_tokens":
-            error.param = "max_output_tokens"
+        # The fields' names in this API, in the message as well.
+        for theirs, ours in (
+            ("response_format.json_schema", "text.format"),
+            ("response_format", "text.format"),
+            ("max_tokens", "max_output_tokens"),
+        ):
+            if error.param is not None and error.param.startswith(theirs):
+                raise ApiError(
+                    error.status, error.message.replace(theirs, ours), param=ours, code=error.code
+                ) from None
         raise
 
 

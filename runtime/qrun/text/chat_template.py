@@ -273,17 +273,29 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: object) -> Any:
     """A copy in JSON's own types: an object with methods could let a template out of its sandbox."""
+    try:
+        return _copied(value)
+    except RecursionError:
+        raise too_deep() from None
+
+
+def too_deep() -> QrunError:
+    """Lists and objects within each other, further than Python follows them."""
+    return QrunError("messages, tools or variables are nested too deeply", hint="nest them less")
+
+
+def _copied(value: object) -> Any:
     if value is None or isinstance(value, bool):
         return value
     for kind, strip in _SCALARS:
         if isinstance(value, kind):
             return strip(value)
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {_copied(key): _copied(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+        return tuple(_copied(item) for item in value)
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_copied(item) for item in value]
     raise QrunError(
         f"a chat template takes JSON values, not a {type(value).__name__}",
         hint="pass text, numbers, lists and objects only",

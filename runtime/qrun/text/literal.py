@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qrun.text.chat_template import too_deep
 from qrun.text.tokenizer import Tokenizer
 
 # A character of Unicode's private use area, which no template holds; in a message it is masked as well.
@@ -34,11 +35,23 @@ class Literal:
         return self._typed.sub(lambda found: f"{_MARK}{self._masked.index(found[0])}{_MARK}", text)
 
     def mask_all(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages with their texts masked, those of nested parts too; roles stay."""
+        """Messages with their texts masked, those of nested parts too; roles stay.
+
+        Raises:
+            QrunError: lists and objects within each other without end.
+        """
         return [
-            {key: value if key == "role" else self._mask_inside(value) for key, value in message.items()}
+            {key: value if key == "role" else self._masked_parts(value) for key, value in message.items()}
             for message in messages
         ]
+
+    def mask_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Tools with their texts masked: a description may come from anywhere.
+
+        Raises:
+            QrunError: see ``mask_all``.
+        """
+        return [self._masked_parts(tool) for tool in tools]
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendering of masked messages.
@@ -54,11 +67,17 @@ class Literal:
     def _unmask(self, text: str) -> str:
         return re.sub(f"{_MARK}([0-9]+){_MARK}", lambda found: self._masked[int(found[1])], text)
 
+    def _masked_parts(self, value: Any) -> Any:
+        try:
+            return self._mask_inside(value)
+        except RecursionError:
+            raise too_deep() from None
+
     def _mask_inside(self, value: Any) -> Any:
         if isinstance(value, str):
             return self.mask(value)
         if isinstance(value, Mapping):
-            return {key: self._mask_inside(item) for key, item in value.items()}
+            return {self._mask_inside(key): self._mask_inside(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._mask_inside(item) for item in value]
         return value
