@@ -12,8 +12,9 @@ import pytest
 from qrun.answer import Answer
 from qrun.decoding.pieces import PIECE
 from qrun.decoding.prefix_cache import PrefixCache
-from qrun.decoding.prefix_files import load_prefixes, prefix_file, save_prefixes
+from qrun.decoding.prefix_files import check_folder, load_prefixes, prefix_file, save_prefixes
 from qrun.engine import Engine
+from qrun.errors import QrunError
 from qrun.sampling.params import SamplingParams
 from qrun.text.tokenizer import Tokenizer
 from tests.fakes import FakeSession, fake_manifest, fake_model
@@ -102,6 +103,54 @@ def test_a_damaged_file_is_ignored_and_removed(damage: Callable[[Path], None], t
     damage(path)
     assert len(read(path)) == 0
     assert [each.name for each in tmp_path.iterdir()] == ["other"]
+
+
+def _put(content: bytearray, header: bytes, field: int, value: int) -> None:
+    """Set two bytes behind each of zip's headers of a kind."""
+    at = content.find(header)
+    while at >= 0:
+        content[at + field : at + field + 2] = value.to_bytes(2, "little")
+        at = content.find(header, at + 4)
+
+
+@pytest.mark.parametrize(
+    ("local", "central", "value"),
+    [
+        ((8, 10), 99, "a way to pack that is not known (NotImplementedError)"),
+        ((8, 10), 8, "packed, and it is not (zlib.error)"),
+        ((6, 8), 1, "a password (RuntimeError)"),
+        ((4, 6), 200, "a later version of zip (NotImplementedError)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damage_of_any_kind_stops_no_start(
+    tmp_path: Path, local: tuple[int, int], central: int, value: str
+) -> None:
+    """zipfile and zlib have errors of their own, which ended the server before it began."""
+    path = tmp_path / "kept.npz"
+    save_prefixes(made(2), path)
+    content = bytearray(path.read_bytes())
+    _put(content, b"PK\x03\x04", local[0], central)
+    _put(content, b"PK\x01\x02", local[1], central)
+    path.write_bytes(content)
+    assert len(read(path)) == 0, value
+    assert not path.exists()
+
+
+def test_a_folder_in_its_place_stops_no_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "kept.npz").mkdir()
+    assert len(read(tmp_path / "kept.npz")) == 0
+    assert "cannot be read, and not be removed" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["file", "file/within"])
+def test_a_place_where_nothing_can_be_kept_is_refused_at_the_start(tmp_path: Path, name: str) -> None:
+    """It was a line in the log when the server had ended, and all was forgotten."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(QrunError, match="cannot be kept there"):
+        check_folder(tmp_path / name)
+    check_folder(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ from qrun.backends.ledger import LEDGER
 from qrun.cli.options import open_model, opening_options, speculate_option, template_option
 from qrun.cli.server_options import named, need_packages, server_options
 from qrun.cli.terminal import note, size
+from qrun.decoding.prefix_files import check_folder
 from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes, names_plan, read_manifest, weight_bytes
@@ -97,6 +98,9 @@ def serve(
     folders = named(engines)
     limit = None if memory_gb is None else int(memory_gb * 1e9)
     with bind(host, port) as listening:
+        if prefix_cache_dir is not None:
+            prefix_cache_dir = prefix_cache_dir.expanduser()
+            check_folder(prefix_cache_dir)
         log_to_stderr()
         LEDGER.limit = limit
 

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import platform
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from qrun.backends.session import Session
 from qrun.decoding.prefix_cache import PrefixCache
+from qrun.errors import QrunError
 
 _log = logging.getLogger("qrun.engine")
 _FORMAT = b"qrun prefixes 2"  # 2: pieces of prompts are shorter behind many tokens
@@ -45,6 +45,23 @@ def prefix_file(folder: Path, session: Session, grain: int, chunk: int) -> Path:
     )
     known.update(repr(facts).encode())
     return folder / f"qrun-prefixes-{known.hexdigest()}.npz"
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder, and see that files can be written there: they are written when the server ends.
+
+    Raises:
+        QrunError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise QrunError(
+            f"beginnings of prompts cannot be kept there: {error.strerror}",
+            where=folder,
+            hint="give another --prefix-cache-dir",
+        ) from None
 
 
 def save_prefixes(prefixes: PrefixCache, path: Path) -> None:
@@ -86,10 +103,14 @@ def load_prefixes(prefixes: PrefixCache, path: Path, like: list[NDArray[Any]]) -
         return
     except PermissionError as error:
         _log.warning("prefixes in %s are not read: %s", path, error.strerror)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds of errors for damaged bytes
         prefixes.clear()
-        path.unlink(missing_ok=True)
-        _log.warning("%s was damaged and is removed: %s", path, error)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as failure:  # such as a folder of that name
+            _log.warning("%s cannot be read, and not be removed: %s", path, failure.strerror)
+        else:
+            _log.warning("%s was damaged and is removed: %s", path, error)
 
 
 def _blocks(path: Path, grain: int, like: list[NDArray[Any]]) -> Iterator[tuple[bytes, NDArray[Any]]]:
