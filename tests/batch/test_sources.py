@@ -8,6 +8,7 @@ from threading import Thread
 
 import pytest
 
+from qrun.batch.journal import Journal
 from tests.batch.jobs import beside, read_lines, request, write_lines
 from tests.batch.typing_in import type_in
 from tests.fakes import fake_manifest, fake_model, repeating
@@ -74,6 +75,22 @@ def test_a_schema_holds_for_responses_that_say_nothing_of_their_form(monkeypatch
     assert done.exit_code == 0, done.output
     (found,) = read_lines(output)
     assert found["response"]["body"]["output"][0]["content"][0]["text"] in ('"yes"', '"no"')
+
+
+def test_after_a_full_disk_it_is_told_what_is_kept(monkeypatch, model, tmp_path):
+    added = Journal.add
+
+    def full(journal, record, **places) -> None:
+        if len(journal.done) == 2:
+            raise OSError(28, "No space left on device")
+        added(journal, record, **places)
+
+    monkeypatch.setattr(Journal, "add", full)
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": letter} for letter in "abcd"])
+    done = type_in(monkeypatch, model, source, "--output", tmp_path / "out.jsonl")
+    assert done.exit_code == 1
+    assert "stopped: 2 of 4 lines are answered and kept; the same command goes on" in done.stderr
+    assert "No space left on device" in done.stderr
 
 
 def test_one_line_is_one_line(monkeypatch, model, tmp_path):

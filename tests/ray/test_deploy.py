@@ -177,6 +177,8 @@ def test_slips_are_one_message(engine, tmp_path):
     assert "qconvert.json" in refused("--engine", tmp_path)
     assert "there are no API keys" in refused("--engine", engine, "--host", "0.0.0.0")
     assert "no Ray cluster answers at 127.0.0.1:1" in refused("--engine", engine, "--ray", "127.0.0.1:1")
+    both = ("--engine", engine, "--replicas", 2, "--max-replicas", 3)
+    assert "--replicas has no place beside --max-replicas" in refused(*both, code=2)  # it was ignored
     assert "need --max-replicas" in refused("--engine", engine, "--min-replicas", 2, code=2)
     assert "has no place in a deployment" in refused("--engine", engine, "--threads", 2, code=2)
 

@@ -49,3 +49,30 @@ def test_what_is_wrong_with_the_input_is_told_in_one_message(run, order, tmp_pat
     with pytest.raises(QrunError, match="has a column 'answer'"):
         run(replace(order, input=tmp_path / "t.csv", wanted=Wanted(column="text")))
     assert sorted(Path(each).name for each in tmp_path.iterdir()) == ["prompts.jsonl", "t.csv"]
+
+
+@pytest.mark.parametrize("more", ["id,text,note\n3,hello,mine\n", "text\nhello\n"])
+def test_files_of_other_columns_are_refused_and_not_cut(run, order, tmp_path, more):
+    """What only a later file had was left out of the output in silence."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (folder / "a.csv").write_text("id,text\n1,hello\n")
+    (folder / "b.csv").write_text(more)
+    with pytest.raises(QrunError, match="the files have different columns: '(note|id)'"):
+        run(replace(order, input=folder, wanted=Wanted(column="text")))
+    assert not order.output.exists()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_row_s_own_answer_is_not_overwritten(run, order, tmp_path, place):
+    """Rows of JSON have columns of their own, which nobody looked at on a cluster."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines = ['{"prompt": "hello"}\n'] * 2
+    lines[place] += '{"prompt": "hello", "answer": "mine"}\n'
+    for name, line in zip("ab", lines):
+        (folder / f"{name}.jsonl").write_text(line)
+    with pytest.raises(QrunError, match="the input has a column 'answer'"):
+        run(replace(order, input=folder))
+    assert not order.output.exists()
+    assert run(replace(order, input=folder, prefix="model_"))["answered"] == 3

@@ -207,7 +207,7 @@ def _run(order: Order, model: Model, templated: bool | None, *, as_json: bool) -
     with _terminated(), BatchProgress() as progress:
         try:
             summary = run(order, model, progress.show)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError):  # such as a full disk
             progress.close()
             note(progress.stopped())
             raise
