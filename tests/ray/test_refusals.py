@@ -58,7 +58,7 @@ def test_files_of_other_columns_are_refused_and_not_cut(run, order, tmp_path, mo
     folder.mkdir()
     (folder / "a.csv").write_text("id,text\n1,hello\n")
     (folder / "b.csv").write_text(more)
-    with pytest.raises(QrunError, match="the files have different columns: '(note|id)'"):
+    with pytest.raises(QrunError, match=r"the files have different columns: '(note|id)'"):
         run(replace(order, input=folder, wanted=Wanted(column="text")))
     assert not order.output.exists()
 
