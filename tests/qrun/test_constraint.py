@@ -118,6 +118,7 @@ REFUSED = [
     ({"schema": {"foo": {"type": "null"}, "$ref": "#/foo"}}, '"foo"'),
     ({"schema": {"type": "array", "minitems": 2}}, '"minitems"'),
     ({"schema": {"properties": {"a": {"type": "string", "nullable": True}}}}, '"nullable"'),
+    ({"schema": {"$defs": {"a": {"properties": 1, "if": {}}}}}, '"if"'),
     ({"schema": {"divisibleBy": 2}}, '"divisibleBy"'),
     ({"schema": {"disallow": "string"}}, '"disallow"'),
     # llguidance says "NoExtensionBias" to these.

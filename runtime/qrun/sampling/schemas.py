@@ -83,7 +83,8 @@ def refuse_unenforced(schema: Mapping[str, Any] | bool) -> None:
                 'schema cannot be enforced: "minProperties" above 1 and the number of required ones',
                 hint="name the properties and list them in required",
             )
-        spelled = [part.get("const"), part.get("enum"), list(part.get("properties") or ())]
+        named = part.get("properties")
+        spelled = [part.get("const"), part.get("enum"), list(named) if isinstance(named, Mapping) else []]
         if _CONTROL.search("".join(_texts(spelled))):
             raise QrunError(
                 "schema cannot be enforced: control characters in const, enum or properties",
