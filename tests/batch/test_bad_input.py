@@ -261,6 +261,12 @@ ROWS = {
         "in.jsonl --template {{x|int(base=x)}}{{1/x|int}}",
         "the template fails",
     ),
+    # The model was asked about the word None.
+    "a template that prints nothing": (
+        '{"x": "a"}\n{"x": null}\n',
+        "in.jsonl --template {{x}}",
+        "it prints a value that is null",
+    ),
     "a template that breaks out": (
         '{"x": ""}\n{"x": "a"}\n',
         "in.jsonl --template {{'a'if(not(x))else(x.__class__.mro())}}",

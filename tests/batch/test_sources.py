@@ -98,3 +98,13 @@ def test_one_line_is_one_line(monkeypatch, model, tmp_path):
     done = type_in(monkeypatch, model, source, "--output", tmp_path / "out.jsonl")
     assert "1 prompt at once: there is 1 line" in done.stderr
     assert done.stdout.startswith("1 line: 1 answered")
+
+
+def test_a_template_runs_beside_columns_of_any_name(monkeypatch, model, tmp_path):
+    """A column called "self" stopped every template, whatever that read."""
+    source = write_lines(tmp_path / "in.jsonl", [{"self": "a", "x": None}])
+    output = tmp_path / "out.jsonl"
+    template = "a{{ x or 'b' }}{% if x is none %}c{% endif %}"
+    assert type_in(monkeypatch, model, source, "--output", output, "--template", template).exit_code == 0
+    (line,) = read_lines(output)
+    assert (line["answer"], line["error"]) == ("abc", None)

@@ -27,6 +27,7 @@ class Template:
             raise QrunError("the template is empty", where="--template", hint="such as '{{ text }}'")
         environment = sandbox()
         environment.undefined = jinja2.StrictUndefined
+        environment.finalize = _printed
         del environment.globals["strftime_now"]  # a prompt would change from one day to the next
         try:
             self._names = meta.find_undeclared_variables(environment.parse(text)) - set(environment.globals)
@@ -50,12 +51,20 @@ class Template:
         """The prompt of a row.
 
         Raises:
-            QrunError: a column that this row has not, or whatever else stops the template.
+            QrunError: a column that this row has not, one that is null and printed, or whatever else stops
+                the template.
         """
         try:
-            return self._template.render(**{str(name): value for name, value in values.items()})
+            return self._template.render({str(name): value for name, value in values.items()})
         except Exception as error:  # a template may fail with any error of Python's
             raise QrunError(f"the template fails: {error or type(error).__name__}") from None
+
+
+def _printed(value: Any) -> Any:
+    """What a template prints: nothing would be asked as the word None."""
+    if value is None:
+        raise jinja2.TemplateRuntimeError("it prints a value that is null; {{ x or '' }} prints nothing then")
+    return value
 
 
 @dataclass(frozen=True)
