@@ -24,6 +24,7 @@ def test_a_table_keeps_its_columns_and_their_types(model, tmp_path):
             "when": pyarrow.array([when] * 3, pyarrow.timestamp("ms", "UTC")),
             "price": pyarrow.array([Decimal("1.50")] * 3, pyarrow.decimal128(6, 2)),
             "tags": [["a", "b"], [], None],
+            "raw": [b"\xff\x00", b"", None],
         }
     )
     source = tmp_path / "in.parquet"
@@ -42,6 +43,8 @@ def test_a_table_keeps_its_columns_and_their_types(model, tmp_path):
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert (rows[0]["tags"], rows[0]["price"], rows[2]["text"]) == ('["a", "b"]', "1.50", "")
+    # Bytes are base64 in JSON lines; in CSV they were Python's b'...'.
+    assert rows[0]["raw"] == read_lines(tmp_path / "out.jsonl")[0]["raw"] == "/wA="
 
 
 def test_json_rows_with_columns_of_their_own_become_a_table(model, tmp_path):

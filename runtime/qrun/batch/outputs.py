@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zlib
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,9 +185,11 @@ def _csv_line(fields: Sequence[Any]) -> bytes:
 
 
 def _cell(value: Any) -> Any:
-    """A value in CSV: texts and numbers as they are, nothing for None, all else as JSON."""
-    if value is None or isinstance(value, str):
-        return value
+    """A value in CSV: texts and numbers as they are, nothing for None, all else as in JSON lines."""
     if isinstance(value, bool | dict | list):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return value
+        return json.dumps(value, ensure_ascii=False, default=_in_json)
+    return b64encode(value).decode() if isinstance(value, bytes) else value
+
+
+def _in_json(value: object) -> str:
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)
