@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -263,8 +263,9 @@ def _columns(first: Source, maker: Maker, shape: TableShape, kind: Format) -> tu
 
     own = first.columns or ()
     if not isinstance(maker, BatchLines):
-        for columns in [first.columns] if first.columns else (row.values for row in first.rows()):
-            check_taken(columns, shape.types, first.path)
+        names: Iterable[Collection[str]] = [own] if own else (row.values for row in first.rows())
+        for each in names:
+            check_taken(each, shape.types, first.path)
     if kind != "parquet":
         return (*own, *shape.types), None
     import pyarrow
