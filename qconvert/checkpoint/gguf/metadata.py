@@ -166,6 +166,8 @@ def _llama3(fields: Fields, theta: float, factors: NDArray[np.float32]) -> dict[
     """The parameters that give these factors; there are no others in the files that llama.cpp writes."""
     factor = float(factors.max())
     found = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **_LLAMA3}
+    if not theta > 0:
+        fields.refuse("rope.freq_base", theta, "a positive number is needed")
     inverse = theta ** -(np.arange(len(factors), dtype=np.float64) / len(factors))
     wavelength = 2 * math.pi / inverse
     low = _LLAMA3["original_max_position_embeddings"] / _LLAMA3["low_freq_factor"]

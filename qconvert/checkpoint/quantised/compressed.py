@@ -199,7 +199,7 @@ def _read_group(name: str, group: Any, outer: Fields, where: str) -> _Weights:
     if group.get("format") not in (None, *_FORMATS):
         raise outer.refusal(f"{name}.format", group["format"], f"{', '.join(_FORMATS)} are")
     targets = group.get("targets")
-    if not names_or_expressions(targets):
+    if not isinstance(targets, list) or not names_or_expressions(targets):
         raise outer.refusal(f"{name}.targets", targets, "a list of names and expressions is")
     fields = Fields(group["weights"], f"{where}, config_groups, {name}", "compressed-tensors")
     kind = fields.take("type", "int", one_of("int", "float"), "int and float are", "of every code")
