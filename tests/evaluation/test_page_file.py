@@ -44,12 +44,12 @@ def test_a_disk_without_links_has_its_page(tmp_path, tiny_export, monkeypatch):
 def test_the_page_is_not_the_data(tmp_path, tiny_export):
     path = data(tmp_path / "data.jsonl", TASK)
     before = path.read_bytes()
-    said = refused("eval", "--engine", tiny_export, path, "--page", path, "--force")
+    said = refused(qrun("eval", "--engine", tiny_export, path, "--page", path, "--force"))
     assert "--page is the file of the data" in said
     assert path.read_bytes() == before
     page = tmp_path / "page.html"
     page.symlink_to(tmp_path / "away" / "page.html")
-    assert "a link to nowhere" in refused("eval", "--engine", tiny_export, path, "--page", page)
+    assert "a link to nowhere" in refused(qrun("eval", "--engine", tiny_export, path, "--page", page))
 
 
 @pytest.mark.timeout(120)

@@ -226,12 +226,12 @@ def _check_page(path: Path, data: Path, force: bool) -> None:
     """Refuse a page that could not be written, before the hours of work for it."""
     if path.is_symlink() and not path.exists():
         raise QrunError("--page is a link to nowhere", where=path, hint="remove it, or give another name")
-    if path.exists() and path.samefile(data):
-        raise QrunError("--page is the file of the data", where=path, hint="such as report.html")
     if path.is_dir():
         raise QrunError("--page names a folder, not a file", where=path, hint="such as report.html")
     if path.exists() and not force:
         raise QrunError("the file exists already", where=path, hint="choose another name, or give --force")
+    if path.exists() and path.samefile(data):
+        raise QrunError("--page is the file of the data", where=path, hint="such as report.html")
     if not path.parent.is_dir():
         raise QrunError("there is no such folder for --page", where=path.parent, hint="make it first")
     if not os.access(path.parent, os.W_OK):
