@@ -177,7 +177,7 @@ CLAUDES = [
     ({"top_k": -5}, "top_k"),
     ({"stop_sequences": "x"}, "stop_sequences: expected"),
     ({"stop_sequences": [""]}, "stop"),
-    ({"stop_sequences": [str(number) for number in range(65)]}, "stop must be at most 64"),
+    ({"stop_sequences": [str(number) for number in range(65)]}, "stop_sequences must be at most 64"),
     ({"tools": {}}, "tools: expected"),
     ({"tool_choice": "auto"}, "tool_choice: expected"),
     ({"container": "x"}, "container is not supported here"),
