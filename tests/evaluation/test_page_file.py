@@ -61,3 +61,15 @@ def test_data_from_a_pipe_is_read_once_and_its_hash_is_told(tmp_path, tiny_expor
     done = qrun("eval", "--engine", tiny_export, pipe, *GREEDY, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_line_that_another_folder_cannot_take_costs_no_time(tmp_path, tiny_export, exporter, monkeypatch):
+    """It was found when the first folder had answered everything, and all of that was lost."""
+    short = exporter("int8", max_position_embeddings=128)
+    path = data(tmp_path / "data.jsonl", TASK, {"prompt": "a" * 500, "expected": "b"})
+    opened: list[object] = []
+    monkeypatch.setattr("qrun.cli.eval.open_model", lambda **options: opened.append(options))
+    said = refused(qrun("eval", "--engine", tiny_export, "--against", short, path))
+    assert "line 2 (line 2) cannot be asked" in said
+    assert str(short) in said
+    assert opened == []

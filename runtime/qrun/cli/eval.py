@@ -28,15 +28,15 @@ from qrun.cli.options import (
 from qrun.cli.terminal import printable
 from qrun.engine import Engine
 from qrun.errors import QrunError
-from qrun.evaluation.asking import Asked, Result, results
+from qrun.evaluation.asking import Asked, Result, check_tasks, results
 from qrun.evaluation.matching import MATCHES, Match
 from qrun.evaluation.page import page as html_page
 from qrun.evaluation.report import Report
 from qrun.evaluation.summary import measures
 from qrun.evaluation.tasks import Task, read_tasks
-from qrun.folder.manifest import names_plan, read_manifest
+from qrun.folder.manifest import find_model_folder, names_plan, read_manifest
 from qrun.machine import give_back_memory
-from qrun.model import Model
+from qrun.model import Model, folder_template
 
 _QUEUE = 64
 
@@ -117,14 +117,18 @@ def evaluate(
     if page is not None:
         _check_page(page, data, force)
     sampling: dict[str, Any] = {"max_tokens": max_tokens, **({"stop": list(stop)} if stop else {})}
+    name = options["chat_template"]
+    if templated is None:
+        has_template = folder_template(find_model_folder(engine), name) is not None
+        templated = has_template or system is not None or thinking is not None
+    asked = Asked(templated, system, template_variables(thinking), sampling)
+    for folder in folders:
+        check_tasks(folder, tasks, asked, name)
     described, found = list[dict[str, Any]](), list[list[Result]]()
     for folder, label in zip(folders, labels):
         started = perf_counter()
         model = open_model(engine=folder, **options)
         opened = perf_counter() - started
-        if templated is None:
-            templated = model.template is not None or system is not None or thinking is not None
-        asked = Asked(templated, system, template_variables(thinking), sampling)
         started = perf_counter()
         found.append(_results(model, tasks, asked, rows, label))
         seconds = perf_counter() - started

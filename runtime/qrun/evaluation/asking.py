@@ -6,8 +6,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qrun.answer import Answer
 from qrun.decoding.sequence import Scored, Scoring
@@ -15,7 +16,12 @@ from qrun.engine import Engine
 from qrun.errors import QrunError
 from qrun.evaluation.matching import MATCHES
 from qrun.evaluation.tasks import Task
-from qrun.model import Model
+from qrun.folder.manifest import Manifest, find_model_folder, read_manifest
+from qrun.model import Model, folder_template
+from qrun.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qrun.backends.session import Session
 
 _SCORED = Scoring(count=0, generate=False)
 
@@ -133,6 +139,33 @@ class Prompts:
         if len(ids) < 2:
             raise QrunError("a text of one token has nothing to predict")
         return [(ids[start : start + self._limit], 1) for start in range(0, len(ids) - 1, self._limit - 1)]
+
+
+class _Unopened:
+    """What a session tells of its model without being one."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+
+def check_tasks(path: Path, tasks: Sequence[Task], asked: Asked, chat_template: str | None = None) -> None:
+    """Refuse lines that a model folder cannot be given. Only its text is read, so that it takes no time.
+
+    Args:
+        path: the folder, or the .onnx or .plan in it.
+        tasks: the lines.
+        asked: how they are asked.
+        chat_template: see ``Model.open``.
+
+    Raises:
+        QrunError: see ``Prompts``; or the folder's text is not what it should be.
+    """
+    folder = find_model_folder(path)
+    session = cast("Session", _Unopened(read_manifest(path)))
+    template = folder_template(folder, chat_template)
+    prompts = Prompts(Model(session, Tokenizer.from_folder(folder), template), asked)
+    for task in tasks:
+        prompts.of(task)
 
 
 def results(engine: Engine, tasks: Sequence[Task], asked: Asked) -> Iterator[tuple[int, Result]]:
