@@ -138,10 +138,14 @@ def active(address: str) -> int:
         return max(each["models"]["tiny"]["active"] for each in told)
 
 
-def test_a_client_that_leaves_frees_its_slot(client, address, engine):
+def never_ending(engine: Path) -> dict[str, int]:
+    """A bias with which an answer goes on to its last token."""
     ends = json.loads((engine / "generation_config.json").read_text())["eos_token_id"]
-    never = {str(each): -100 for each in (ends if isinstance(ends, list) else [ends])}
-    stream = ask(client, stream=True, max_tokens=30_000, logit_bias=never)
+    return {str(each): -100 for each in (ends if isinstance(ends, list) else [ends])}
+
+
+def test_a_client_that_leaves_frees_its_slot(client, address, engine):
+    stream = ask(client, stream=True, max_tokens=30_000, logit_bias=never_ending(engine))
     next(iter(stream))
     until(lambda: active(address) == 1, 20)
     stream.close()
@@ -161,6 +165,18 @@ def test_a_killed_replica_loses_no_request_of_a_client_that_tries_again(client):
     assert len(texts) == 1, "greedy answers in int8 are the same on every replica"
     until(lambda: len({each.pid for each in replicas()}) == 2 and min(before) not in psutil.pids(), 90)
     assert ask(client).usage.completion_tokens > 0
+
+
+def test_a_running_stream_is_completed_after_sigterm(engine, tmp_path):
+    """It was broken off without an end and without an error: Ray Serve kills its proxies first."""
+    with deploying(tmp_path / "log", "--engine", f"tiny={engine}", "--ray-cpus", 1) as (process, found):
+        with openai.OpenAI(base_url=f"{found}/v1", api_key="-", max_retries=0) as client:
+            stream = ask(client, stream=True, max_tokens=1500, logit_bias=never_ending(engine))
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            *_, last = stream
+        assert last.choices[0].finish_reason == "length"
+        assert process.wait(60) == 0
 
 
 def refused(*arguments: object, code: int = 1) -> str:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from qrun.errors import QrunError
@@ -120,7 +121,25 @@ def _deploy(wishes: dict[str, Any], port: int, folder: Any, tell: Callable[[str]
     except (RayError, RuntimeError, OSError, ValueError) as error:
         raise refusal_of(error) or QrunError(f"Ray Serve could not deploy it: {first_line(error)}") from error
     finally:
-        _end(serve.shutdown, wishes["drain_seconds"] + _SECONDS_TO_END)
+        drain = wishes["drain_seconds"]
+        _end(lambda: _take_down(drain), drain + _SECONDS_TO_END)
+
+
+def _take_down(drain_seconds: float) -> None:
+    """Delete the application, which lets running answers be completed, and then end Ray Serve.
+
+    To end Ray Serve alone breaks them off: its proxies, through which they go, are the first to be killed.
+    """
+    from ray import serve
+
+    from qrun.scaling.replica import NAME
+
+    until = monotonic() + drain_seconds
+    with suppress(Exception):  # of a controller that has died, or never lived: what is left is taken down
+        serve.delete(NAME, _blocking=False)
+        while NAME in serve.status().applications and monotonic() < until:
+            sleep(0.1)
+    serve.shutdown()
 
 
 def _end(shutdown: Callable[[], None], seconds: float) -> None:
