@@ -84,3 +84,19 @@ def test_several_answers_have_seeds_of_their_own(served):
     asked = {"model": "m", **BASE[CHAT], "n": 3, "seed": 5, "temperature": 1}
     assert len(httpx.post(address + CHAT, json=asked).json()["choices"]) == 3
     assert [params.seed for params in seen] == [5, 6, 7]
+
+
+def test_what_clients_send_back_of_an_answer_is_taken(served):
+    """Fields that are empty, or for people, or of LiteLLM's own; a thought under each of its names."""
+    address, seen = served
+    said = {"role": "assistant", "content": "hi", "refusal": None, "annotations": [], "audio": None}
+    for more in (
+        {"function_call": None, "tool_calls": None, "provider_specific_fields": {"refusal": None}},
+        {"name": "ours", "id": "msg_1", "status": "completed", "cache_control": {"type": "ephemeral"}},
+        {"reasoning_content": "hm"},
+        {"reasoning": "hm"},
+        {"thinking": "hm", "thinking_blocks": [{"type": "thinking"}]},
+    ):
+        asked = {"model": "m", "max_tokens": 2, "messages": [*USER, {**said, **more}, *USER]}
+        answered = httpx.post(address + CHAT, json=asked)
+        assert answered.status_code == 200, answered.text

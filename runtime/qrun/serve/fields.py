@@ -142,8 +142,15 @@ def _refusal(text: str) -> ApiError:
 
 
 # Of messages: what is read, and what clients send back of our own answers or for people.
-_OF_MESSAGE = frozenset(("role", "content", "tool_calls", "tool_call_id", "reasoning_content"))
-_BESIDE_MESSAGE = frozenset(("name", "id", "type", "status", "refusal", "annotations", "cache_control"))
+_OF_MESSAGE = frozenset(
+    ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+)
+_BESIDE_MESSAGE = frozenset(
+    (
+        *("name", "id", "type", "status", "refusal", "annotations", "cache_control"),
+        *("provider_specific_fields", "thinking_blocks"),  # LiteLLM's
+    )
+)
 _OF_PART = frozenset(("type", "text", "annotations", "logprobs", "citations", "cache_control"))
 
 
