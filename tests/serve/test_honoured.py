@@ -88,7 +88,7 @@ def test_several_answers_have_seeds_of_their_own(served):
 
 def test_what_clients_send_back_of_an_answer_is_taken(served):
     """Fields that are empty, or for people, or of LiteLLM's own; a thought under each of its names."""
-    address, seen = served
+    address, _ = served
     said = {"role": "assistant", "content": "hi", "refusal": None, "annotations": [], "audio": None}
     for more in (
         {"function_call": None, "tool_calls": None, "provider_specific_fields": {"refusal": None}},
