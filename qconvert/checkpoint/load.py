@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 # How tensors of a GGUF file are stored that are not quantised.
-_FLOATS = ("float32", "float16", "bfloat16")
+FLOATS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Checkpoint:
         return {
             name: each.stored_as
             for name, each in self.computed.items()
-            if (not isinstance(each, Merged) or each.quantised is not None) and each.stored_as not in _FLOATS
+            if (not isinstance(each, Merged) or each.quantised is not None) and each.stored_as not in FLOATS
         }
 
     @property
@@ -118,7 +118,7 @@ def _open(folder: Path) -> Checkpoint:
         tokenizer_only = state.name == "tokenizer.json" and state.status == "missing"
         if state.harmful and not tokenizer_only:
             raise file_error(folder, state)
-    tensors, quantised, gguf = weights.tensors, None, _gguf(folder)
+    tensors, quantised, gguf = weights.tensors, None, gguf_tensors(folder)
     if (scheme := find_scheme(folder)) is not None:
         quantised = find_quantised(folder, scheme, tensors, expected_tensors(spec_of(config)))
         tensors = quantised.tensors
@@ -192,7 +192,7 @@ def with_adapters(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
     return replace(found, notes=(*found.notes, told))
 
 
-def _gguf(folder: Path) -> GgufTensors | None:
+def gguf_tensors(folder: Path) -> GgufTensors | None:
     """The tensors of a GGUF file, where the folder is one's."""
     if (parts := parts_of(folder)) is None:
         return None

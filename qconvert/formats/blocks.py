@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Suffixes of the names of a matrix's initializers.
 SCALES = ".scales"
 _ZERO_POINTS = ".zero_points"
+_RESIDUALS = ".residuals"
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,17 @@ class Blocks:
         return pack(weight, self.fmt, workers)
 
     def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
-        """Codes, scales, and zero points where the format has them; the last blocks are filled up."""
+        """Codes, scales, zero points and residuals where the format has them; last blocks are filled up."""
         fmt, blocks = self.fmt, -(-columns // self.fmt.block_size)
-        found = (
+        found = [
             Part("data", _data_suffix(fmt.bits), "uint8", (rows, blocks, fmt.block_size * fmt.bits // 8)),
             Part("scales", SCALES, fmt.scale_dtype, (rows, blocks)),
-        )
-        if fmt.symmetric:
-            return found
-        return *found, Part("zero_points", _ZERO_POINTS, "uint8", (rows, -(-blocks * fmt.bits // 8)))
+        ]
+        if not fmt.symmetric:
+            found.append(Part("zero_points", _ZERO_POINTS, "uint8", (rows, -(-blocks * fmt.bits // 8))))
+        if fmt.residuals:
+            found.append(Part("residuals", _RESIDUALS, "float32", (rows, blocks)))
+        return tuple(found)
 
     def pieces(self, packed: Sequence[PackedWeight]) -> Iterator[Iterable[torch.Tensor]]:
         """See ``layout.Layout``."""
@@ -61,6 +64,8 @@ class Blocks:
         yield [each.scales for each in packed]
         if not self.fmt.symmetric:
             yield [each.zero_points for each in packed if each.zero_points is not None]
+        if self.fmt.residuals:
+            yield [each.residuals for each in packed if each.residuals is not None]
 
 
 class StoredBlocks:
@@ -70,6 +75,7 @@ class StoredBlocks:
         data: uint8 ``[N, B, bytes of a block]``, or an object that is indexed like one.
         scales: ``[N, B]``.
         zero_points: as in ``layout.PackedWeight``.
+        residuals: likewise.
         rounding: their format.
         columns: of the matrix, without the padding of its last blocks.
         order: which input each column reads, where they are stored in another order.
@@ -86,8 +92,10 @@ class StoredBlocks:
         columns: int,
         *,
         order: NDArray[np.int64] | None = None,
+        residuals: NDArray[np.float32] | None = None,
     ) -> None:
         self._data, self._scales, self._zero_points = data, scales, zero_points
+        self._residuals = residuals
         self._places = None if order is None else np.argsort(order)
         self.rounding = rounding
         self.shape = (data.shape[0], columns)
@@ -104,8 +112,10 @@ class StoredBlocks:
         return self._unpack(self._data, wanted)
 
     def _unpack(self, data: Any, wanted: slice | NDArray[np.int64]) -> torch.Tensor:
-        zeros = None if self._zero_points is None else as_tensor(self._zero_points[wanted])
-        packed = PackedWeight(as_tensor(data[wanted]), as_tensor(self._scales[wanted]), zeros)
+        zeros, residuals = (
+            None if each is None else as_tensor(each[wanted]) for each in (self._zero_points, self._residuals)
+        )
+        packed = PackedWeight(as_tensor(data[wanted]), as_tensor(self._scales[wanted]), zeros, residuals)
         values = unpack(packed, self.rounding, self.shape[1])
         return values if self._places is None else values[:, self._places]
 
@@ -117,12 +127,19 @@ def find_blocks(arrays: Arrays, name: str, columns: int) -> StoredBlocks | None:
             continue
         scales = arrays[name + SCALES]
         data = arrays.matrix(name + _data_suffix(bits), scales.shape)
-        zeros = arrays.get(name + _ZERO_POINTS)
-        fmt = BlockFormat(bits, data.shape[2] * 8 // bits, zeros is None, scale_dtype=scales.dtype.name)
+        zeros, residuals = arrays.get(name + _ZERO_POINTS), arrays.get(name + _RESIDUALS)
+        fmt = BlockFormat(
+            bits,
+            data.shape[2] * 8 // bits,
+            zeros is None,
+            scale_dtype=scales.dtype.name,
+            residuals=residuals is not None,
+        )
         # The last block of a row may be padded.
         fits = data.shape[1] == -(-columns // fmt.block_size)
         columns = columns if fits else data.shape[1] * fmt.block_size
-        return StoredBlocks(data, scales, zeros, fmt, columns, order=arrays.order(name + _data_suffix(bits)))
+        order = arrays.order(name + _data_suffix(bits))
+        return StoredBlocks(data, scales, zeros, fmt, columns, order=order, residuals=residuals)
     return None
 
 
@@ -264,4 +281,6 @@ def unpack(packed: PackedWeight, fmt: BlockFormat, columns: int) -> torch.Tensor
         else codes(packed.zero_points)[:, :blocks]
     )
     values = (codes(packed.data) - zeros.unsqueeze(-1)) * packed.scales.float().unsqueeze(-1)
+    if packed.residuals is not None:
+        values += packed.residuals.unsqueeze(-1)
     return values.reshape(rows, -1)[:, :columns]

@@ -30,12 +30,14 @@ class PackedWeight:
     rounded up, are:
 
     data: uint8 ``[N, B, block_size * bits / 8]``; scales: ``[N, B]`` in the format's type;
-    zero_points: uint8 ``[N, ceil(B * bits / 8)]``, or None for a symmetric format.
+    zero_points: uint8 ``[N, ceil(B * bits / 8)]``, or None for a symmetric format;
+    residuals: float32 ``[N, B]``, what is added to each weight of a block, or None where it is nothing.
     """
 
     data: torch.Tensor
     scales: torch.Tensor
     zero_points: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
 
 
 class NonFiniteWeightError(ValueError):

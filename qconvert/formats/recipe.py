@@ -31,7 +31,8 @@ class BlockFormat:
 
     ``scale_dtype`` is the type in which scales are stored: float32, or bfloat16, which ONNX Runtime
     turns into float32 when it loads the model. ``halves`` stores 8 bits as two matrices of 4 (``halves.py``);
-    scales are then negative where a block's largest value is positive.
+    scales are then negative where a block's largest value is positive. ``residuals`` adds a float32 to all
+    weights of a block, for formats whose zero points are no whole numbers (GGUF's Q4_1 and Q5_1).
     """
 
     bits: int
@@ -39,6 +40,7 @@ class BlockFormat:
     symmetric: bool
     scale_dtype: str = "float32"
     halves: bool = False
+    residuals: bool = False
 
     def step(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """The step of blocks whose values lie between ``low`` and ``high``; 0 for a block of zeros.

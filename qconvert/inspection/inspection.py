@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from qconvert.checkpoint.files import read_weight_files
 from qconvert.checkpoint.fit import Misfit, find_misfit
 from qconvert.checkpoint.gguf.marker import told_of_the_file
 from qconvert.checkpoint.hub import as_folder
-from qconvert.checkpoint.load import FileState, checkpoint_name
+from qconvert.checkpoint.load import FLOATS, FileState, checkpoint_name, gguf_tensors
 from qconvert.checkpoint.quantised.scheme import find_quantised, find_scheme
 from qconvert.checkpoint.text_files import text_file_states
 from qconvert.errors import QconvertError
@@ -112,6 +112,10 @@ def _describe(folder: Path) -> Inspection:
             if scheme is not None:
                 quantised = find_quantised(folder, scheme, tensors, expected_tensors(spec))
                 tensors, computed = quantised.all, quantised.computed
+            elif (gguf := gguf_tensors(folder)) is not None:
+                computed = {
+                    name: each for name, each in gguf.computed.items() if each.stored_as not in FLOATS
+                }
             misfit = find_misfit(config, tensors)
         except QconvertError as error:  # a quantised matrix that is not what it should be
             misfit = Misfit((error.what,), error.hint or "")
@@ -119,7 +123,7 @@ def _describe(folder: Path) -> Inspection:
             problems += misfit.problems
             hints.append(misfit.hint)
     facts = list(find_facts(folder, config, spec, weights.tensors, files))
-    if scheme is not None:
+    if scheme is not None or computed:
         facts += quantisation_facts(scheme, computed)
     held = {name: each.kept for name, each in computed.items() if each.kept is not None}
     return Inspection(
@@ -128,7 +132,7 @@ def _describe(folder: Path) -> Inspection:
         facts=tuple(facts),
         parameters=parameter_count(spec),
         weight_bytes={
-            name: _weight_bytes(spec, *offer, readable, held if offer[1].precision is None else {})
+            name: _weight_bytes(spec, offer, readable, held, computed)
             for name, offer in (*_kept_offers(held), *_offers())
         },
         context_length=spec.context_length,
@@ -159,13 +163,19 @@ def _offers() -> Iterator[tuple[str, tuple[Target, Wishes]]]:
 
 
 def _weight_bytes(
-    spec: DecoderSpec, target: Target, wishes: Wishes, readable: bool, held: Mapping[str, Kept]
+    spec: DecoderSpec,
+    offer: tuple[Target, Wishes],
+    readable: bool,
+    held: Mapping[str, Kept],
+    quantised: Collection[str],
 ) -> int | None:
     from qconvert.lowering.forecast import data_bytes
 
+    target, wishes = offer
     try:
         spec = target.fit(spec, None)
-        choice = choose(wishes, target.capabilities, spec, held, reads_text=readable)
+        kept = held if wishes.precision is None else {}
+        choice = choose(wishes, target.capabilities, spec, kept, reads_text=readable, coarse=quantised)
     except QconvertError:
         return None
     return sum(data_bytes(target.lower, spec, choice.recipe).values())

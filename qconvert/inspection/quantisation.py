@@ -12,16 +12,17 @@ from qconvert.inspection.facts import Fact
 _SECTION = "quantisation"
 
 
-def quantisation_facts(scheme: Scheme, computed: Mapping[str, Computed]) -> Iterator[Fact]:
+def quantisation_facts(scheme: Scheme | None, computed: Mapping[str, Computed]) -> Iterator[Fact]:
     """What config.json says of it, then what the files hold.
 
     Args:
-        scheme: of the checkpoint.
+        scheme: of the checkpoint; None where each tensor says it for itself, as in a GGUF file.
         computed: its quantised tensors; none where the weights are not whole.
     """
-    yield Fact(_SECTION, "quant_method", scheme.name, "how the weights were quantised")
-    for field in scheme.fields:
-        yield Fact(_SECTION, field.key, field.value, field.meaning)
+    if scheme is not None:
+        yield Fact(_SECTION, "quant_method", scheme.name, "how the weights were quantised")
+        for field in scheme.fields:
+            yield Fact(_SECTION, field.key, field.value, field.meaning)
     if not computed:
         return
     kinds: dict[str, list[Computed]] = {}
@@ -35,6 +36,10 @@ def quantisation_facts(scheme: Scheme, computed: Mapping[str, Computed]) -> Iter
     kept = [tensor.kept for tensor in computed.values() if tensor.kept is not None]
     meaning = f"of {len(computed)} quantised matrices; an export stores the others dequantised"
     yield Fact(_SECTION, "codes that can be kept", len(kept), meaning)
+    summed = sum(each.fmt.residuals for each in kept)
+    if summed:
+        meaning = "matrices whose blocks add a float32 to each weight, by a second small product"
+        yield Fact(_SECTION, "with residuals", summed, meaning)
     orders = {each.order for each in kept if each.order is not None}
     if orders:
         yield Fact(_SECTION, "orders of inputs", len(orders), "each is a Gather in front of what reads it")

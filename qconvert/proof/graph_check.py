@@ -29,6 +29,7 @@ ABSENT = None
 _Values = tuple[Any, ...]
 _Allowed = Mapping[str, _Values]
 _LAYER = re.compile(r"layers\.(\d+)")
+_CODES = re.compile(r"\.q[48]\b")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def _check(path: Path, due: _Due) -> Iterator[WeightFault]:
                 )
         if node.op_type == "GroupQueryAttention":
             yield from _cache_faults(node, where, due)
+        if node.op_type == "MatMulNBits":
+            yield from _residual_faults(node, where)
 
 
 def _value(node: ir.Node, name: str) -> Any:
@@ -117,6 +120,31 @@ def _cache_faults(node: ir.Node, where: str, due: _Due) -> Iterator[WeightFault]
         output = node.outputs[index] if index < len(node.outputs) else None
         if output is not None and output.is_graph_output() and output.name != f"present.{layer}.{part}":
             yield WeightFault(where, f"writes {output.name}, due is present.{layer}.{part}")
+
+
+def _residual_faults(node: ir.Node, where: str) -> Iterator[WeightFault]:
+    """Residuals of a matrix have to be multiplied with sums of its own features, and added to its product."""
+    residuals = _CODES.sub(".residuals", str(node.inputs[1].name)) if node.inputs[1] is not None else ""
+    if node.graph is None or residuals not in node.graph.initializers:
+        return
+    users = [use.node for use in node.outputs[0].uses()]
+    if len(users) != 1 or users[0].op_type != "Add":
+        yield WeightFault(where, f"{residuals} is not added to the product")
+        return
+    (other,) = (value for value in users[0].inputs if value is not node.outputs[0])
+    product = _made_by(other, "FusedMatMul")
+    sums = _made_by(None if product is None else product.inputs[0], "ReduceSum")
+    blocks = _made_by(None if sums is None else sums.inputs[0], "Reshape")
+    if product is None or product.inputs[1] is None or product.inputs[1].name != residuals:
+        yield WeightFault(where, f"what is added to the product is not {residuals}")
+    elif blocks is None or blocks.inputs[0] is not node.inputs[0]:
+        yield WeightFault(where, f"{residuals} is not multiplied with sums of the product's own features")
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that gives a value, if it is of this type."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
 
 
 def _source(value: ir.Value | None) -> str | None:

@@ -31,6 +31,8 @@ from qrun.folder.manifest import Manifest
 
 _INT64_MAX = np.iinfo(np.int64).max
 _TABLES = ("cos_cache", "sin_cache")
+# Weights that have a residual in common, and whose features are added up for it.
+_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,16 @@ def _belongs(name: str, weights: tuple[str, ...]) -> bool:
 
 def _of_sizes(spec: DecoderSpec) -> dict[str, Callable[[_Due], Any]]:
     """Constants that carry a size of this model in their names."""
-    heads: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for count in (spec.num_attention_heads, spec.num_key_value_heads):
         split = [0, 0, count, spec.head_size]
-        heads |= {f"{count}_heads": split, f"{count}_split_heads": split}
-        heads[f"{count}_heads_whole"] = [0, 0, count * spec.head_size]
+        sizes |= {f"{count}_heads": split, f"{count}_split_heads": split}
+        sizes[f"{count}_heads_whole"] = [0, 0, count * spec.head_size]
+    for columns in (spec.hidden_size, spec.query_size, spec.intermediate_size):
+        blocks = columns // _BLOCK
+        sizes[f"{blocks}_blocks_of_{_BLOCK}"] = [0, 0, blocks, _BLOCK]
     windows = {f"window_{window}": window for window in spec.sliding_windows if window is not None}
-    return {name: lambda due, value=value: value for name, value in (heads | windows).items()}  # type: ignore[misc]
+    return {name: lambda due, value=value: value for name, value in (sizes | windows).items()}  # type: ignore[misc]
 
 
 def _constant_fault(name: str, found: NDArray[Any], due: Any) -> Iterator[WeightFault]:

@@ -40,6 +40,12 @@ def about_codes(stored_as: Mapping[str, str], recipe: Recipe) -> tuple[str, ...]
     if not recipe.kept:
         return (f"the checkpoint's weights are quantised already ({_kinds(stored_as)}): {_again(recipe)}",)
     notes = [f"{len(recipe.kept)} matrices keep the checkpoint's own codes ({_kinds(stored_as)})"]
+    summed = [kept for kept in recipe.kept.values() if kept.fmt.residuals]
+    if summed:
+        notes.append(
+            f"{len(summed)} of them have smallest values that are no whole multiples of their scales: what "
+            "zero points leave over is stored in float32, and added by a second small product"
+        )
     lost = {name: kind for name, kind in stored_as.items() if name not in recipe.kept}
     if recipe.head is not None:
         rounded = {name: lost.pop(name) for name in VOCABULARY if name in lost}

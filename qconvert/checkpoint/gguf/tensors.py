@@ -6,7 +6,7 @@ What a graph is proven against is dequantised by the ``gguf`` package; ``blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from qconvert.checkpoint.gguf.container import Container, open_container
 from qconvert.checkpoint.gguf.metadata import ROPE_FACTORS
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import assemble
-from qconvert.formats.layout import PackedWeight
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, is_finite
 from qconvert.formats.recipe import Kept
 from qconvert.formats.stored import VOCABULARY
 
@@ -110,22 +110,21 @@ class GgufTensor:
         return found
 
     def pack(self) -> PackedWeight:
-        """The codes in blocks of 32."""
-        import torch
+        """The codes in blocks of 32.
 
+        Raises:
+            NonFiniteWeightError: a scale or a smallest value is NaN or Inf.
+        """
         assert self.kept is not None, "no block can hold these codes"
-        parts = []
+        fmt, parts = self.kept.fmt, []
         step = max(1, _PIECE // self.shape[1])
         for start in range(0, self.shape[0], step):
-            codes, scales, zeros = codes_of(
-                self.kind, self._bytes(np.arange(start, min(start + step, self.shape[0])))
-            )
-            parts.append(assemble(codes, scales, None if self.kept.fmt.symmetric else zeros, self.kept.fmt))
-        return PackedWeight(
-            torch.cat([part.data for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            None if parts[0].zero_points is None else torch.cat([part.zero_points for part in parts]),  # type: ignore[misc]
-        )
+            found = codes_of(self.kind, self._bytes(np.arange(start, min(start + step, self.shape[0]))))
+            if not all(is_finite(each) for each in (found.scales, found.residuals) if each is not None):
+                raise NonFiniteWeightError
+            packed = assemble(found.codes, found.scales, found.zeros, fmt)
+            parts.append(replace(packed, residuals=found.residuals if fmt.residuals else None))
+        return _one_below_the_other(parts)
 
     def order(self) -> None:
         """Inputs come as they are."""
@@ -200,6 +199,14 @@ def _notes(found: Mapping[str, GgufTensor]) -> Iterator[str]:
         f"{len(homeless)} of {len(quantised)} quantised matrices ({kinds}) cannot be stored bit for bit: "
         "none of them is"
     )
+
+
+def _one_below_the_other(parts: Sequence[PackedWeight]) -> PackedWeight:
+    """Rows of one matrix."""
+    import torch
+
+    columns = ([getattr(part, each.name) for part in parts] for each in fields(PackedWeight))
+    return PackedWeight(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def _can_dequantise(kind: GGMLQuantizationType) -> bool:

@@ -40,6 +40,7 @@ class OrtGraph:
         self.torch_dtype = {"float32": torch.float32, "float16": torch.float16}[recipe.activations]
         self._accuracy_level = recipe.accuracy_level
         self._cast_scales: dict[ir.Value, ir.Value] = {}
+        self._block_sums: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def op(
         self,
@@ -78,7 +79,10 @@ class OrtGraph:
     def multiply_packed(
         self, hidden: ir.Value, weight: PackedValues, fmt: BlockFormat, bias: ir.Value | None, name: str
     ) -> ir.Value:
-        """``hidden`` times a weight ``[out, in]`` in blocks, plus a bias where there is one."""
+        """``hidden`` times a weight ``[out, in]`` in blocks, plus a bias where there is one.
+
+        What is added to all weights of a block is multiplied with the sum of the block's features.
+        """
         attributes = {
             "K": weight.columns,
             "N": weight.rows,
@@ -89,7 +93,23 @@ class OrtGraph:
         inputs = [hidden, weight["data"], self.scales(weight, name), weight.get("zero_points"), None, bias]
         while inputs[-1] is None:
             inputs.pop()
-        return self.op("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
+        product = self.op("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
+        residuals = weight.get("residuals")
+        if residuals is None:
+            return product
+        sums = self._sums_of_blocks(hidden, weight.columns, fmt.block_size, name)
+        return self.op("Add", [product, self.multiply_dense(sums, residuals, name)], name=name)
+
+    def _sums_of_blocks(self, hidden: ir.Value, columns: int, size: int, name: str) -> ir.Value:
+        """Features ``[batch, seq, columns]`` added up block by block; products of the same ones share it."""
+        if (hidden, size) not in self._block_sums:
+            blocks = columns // size
+            # No length may be inferred (-1): where no position's logits are wanted, the tensor is empty.
+            shape = self.constant(f"{blocks}_blocks_of_{size}", [0, 0, blocks, size])
+            split = self.op("Reshape", [hidden, shape], name=name)
+            axis = self.constant("features_axis", [-1])
+            self._block_sums[hidden, size] = self.op("ReduceSum", [split, axis], {"keepdims": 0}, name=name)
+        return self._block_sums[hidden, size]
 
     def scales(self, weight: PackedValues, name: str) -> ir.Value:
         """Scales in the activations' type: ONNX Runtime folds the cast away when it loads the model."""
