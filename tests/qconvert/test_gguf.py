@@ -20,6 +20,7 @@ from qconvert.checkpoint.reference import Reference
 from qconvert.checkpoint.tokenizer import read_tokenizer
 from qconvert.cli import main
 from qconvert.export import ExportOptions, export
+from qconvert.formats.graph_file import load_graph
 from qconvert.formats.layout import Arrays
 from qconvert.formats.stored import find, joined_name
 from qconvert.progress import Progress
@@ -73,7 +74,7 @@ def test_tokenizer_template_and_end_tokens_are_the_checkpoints(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", SETTINGS)
-@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_an_export_holds_the_files_own_codes(tmp_path: Path, family: str, kind: str) -> None:
     """Read from both sides: from the file by gguf's own reader, from the graph by the proof's."""
     _, path = make_gguf(tmp_path, family, kind, **SETTINGS[family])
@@ -89,17 +90,16 @@ def test_an_export_holds_the_files_own_codes(tmp_path: Path, family: str, kind: 
         values = quants.dequantize(raw[gguf_name(name)].data, GGMLQuantizationType[kind])
         assert np.array_equal(stored.rows(slice(0, stored.shape[0])).numpy(), values)
     name = joined_name([f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"])
-    (bits,) = {"Q4_0": (4,), "Q5_0": (8,), "Q8_0": (8,)}[kind]
-    assert arrays.has_matrix(f"{name}.q{bits}")
+    assert arrays.has_matrix(f"{name}.q{4 if kind.startswith('Q4') else 8}")
     assert manifest.raw["source"]["files"][0]["path"] == path.name
     assert manifest.raw["source"]["dtype"].startswith(kind)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_1"])
 def test_smallest_values_that_are_whole_multiples_are_zero_points(tmp_path: Path, kind: str) -> None:
-    """llama.cpp's own are not; a file of such values is kept bit for bit all the same."""
+    """llama.cpp's own are not, and have residuals; where there are none, nothing is added."""
     _, path = make_gguf(tmp_path, "qwen2", kind)
-    assert opened(path).held == {}
+    assert all(kept.fmt.residuals for kept in opened(path).held.values())
     content = bytearray(path.read_bytes())
     file = open_container(path)
     size = {"Q4_1": 20, "Q5_1": 24}[kind]
@@ -111,20 +111,23 @@ def test_smallest_values_that_are_whole_multiples_are_zero_points(tmp_path: Path
             blocks[:, 2:4] = (-scales * times).view(np.uint8)
     path.write_bytes(content)
     os.utime(path, ns=(1, 1))
-    assert len(opened(path).held) == 22
+    assert [kept.fmt.residuals for kept in opened(path).held.values()] == [False] * 22
     done = export(str(path), ExportOptions(None, output=tmp_path / "model"), QUIET)
     assert done.report is not None
     assert done.report.passed
+    assert not any(
+        "residuals" in name for name in load_graph(tmp_path / "model" / "model.onnx").graph.initializers
+    )
 
 
 def test_what_has_no_place_is_dequantised_and_told(tmp_path: Path) -> None:
-    _, path = make_gguf(tmp_path, "qwen2", "Q4_1")
+    path = Path(__file__).parent / "data" / "gguf" / "wide-Q4_K_M.gguf"
     done = CliRunner().invoke(main, ["export", str(path), "--output", str(tmp_path / "model")])
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
-    assert "21 of 21 quantised matrices (Q4_1) cannot be stored bit for bit: none of them is" in said
+    assert "7 of 7 quantised matrices (Q4_K, Q6_K) cannot be stored bit for bit: none of them is" in said
     assert "rounded a second time to int8" in said
-    assert "already (Q4_1 (GGUF))" in said
+    assert "already (Q4_K (GGUF), Q6_K (GGUF))" in said
     assert read_manifest(tmp_path / "model").precision == "int8"
     again = export(str(path), ExportOptions("int4", output=tmp_path / "int4"), QUIET)
     assert again.report is not None

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "data" / "gguf"
 FILES = sorted(FOLDER.glob("*.gguf"))
 LOGITS = np.load(FOLDER / "logits.npz")
 TOKENS = (84, 104, 101, 32, 99, 97, 116, 32, 115, 97, 116, 259, 261, 120, 200, 17)
-KEPT = {"Q4_0", "Q5_0", "Q8_0"}
+KEPT = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
 
 
 def reference(path: Path) -> Reference:
@@ -85,6 +85,7 @@ def test_an_embedding_is_stored_once_and_in_8_bits(tmp_path: Path, stem: str, sc
         ("llama-Q4_0", {"target": "tensorrt"}),
         ("wide-Q4_0", {"prefill": True, "int8_kv_cache": True}),
         ("qwen2-Q8_0", {"prefill": True, "int8_kv_cache": True}),
+        ("qwen2-Q4_1", {"prefill": True, "int8_kv_cache": True}),
     ],
     ids=str,
 )

@@ -205,8 +205,11 @@ def _one_below_the_other(parts: Sequence[PackedWeight]) -> PackedWeight:
     """Rows of one matrix."""
     import torch
 
-    columns = ([getattr(part, each.name) for part in parts] for each in fields(PackedWeight))
-    return PackedWeight(*(None if column[0] is None else torch.cat(column) for column in columns))
+    joined: dict[str, Any] = {}
+    for each in fields(PackedWeight):
+        rows = [getattr(part, each.name) for part in parts]
+        joined[each.name] = None if rows[0] is None else torch.cat(rows)
+    return PackedWeight(**joined)
 
 
 def _can_dequantise(kind: GGMLQuantizationType) -> bool:
