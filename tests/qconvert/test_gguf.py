@@ -129,9 +129,15 @@ def test_what_has_no_place_is_dequantised_and_told(tmp_path: Path) -> None:
     assert "rounded a second time to int8" in said
     assert "already (Q4_K (GGUF), Q6_K (GGUF))" in said
     assert read_manifest(tmp_path / "model").precision == "int8"
+    assert not read_manifest(tmp_path / "model").recipe.kept
+
+
+def test_another_precision_rounds_codes_again(tmp_path: Path) -> None:
+    _, path = make_gguf(tmp_path, "qwen2", "Q4_1")
     again = export(str(path), ExportOptions("int4", output=tmp_path / "int4"), QUIET)
     assert again.report is not None
     assert again.report.passed
+    assert not read_manifest(tmp_path / "int4").recipe.kept
 
 
 @pytest.mark.parametrize("name", ["sha256-4a188102020e", "MODEL.GGUF", "model.v1"])
