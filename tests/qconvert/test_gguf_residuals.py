@@ -27,6 +27,7 @@ from qconvert.errors import QconvertError
 from qconvert.export import ExportOptions, export
 from qconvert.formats.blocks import assemble, unpack
 from qconvert.formats.layout import Arrays
+from qconvert.lowering.ort import decoder
 from qconvert.progress import Progress
 from qconvert.proof.twin import sharp_twin
 from qconvert.proof.twin_session import TwinSession
@@ -212,3 +213,14 @@ def test_sums_are_exact_as_real_numbers() -> None:
     scale, smallest = (Fraction(float(each)) for each in np.array([0.0123, -0.0789], np.float16))
     assert Fraction(float(found.residuals[0, 0])) == smallest + 6 * scale
     assert found.residuals.dtype == torch.float32
+
+
+def test_a_head_in_parts_has_its_residuals_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "_HEAD_PART", 320 * 64 // 3)
+    _, path = make_gguf(tmp_path, "qwen2", "Q4_1", tie_word_embeddings=False)
+    done = export(str(path), ExportOptions(None, output=tmp_path / "model"), QUIET)
+    assert done.report is not None
+    assert done.report.passed
+    graph = ir.load(tmp_path / "model" / "model.onnx").graph
+    parts = [name for name in graph.initializers if name.startswith("lm_head.weight.residuals.from_")]
+    assert len(parts) == 4
