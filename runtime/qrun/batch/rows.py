@@ -64,7 +64,7 @@ def _measured(model: Model, lines: int, tokens: int, reserved: int) -> Rows:
         fit = int(max(0, free - reserved) * _SHARE) // max(1, row)
         if fit < most:
             most, why = max(1, fit), f"memory has room for {max(1, fit)} of {tokens:,} tokens"
-    best, rate, missed = 1, 0.0, 0
+    best, rate, missed, bound = 1, 0.0, 0, why
     rows = 1
     while rows <= most:
         try:
@@ -74,7 +74,7 @@ def _measured(model: Model, lines: int, tokens: int, reserved: int) -> Rows:
                 raise
             return Rows(best, f"memory has room for {best}")
         if found >= _WORTH * rate:
-            best, rate, missed = rows, found, 0
+            best, rate, missed, why = rows, found, 0, bound
         else:
             missed += 1
             why = f"{rows} would give {found:.0f} tokens/s instead of {rate:.0f}"
