@@ -41,7 +41,7 @@ def test_a_step_without_gain_does_not_hide_the_next_one(model, measured):
 
 
 def test_the_reason_is_that_of_the_rows_which_were_chosen(model, measured):
-    """"128 prompts at once: 8 would give 52 tokens/s instead of 71", since 8 had gained nothing and 16 did."""
+    """It said "128 at once: 8 would give 52 tokens/s instead of 71": 8 had gained nothing, and 16 did."""
     measured(lambda count: 1.0 if count != 8 else 3.0)
     found = choose_rows(model, lines=1000, tokens=500)
     assert (found.count, found.why) == (rows.MOST_ROWS, f"the most are {rows.MOST_ROWS}")
