@@ -33,7 +33,8 @@ def test_a_response_takes_messages_and_instructions(client):
     given = [{"role": "user", "content": [{"type": "input_text", "text": "one two"}]}]
     found = client.responses.create(model="echo", input=given, instructions="be brief")
     assert found.output_text == "one two"
-    again = [*given, *(item.model_dump() for item in found.output), {"role": "user", "content": "three"}]
+    before = [{**item.model_dump(), "phase": "final_answer"} for item in found.output]  # as OpenAI's own
+    again = [*given, *before, {"role": "user", "content": "three"}]
     assert client.responses.create(model="echo", input=again).output_text == "three"
 
 

@@ -147,7 +147,7 @@ _OF_MESSAGE = frozenset(
 )
 _BESIDE_MESSAGE = frozenset(
     (
-        *("name", "id", "type", "status", "refusal", "annotations", "cache_control"),
+        *("name", "id", "type", "status", "refusal", "annotations", "cache_control", "phase"),
         *("provider_specific_fields", "thinking_blocks"),  # LiteLLM's
     )
 )
