@@ -56,7 +56,7 @@ class Engine(AbstractContextManager["Engine"]):
         prefix_folder: where these are kept when the engine is closed, and taken from at the start.
         max_tokens: of an answer; ``resolve`` refuses more, and an answer for which none are asked ends there.
         max_seconds: for a prompt, from ``submit`` on; see ``Call``.
-        prompts_first: see ``Scheduler``; for lists of prompts, which nobody waits for one by one.
+        prompts_first: for lists of prompts, see ``Scheduler``.
 
     Raises:
         QrunError: slots or queue out of range, or a model that answers one sequence at a time.
@@ -82,10 +82,9 @@ class Engine(AbstractContextManager["Engine"]):
         self.model, self.slots = model, slots
         self.max_tokens, self.max_seconds = max_tokens, max_seconds
         self._queue, self._schedule = queue, partial(Scheduler, chunk=chunk, prompts_first=prompts_first)
-        self._changed = Condition()
+        self._changed, self._closing = Condition(), False
         self._waiting: FairQueue[Call] = FairQueue()
         self._running: dict[int, Call] = {}
-        self._closing = False
         self.prefixes = PrefixCache(prefix_bytes, GRAIN) if prefix_bytes else None
         self.speculation = new_speculation(model.session, speculate=model.speculate, draft=model.draft)
         self._scheduler = self._new_scheduler()
