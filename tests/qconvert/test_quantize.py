@@ -150,11 +150,15 @@ def test_int4_takes_the_longest_blocks_that_divide_each_matrix(
     spec = DecoderSpec(
         2, heads, 2, hidden // heads, hidden, intermediate, 9999, 1e-6, True, 256, (None, None)
     )
-    recipe = choose(Wishes("int4"), target_named("onnxruntime").capabilities, spec).recipe
+    target = target_named("onnxruntime").capabilities
+    recipe = choose(Wishes("int4", recipe="rtn"), target, spec).recipe
     assert isinstance(recipe.linear, BlockFormat)
     assert recipe.linear.block_size == linear
+    calibrated = choose(Wishes("int4"), target, spec).recipe
+    assert getattr(calibrated.linear, "block_size", 0) == linear
+    assert {part: fmt.block_size for part, fmt in calibrated.exceptions.items()} == {"down_proj": 128}
     assert {part: fmt.block_size for part, fmt in recipe.exceptions.items()} == exceptions
-    asked = choose(Wishes("int4", 32, recipe="rtn"), target_named("onnxruntime").capabilities, spec).recipe
+    asked = choose(Wishes("int4", 32, recipe="rtn"), target, spec).recipe
     assert (asked.linear, asked.exceptions) == (BlockFormat(4, 32, symmetric=False), {})
 
 
