@@ -124,8 +124,10 @@ def _cache_faults(node: ir.Node, where: str, due: _Due) -> Iterator[WeightFault]
 
 def _residual_faults(node: ir.Node, where: str) -> Iterator[WeightFault]:
     """Residuals of a matrix have to be multiplied with sums of its own features, and added to its product."""
-    residuals = _CODES.sub(".residuals", str(node.inputs[1].name)) if node.inputs[1] is not None else ""
-    if node.graph is None or residuals not in node.graph.initializers:
+    codes = str(node.inputs[1].name) if node.inputs[1] is not None else ""
+    residuals = _CODES.sub(".residuals", codes)
+    # Halves of a head have names without a number of bits, and no residuals.
+    if residuals == codes or node.graph is None or residuals not in node.graph.initializers:
         return
     users = [use.node for use in node.outputs[0].uses()]
     if len(users) != 1 or users[0].op_type != "Add":
