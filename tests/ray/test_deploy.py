@@ -52,12 +52,9 @@ def deploying(log: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen,
     """The command, and its address; at the end Ctrl-C, after which nothing of it is left."""
     before = {each.pid for each in ray_processes()}
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command(*arguments, "--port", 0),
-            stderr=file,
-            # A shell that runs these tests in the background has told them, and so the command, to ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        # A shell that runs these tests in the background has told them, and so the command, to ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(command(*arguments, "--port", 0), stderr=file)
     try:
         said = "listening on "
 
