@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,10 @@ def sample_checkpoint() -> Path:
             if not folder.is_dir():  # else another run made it meanwhile
                 raise
     return folder
+
+
+@pytest.fixture
+def even_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of one answer takes 10 ms by the scheduler's clock, whatever else the machine does."""
+    clock = count()
+    monkeypatch.setattr("qrun.decoding.scheduler.perf_counter", lambda: 0.01 * next(clock))

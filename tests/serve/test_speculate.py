@@ -5,12 +5,16 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import pytest
 
 import qrun
 from tests.fakes import FakeSession, fake_manifest, fake_model
 from tests.serve.serving import ready, serving, until
 
 CHAT = "/v1/chat/completions"
+
+# How many tokens are guessed depends on what steps take, which no test may leave to the machine.
+pytestmark = pytest.mark.usefixtures("even_steps")
 
 
 def asked(number: int) -> dict:
