@@ -125,7 +125,8 @@ def inspect(folder: Path, as_json: bool) -> None:
     type=click.Choice(["same", "int8"]),
     default="same",
     show_default=True,
-    help="What reads prompts: the graph that decodes, or another with int8 products (fast, larger).",
+    help="What reads prompts: the graph that decodes, or another with int8 products (fast, more memory): for "
+    "int4, and for --kv-cache int8.",
 )
 @click.option(
     "--kv-cache",

@@ -103,9 +103,16 @@ class OnnxRuntimeTarget:
         from qconvert.lowering.ort.integers import IntegerLowering
 
         if isinstance(recipe.linear, ChannelFormat):
-            integers = IntegerLowering(spec, recipe, recipe.linear, initializers.folded(), rope)
+            folded = initializers.folded()
+            integers = IntegerLowering(spec, recipe, recipe.linear, folded, rope)
             lower_decoder(spec, integers)
-            return {GRAPH_NAME: integers.model(spec.model_type)}
+            graphs = {GRAPH_NAME: integers.model(spec.model_type)}
+            if recipe.prefill is not None:  # over the same matrices, with another attention
+                again = folded.for_another_graph()
+                prompts = IntegerLowering(spec, recipe, recipe.prefill, again, rope, prompts=True)
+                lower_prompt(spec, prompts)
+                graphs[PREFILL_GRAPH_NAME] = prompts.model(f"{spec.model_type}_prefill")
+            return graphs
         lowering = OnnxRuntimeLowering(spec, recipe, initializers, rope)
         lower_decoder(spec, lowering)
         graphs = {GRAPH_NAME: lowering.model(spec.model_type)}

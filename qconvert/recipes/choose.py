@@ -129,10 +129,10 @@ def choose(
         recipe = _calibrated(recipe, name, wishes.block_size, target, spec)
     if not name.endswith(_MIXED):
         recipe = _with_shortlist(recipe, spec)
-    if wishes.prefill:
-        recipe = _with_prefill_graph(recipe, target, spec)
     if wishes.int8_kv_cache:
         recipe = _with_int8_kv_cache(recipe, target)
+    if wishes.prefill:
+        recipe = _with_prefill_graph(recipe, target, spec)
     called = precision if name == usual else f"{precision}-{name}"
     return Choice(recipe, called, _method_of(name))
 
@@ -168,10 +168,10 @@ def _keep(
         accuracy_level=0 if target.packed_columns else 4,
         kept=kept,
     )
-    if wishes.prefill:
-        recipe = _with_prefill_graph(recipe, target, spec)
     if wishes.int8_kv_cache:
         recipe = _with_int8_kv_cache(recipe, target)
+    if wishes.prefill:
+        recipe = _with_prefill_graph(recipe, target, spec)
     return Choice(recipe, f"{precision}-kept")
 
 
@@ -233,12 +233,21 @@ def _with_shortlist(recipe: Recipe, spec: DecoderSpec) -> Recipe:
 
 
 def _with_prefill_graph(recipe: Recipe, target: Capabilities, spec: DecoderSpec) -> Recipe:
-    """The same recipe with a second graph of integer products for prompts."""
-    if not target.integer_products or not (recipe.kept or isinstance(recipe.linear, BlockFormat)):
+    """The same recipe with a second graph of integer products for prompts.
+
+    Where the first graph has integer products too, it is slow for prompts with a cache of 8 bits alone, and
+    both graphs share its matrices.
+    """
+    products = isinstance(recipe.linear, ChannelFormat)
+    slow = recipe.kv_cache is not None if products else recipe.kept or isinstance(recipe.linear, BlockFormat)
+    if not target.integer_products or not slow:
         raise QconvertError(
             f"--prefill int8 is not for --target {target.target} --precision {recipe.precision}",
-            hint="use it with --target onnxruntime --precision int4, whose products are slow for prompts",
+            hint="use it with --target onnxruntime --precision int4, whose products are slow for prompts"
+            + (", or with --kv-cache int8, whose attention is" if products else ""),
         )
+    if isinstance(recipe.linear, ChannelFormat):
+        return replace(recipe, prefill=recipe.linear)
     fmt = ChannelFormat(mlp_groups=PROMPT_GROUPS)
     return replace(recipe, prefill=fmt.fitted(spec.intermediate_size))
 

@@ -30,7 +30,7 @@ NARROW = DecoderSpec(2, 2, 1, 16, 32, 64, 151_936, 1e-6, True, 32, (None, None))
 # Where blocks of up to 128 must divide every matrix.
 WIDE = replace(NARROW, num_attention_heads=8, hidden_size=128, intermediate_size=256)
 REPRESENTATIVE = {
-    "--target onnxruntime --precision int8 --kv-cache int8",
+    "--target onnxruntime --precision int8 --prefill int8 --kv-cache int8",
     "--target onnxruntime --precision int4 --prefill int8 --kv-cache int8",
     "--target onnxruntime --precision int4 --recipe gptq --prefill int8 --kv-cache int8",
     "--target tensorrt --precision int4",

@@ -61,12 +61,13 @@ def fits(combination: Combination) -> bool:
     target, wishes = TARGETS[combination.target].capabilities, combination.wishes
     packed = wishes.precision in ("int8", "int4")
     in_blocks = wishes.precision == "int4" or wishes.block_size is not None
+    slow = in_blocks or wishes.int8_kv_cache
     return (
         wishes.precision in target.precisions
         and (packed or wishes.block_size is None)
         and (not target.packed_columns or wishes.block_size in (None, *columns.BLOCK_SIZES))
         and (wishes.recipe in (None, "rtn") or (target.calibrated and wishes.precision == "int4"))
-        and (not wishes.prefill or (target.integer_products and packed and in_blocks))
+        and (not wishes.prefill or (target.integer_products and packed and slow))
         and (not wishes.int8_kv_cache or (target.int8_kv_cache and wishes.precision != "fp16"))
     )
 
@@ -75,7 +76,7 @@ def test_what_is_accepted_follows_from_the_capabilities() -> None:
     spec = replace(SPEC, hidden_size=256, num_attention_heads=16, intermediate_size=512)
     assert accepted(spec) == [combination for combination in offered() if fits(combination)]
     by_target = Counter(combination.target for combination in distinct(accepted(spec), spec))
-    assert by_target == {"onnxruntime": 145, "tensorrt": 8}
+    assert by_target == {"onnxruntime": 146, "tensorrt": 8}
 
 
 def test_a_calibration_text_asks_for_gptq() -> None:

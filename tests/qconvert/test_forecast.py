@@ -84,6 +84,7 @@ def even_folding(spec: DecoderSpec, recipe: Recipe) -> Folding:
     ("told", "options"),
     [
         ("int8", {}),
+        ("int8", {"precision": "int8", "int8_kv_cache": True, "prefill": True}),
         ("fp16", {"precision": "fp16"}),
         ("int4", {"precision": "int4", "int8_kv_cache": True}),
         ("int4", {"precision": "int4"}),

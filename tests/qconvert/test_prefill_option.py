@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from qconvert.cli import main
+from qrun.backends.opening import open_session
+from qrun.decoding.generate import Context
 
 
 @pytest.mark.parametrize(
@@ -33,3 +36,30 @@ def test_the_recipe_and_the_second_graph_stand_in_the_folder(tied, tmp_path):
     assert facts["recipe"]["prefill"] == {"mlp_parts": 2, "mlp_groups": 2, "smoothing": 0.65}
     assert facts["graph"]["prefill"]["file"] == "prefill.onnx"
     assert facts["verification"]["status"] == "passed"
+
+
+def test_int8_with_a_cache_of_8_bits_shares_its_weights_with_a_second_graph(tied, tmp_path):
+    output = tmp_path / "m"
+    options = ["--precision", "int8", "--prefill", "int8", "--kv-cache", "int8"]
+    result = CliRunner().invoke(main, ["export", str(tied), *options, "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    facts = json.loads((output / "qconvert.json").read_text())
+    assert facts["recipe"]["prefill"] == facts["recipe"]["linear"]
+    assert facts["verification"]["status"] == "passed"
+    assert (output / "prefill.onnx").is_file()
+    assert not (output / "prefill.onnx.data").exists()
+
+
+def test_both_graphs_of_int8_give_the_same_bits(tied, tmp_path):
+    """What the second graph reads is what the first one would have read: codes and all that follows."""
+    output = tmp_path / "m"
+    options = ["--precision", "int8", "--prefill", "int8", "--kv-cache", "int8", "--no-verify"]
+    assert CliRunner().invoke(main, ["export", str(tied), *options, "-o", str(output)]).exit_code == 0
+    ids = np.random.default_rng(0).integers(0, 256, 100).tolist()
+    found = []
+    for prefill_graph in (True, False):
+        context = Context(open_session(output, prefill_graph=prefill_graph))
+        context.feed(ids[:64], logits="none")
+        found.append(context.feed(ids[64:], logits="last"))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+    assert np.abs(found[0]).max() > 0.1

@@ -32,7 +32,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "int4 gptq": {"precision": "int4", "recipe": "gptq"},
     "int4, prefill, int8 cache": {"precision": "int4", "prefill": True, "int8_kv_cache": True},
     "Qwen3 fp32": {"precision": "fp32"},
-    "Qwen3 int8, int8 cache": {"precision": "int8", "int8_kv_cache": True},
+    "Qwen3 int8, prefill, int8 cache": {"precision": "int8", "prefill": True, "int8_kv_cache": True},
     "Qwen3 int4, prefill, int8 cache": {"precision": "int4", "prefill": True, "int8_kv_cache": True},
 }
 KINDS: dict[str, Plant] = {
