@@ -109,9 +109,10 @@ formats-table: $(FORMATS_VENV)/.ready $(SAMPLE)/sample-model.json
 	PYTHONPATH=$(FORMATS_VENV)/gptqmodel $(FORMATS_VENV)/bin/python -m benchmarks.formats_table --sample $(SAMPLE) \
 	    $(if $(LLAMA_QUANTIZE),--llama-quantize $(LLAMA_QUANTIZE))
 
-# The tiny model comes from the pinned environment, which has torch.
+# The tiny model comes from the pinned environment, which has torch. The server's own tests are asked of Ray Serve.
 test-ray: $(RAY_VENV)/.ready $(VENV)/.ready
 	QCONVERT_TEST_PYTHON=$(CURDIR)/$(VENV)/bin/python $(RAY_VENV)/bin/pytest -rs tests/ray
+	QCONVERT_TEST_PYTHON=$(CURDIR)/$(VENV)/bin/python $(RAY_VENV)/bin/python -m pytest -rs -p tests.ray.deployed tests/serve
 
 test-newest: $(NEWEST_VENV)/.ready
 	$(NEWEST_VENV)/bin/pytest
@@ -207,7 +208,7 @@ $(CLIENTS_VENV)/.ready: pyproject.toml constraints-clients.txt
 $(RAY_VENV)/.ready: pyproject.toml constraints-ray.txt
 	@$(call check-python)
 	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
-	$(RAY_VENV)/bin/python $(PIP_INSTALL) -c constraints-ray.txt -e '.[cpu,ray]' httpx openai psutil pytest pytest-timeout
+	$(RAY_VENV)/bin/python $(PIP_INSTALL) -c constraints-ray.txt -e '.[cpu,ray]' anthropic httpx openai psutil pytest pytest-timeout
 	@touch $@
 
 # AutoAWQ and GPTQModel come as sources: of each a few modules are imported, without their own requirements.

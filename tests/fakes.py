@@ -193,7 +193,10 @@ def fake_model(
     generation_config: Mapping[str, Any] | None = None,
 ) -> Model:
     """A ``Model`` over a fake session; its ``session.fed`` tells what was computed."""
-    chat_template = None if template is None else ChatTemplate({"default": template}, {})
+    chat_template = None
+    if template is not None:
+        chat_template = ChatTemplate({"default": template}, {})
+        chat_template.source = template  # from which tests/ray makes it again in another process
     return Model(FakeSession(rule, manifest), tokenizer, chat_template, generation_config)
 
 

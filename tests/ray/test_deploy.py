@@ -26,8 +26,10 @@ from qrun.errors import QrunError
 from qrun.scaling.deploying import _end, config_file
 from qrun.scaling.replica import application
 from tests.ray.conftest import until
+from tests.serve.raw import send
 
 SAID = [{"role": "user", "content": "hello"}]
+WITHOUT_HOST = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
 WEATHER = {
     "type": "function",
     "function": {
@@ -169,12 +171,21 @@ def test_a_killed_replica_loses_no_request_of_a_client_that_tries_again(client):
     assert ask(client).usage.completion_tokens > 0
 
 
-def test_a_running_stream_is_completed_after_sigterm(engine, tmp_path):
-    """It was broken off without an end and without an error: Ray Serve kills its proxies first."""
-    with deploying(tmp_path / "log", "--engine", f"tiny={engine}", "--ray-cpus", 1) as (process, found):
-        with openai.OpenAI(base_url=f"{found}/v1", api_key="-", max_retries=0) as client:
-            stream = ask(client, stream=True, max_tokens=1500, logit_bias=never_ending(engine))
+def test_a_full_replica_says_so_and_a_running_stream_is_completed_after_sigterm(engine, tmp_path):
+    """The stream was broken off without an end and without an error: Ray Serve kills its proxies first.
+
+    What a full replica would have refused, or answered at once, waited in Ray's queue, which has no end.
+    """
+    asked = ("--engine", f"tiny={engine}", "--ray-cpus", 1, "--slots", 1, "--queue", 0)
+    with deploying(tmp_path / "log", *asked) as (process, found):
+        with openai.OpenAI(base_url=f"{found}/v1", api_key="-", max_retries=0, timeout=30) as client:
+            stream = ask(client, stream=True, max_tokens=5000, logit_bias=never_ending(engine))
             next(stream)
+            with pytest.raises(openai.RateLimitError) as refusal:
+                ask(client)
+            assert int(refusal.value.response.headers["retry-after"]) >= 1
+            assert httpx.get(f"{found}/health").json() == {"status": "ok"}
+            assert send(found, WITHOUT_HOST).status == 400, "the parser of `qrun serve`"
             process.send_signal(signal.SIGTERM)
             *_, last = stream
         assert last.choices[0].finish_reason == "length"

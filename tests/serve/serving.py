@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,19 +21,39 @@ from qrun.serve.server import bind, make_server
 from qrun.serve.state import ServerState
 
 KEY = "sk-test"
+# In place of ``serving``: tests/ray/deployed.py has servers behind Ray Serve.
+elsewhere: Callable[..., AbstractContextManager[str]] | None = None
+
+
+def state_of(
+    models: Mapping[str, Model] | Models,
+    *,
+    slots: int = 4,
+    queue: int = 64,
+    prefix_bytes: int = 0,
+    **state: Any,
+) -> ServerState:
+    """What a server over these models needs."""
+    if not isinstance(models, Models):
+        limits = {name: state.get(name) for name in ("max_tokens", "max_seconds")}
+        options = {"slots": slots, "queue": queue, "prefix_bytes": prefix_bytes, **limits}
+        models = Models.of({name: Engine(model, **options) for name, model in models.items()})
+    return ServerState(models, **state)
 
 
 @contextmanager
-def serving(
-    models: Mapping[str, Model] | Models, *, slots: int = 4, queue: int = 64, **state: Any
-) -> Iterator[str]:
-    """The address of a server over these models; at the end every thread of it is gone."""
-    if not isinstance(models, Models):
-        limits = {name: state.get(name) for name in ("max_tokens", "max_seconds")}
-        engines = {name: Engine(model, slots=slots, queue=queue, **limits) for name, model in models.items()}
-        models = Models.of(engines)
+def serving(models: Mapping[str, Model] | Models, **options: Any) -> Iterator[str]:
+    """The address of a server over these models; at the end every thread of it is gone.
+
+    Options are those of ``state_of``.
+    """
+    if elsewhere is not None:
+        with elsewhere(models, **options) as address:
+            yield address
+        return
+    state = state_of(models, **options)
     with bind("127.0.0.1", 0) as listening:
-        server = make_server(ServerState(models, **state), drain_seconds=5)
+        server = make_server(state, drain_seconds=5)
         thread = Thread(target=lambda: server.run(sockets=[listening]))
         thread.start()
         try:
@@ -41,7 +61,7 @@ def serving(
         finally:
             server.should_exit = True
             thread.join(20)
-            models.close()
+            state.models.close()
             assert not thread.is_alive()
 
 
@@ -74,6 +94,12 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it does not happen"
         time.sleep(0.005)
+
+
+def metric(address: str, name: str) -> float:
+    """What /metrics tells under a name, of one model."""
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name}{{")))
 
 
 def ready(address: str) -> dict:

@@ -16,7 +16,7 @@ from qrun.serve.models import Models
 from qrun.text.chat_template import ChatTemplate
 from qrun.text.tokenizer import Tokenizer
 from tests.fakes import FakeSession, fake_manifest, fake_model, repeating
-from tests.serve.serving import ready, serving, until
+from tests.serve.serving import metric, ready, serving, until
 
 USER = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
@@ -55,8 +55,7 @@ def ask(client: openai.OpenAI, number: int, **more) -> tuple[str, str]:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_eight_seeded_requests_are_each_answered_as_alone_while_others_come_and_go(exporter, precision):
     model = qrun.open(exporter(precision, max_position_embeddings=1024), threads=1)
-    engine = Engine(model, slots=6, prefix_bytes=1 << 24)
-    with serving(Models.of({"m": engine})) as address:
+    with serving({"m": model}, slots=6, prefix_bytes=1 << 24) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0)
         alone = [ask(client, number) for number in range(8)]
         over = threading.Event()
@@ -78,7 +77,7 @@ def test_eight_seeded_requests_are_each_answered_as_alone_while_others_come_and_
         for each in disturbers:
             each.join()
         until(lambda: ready(address)["m"] == {"slots": 6, "active": 0, "queued": 0})
-        assert engine.prefix_hits > 0
+        assert metric(address, "qrun_prefix_cache_hit_tokens") > 0
 
 
 def test_a_client_that_goes_away_gives_its_slot_back(endless):
@@ -157,11 +156,11 @@ def test_a_long_system_message_is_read_once_for_all_who_begin_with_it(served_tok
 
 
 def test_a_step_that_fails_ends_the_answers_in_it_and_not_the_server(served_tokenizer):
-    class Failing(FakeSession):
-        broken = True
+    (mark,) = served_tokenizer.encode("!")
 
+    class Failing(FakeSession):
         def forward(self, token_ids, cache, logits="last"):
-            if self.broken:
+            if mark in token_ids:
                 raise RuntimeError("a fault of ours")
             return super().forward(token_ids, cache, logits)
 
@@ -169,14 +168,14 @@ def test_a_step_that_fails_ends_the_answers_in_it_and_not_the_server(served_toke
     model.session = Failing(repeating(served_tokenizer, "x"))
     with serving({"m": model}) as address:
         asked = {"model": "m", "messages": USER, "max_tokens": 3}
-        failed = httpx.post(address + CHAT, json=asked)
+        broken = {**asked, "messages": [{"role": "user", "content": "hello!"}]}
+        failed = httpx.post(address + CHAT, json=broken)
         assert failed.status_code == 500
         assert "could not be completed" in failed.json()["error"]["message"]
-        with httpx.stream("POST", address + CHAT, json={**asked, "stream": True}) as response:
+        with httpx.stream("POST", address + CHAT, json={**broken, "stream": True}) as response:
             text = response.read().decode()
         assert '"server_error"' in text
         assert "Traceback" not in text
-        model.session.broken = False
         assert httpx.post(address + CHAT, json=asked).status_code == 200
         assert ready(address)["m"]["active"] == 0
 

@@ -9,7 +9,7 @@ import pytest
 
 import qrun
 from tests.fakes import FakeSession, fake_manifest, fake_model
-from tests.serve.serving import ready, serving, until
+from tests.serve.serving import metric, ready, serving, until
 
 CHAT = "/v1/chat/completions"
 
@@ -43,8 +43,7 @@ def answer(address: str, number: int) -> list[str]:
 
 
 def guessed(address: str) -> float:
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith("qrun_guessed_tokens{")))
+    return metric(address, "qrun_guessed_tokens")
 
 
 def test_answers_are_those_without_guesses_alone_and_side_by_side(tiny_export):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,8 +14,12 @@ TELEMETRY = "RAY_USAGE_STATS_ENABLED"
 _SECONDS = 10  # for a node to take a connection
 
 
-def join(address: str) -> None:
+def join(address: str, variables: Mapping[str, str] | None = None) -> None:
     """Connect to a cluster, or start one on this machine where ``auto`` finds none.
+
+    Args:
+        address: HOST:PORT, or "auto".
+        variables: of the environment of each process that works for this one there.
 
     Ray sends reports of its use to its makers unless it is told not to. A cluster that is started here is
     told; one that somebody else has started does as they said.
@@ -37,6 +42,7 @@ def join(address: str) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
+            runtime_env={"env_vars": dict(variables)} if variables else None,
         )
     except (ConnectionError, ValueError, OSError) as error:
         raise QrunError(
@@ -58,7 +64,7 @@ def _connect(address: str) -> None:
 
 
 def nodes() -> list[dict[str, Any]]:
-    """The nodes that are alive: "id", "address" and "cpus"."""
+    """The nodes that are alive: "id", "address", "cpus", and whether it is the cluster's "head"."""
     import ray
 
     return [
@@ -66,6 +72,7 @@ def nodes() -> list[dict[str, Any]]:
             "id": each["NodeID"],
             "address": each["NodeManagerAddress"],
             "cpus": int(each["Resources"].get("CPU", 0)),
+            "head": "node:__internal_head__" in each["Resources"],
         }
         for each in ray.nodes()
         if each["Alive"]

@@ -15,6 +15,7 @@ from qrun.errors import QrunError
 from qrun.scaling.cluster import first_line, join, refusal_of
 from qrun.scaling.folders import folder_of
 from qrun.scaling.placing import check_nodes, shelf_of
+from qrun.scaling.proxy import variables
 
 # For Ray Serve to end, beyond the seconds that running answers have.
 _SECONDS_TO_END = 20.0
@@ -82,7 +83,7 @@ def deploy_on_ray(
     """
     folder = folder_of(Path(wishes["path"]))
     try:
-        join(address)
+        join(address, variables())
         # Ray has taken this signal for itself.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _deploy(wishes, port, folder, tell)
@@ -104,7 +105,7 @@ def _deploy(wishes: dict[str, Any], port: int, folder: Any, tell: Callable[[str]
             "Ray Serve runs on this cluster already", hint="add to its file what --print-config prints"
         )
     shelf = shelf_of(folder)
-    here = check_nodes(folder, shelf, tell)
+    here = check_nodes(folder, shelf, tell, head=True)  # which has a proxy
     fewest = wishes["autoscaling"].get("min_replicas", 1) if wishes["autoscaling"] else wishes["replicas"]
     wishes["cpus"] = cpus_for(fewest, wishes["cpus"], here)
     host = wishes["hosts"][0]

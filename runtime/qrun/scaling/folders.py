@@ -124,13 +124,13 @@ def _check(place: Path, folder: Folder) -> None:
             )
 
 
-def checked(folder: Folder, shelf: Any) -> dict[str, Any]:
-    """What a node says of itself: its address, the version of qrun, and how it has the folder.
+def checked(folder: Folder | None, shelf: Any) -> dict[str, Any]:
+    """What a node says of itself: its address, the version of qrun, and how it has the folder, if it needs it.
 
     Raises:
         QrunError: see ``ready``.
     """
-    _, copied = ready(folder, shelf)
+    copied = folder is not None and ready(folder, shelf)[1]
     return {"address": _here(), "version": __version__, "copied": copied}
 
 

@@ -23,8 +23,15 @@ def shelf_of(folder: Folder) -> Any:
     return actor.remote(folder)
 
 
-def check_nodes(folder: Folder, shelf: Any, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def check_nodes(
+    folder: Folder, shelf: Any, tell: Callable[[str], None], *, head: bool = False
+) -> list[dict[str, Any]]:
     """Every node that computes, which has the folder and our version when this returns.
+
+    Args:
+        folder, shelf: see ``folders.ready``.
+        tell: shows a line to the person.
+        head: the cluster's head must have our version too, if it does not compute.
 
     Raises:
         QrunError: a node has another folder or another version, or none computes.
@@ -40,8 +47,9 @@ def check_nodes(folder: Folder, shelf: Any, tell: Callable[[str], None]) -> list
     asked = [
         task.options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(each["id"], soft=False)
-        ).remote(folder, shelf)
-        for each in here
+        ).remote(folder if each["cpus"] else None, shelf)
+        for each in nodes()
+        if each["cpus"] or (head and each["head"])
     ]
     try:
         found = ray.get(asked)

@@ -21,6 +21,7 @@ from qrun.serve.server import log_to_stderr
 from qrun.serve.state import ServerState
 
 NAME = "qrun"  # of the application and its only deployment
+_AT_ONCE = 1000  # requests beside those that are answered or wait
 
 
 @serve.ingress()
@@ -99,8 +100,9 @@ def deployment_of(wishes: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the deployment, as Ray Serve's Python and its configuration files have them."""
     found = {
         "ray_actor_options": {"num_cpus": wishes["cpus"]},
-        # Requests that wait do so in our own queue, which is fair among clients and answers 429 beyond it.
-        "max_ongoing_requests": wishes["engine"]["slots"] + wishes["engine"]["queue"],
+        # Requests that wait do so in our own queue, which is fair among clients. Ray's has no end, and held
+        # up those that our server answers at once: with 429 where its queue is full, /health, /metrics.
+        "max_ongoing_requests": wishes["engine"]["slots"] + wishes["engine"]["queue"] + _AT_ONCE,
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": wishes["drain_seconds"],

@@ -10,9 +10,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import h11
 import uvicorn
+from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qrun.errors import QrunError
@@ -21,15 +23,20 @@ from qrun.serve.state import ServerState
 
 # A request's head must have come so many seconds after its connection, or after its first byte.
 HEAD_SECONDS = 30.0
+_HEAD_BYTES = 64 << 10
 
 
-class _Protocol(H11Protocol):
+class Protocol(H11Protocol):
     """uvicorn's HTTP/1.1, which gives up whoever opens connections, or begins requests, and says no more.
 
     It is named, since uvicorn would otherwise take another parser where one happens to be installed.
     """
 
     _late: asyncio.TimerHandle | None = None
+
+    def __init__(self, config: uvicorn.Config, *arguments: Any, **options: Any) -> None:
+        config.h11_max_incomplete_event_size = _HEAD_BYTES
+        super().__init__(config, *arguments, **options)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,6 +45,11 @@ class _Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.trailing_data[0]:  # the next request has begun already
+            self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -53,6 +65,11 @@ class _Protocol(H11Protocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+
+def read_everywhere() -> None:
+    """Have every server of uvicorn in this process read requests by ``Protocol``, also those of others."""
+    HTTP_PROTOCOLS["auto"] = f"{Protocol.__module__}:{Protocol.__qualname__}"
 
 
 class _Server(uvicorn.Server):
@@ -138,13 +155,12 @@ def make_server(
     """The server itself; setting its ``should_exit`` ends it."""
     config = uvicorn.Config(
         create_app(state),
-        http=_Protocol,
+        http=Protocol,
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
-        h11_max_incomplete_event_size=64 << 10,
     )
     return _Server(config, state, when_ready)
 
