@@ -92,6 +92,16 @@ def refusal_of(error: BaseException) -> QrunError | None:
     return None
 
 
+def refusal_in(text: str) -> QrunError | None:
+    """The last refusal of ours in a text of Ray's, such as a replica's traceback."""
+    _, found, told = text.rpartition(f"{QrunError.__module__}.{QrunError.__qualname__}: ")
+    if not found:
+        return None
+    what, *more = told.splitlines()
+    parts = {name: value for name, _, value in (line.strip().partition(": ") for line in more)}
+    return QrunError(what, where=parts.get("where"), hint=parts.get("what to do"))
+
+
 def first_line(error: BaseException) -> str:
     """An error's first line, for a message of ours."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

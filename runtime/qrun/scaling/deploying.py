@@ -12,17 +12,24 @@ from time import monotonic, sleep
 from typing import Any
 
 from qrun.errors import QrunError
-from qrun.scaling.cluster import first_line, join, refusal_of
+from qrun.scaling.cluster import first_line, join, refusal_in, refusal_of
 from qrun.scaling.folders import folder_of
 from qrun.scaling.placing import check_nodes, shelf_of
 from qrun.scaling.proxy import variables
 
 # For Ray Serve to end, beyond the seconds that running answers have.
 _SECONDS_TO_END = 20.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def config_file(wishes: Mapping[str, Any], port: int) -> str:
-    """A file for ``serve deploy``, as ``serve build`` writes them. API keys do not stand in it."""
+    """A file for ``serve deploy``, as ``serve build`` writes them. API keys do not stand in it.
+
+    The hashes of the model folder do: replicas that find another one on their node refuse to start.
+
+    Raises:
+        QrunError: there is no model folder here, or not a whole one.
+    """
     import yaml
 
     from qrun.scaling.replica import NAME, deployment_of
@@ -35,7 +42,7 @@ def config_file(wishes: Mapping[str, Any], port: int) -> str:
                 "name": NAME,
                 "route_prefix": "/",
                 "import_path": "qrun.scaling.replica:application",
-                "args": {"wishes": dict(wishes)},
+                "args": {"wishes": {**wishes, "files": dict(folder_of(Path(wishes["path"])).files)}},
                 "deployments": [{"name": NAME, **deployment_of(wishes)}],
             }
         ],
@@ -113,17 +120,54 @@ def _deploy(wishes: dict[str, Any], port: int, folder: Any, tell: Callable[[str]
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         tell(f"{fewest} replicas of {wishes['cpus']} CPUs, {len(here)} nodes")
-        serve.run(app, name=NAME, route_prefix="/")
+        serve.run_many(
+            [serve.RunTarget(app, name=NAME, route_prefix="/")], wait_for_applications_running=False
+        )
         shown = f"[{host}]" if ":" in host else host
-        tell(f"listening on http://{shown}:{port}")
         with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            _watch(tell, f"listening on http://{shown}:{port}")
         tell("closing")
     except (RayError, RuntimeError, OSError, ValueError) as error:
         raise refusal_of(error) or QrunError(f"Ray Serve could not deploy it: {first_line(error)}") from error
     finally:
         drain = wishes["drain_seconds"]
         _end(lambda: _take_down(drain), drain + _SECONDS_TO_END)
+
+
+def _watch(tell: Callable[[str], None], listening: str) -> None:
+    """Tell when all replicas answer and, once each, why one does not start while others answer.
+
+    Raises:
+        QrunError: none starts.
+    """
+    told: set[str] = set()
+    while True:
+        sleep(_SECONDS_BETWEEN_LOOKS)
+        status, running, trouble = _state()
+        refusal = refusal_in(trouble)
+        if status == "DEPLOY_FAILED" and not running:
+            last = trouble.strip().rpartition("\n")[2]
+            raise refusal or QrunError(f"Ray Serve could not deploy it: {last}")
+        lines = [listening] if status == "RUNNING" else []
+        if refusal is not None and running:
+            lines.append(f"a replica does not start: {refusal}")
+        for line in lines:
+            if line not in told:
+                told.add(line)
+                tell(line)
+
+
+def _state() -> tuple[str, int, str]:
+    """Ray Serve's word for how the application is, its running replicas, and what it says of the others."""
+    from ray import serve
+
+    from qrun.scaling.replica import NAME
+
+    with suppress(Exception):  # the controller has died, or is being started again
+        app = serve.status().applications[NAME]
+        (deployment,) = app.deployments.values()
+        return app.status.value, deployment.replica_states.get("RUNNING", 0), deployment.message
+    return "", 0, ""
 
 
 def _take_down(drain_seconds: float) -> None:

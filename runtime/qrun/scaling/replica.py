@@ -9,10 +9,9 @@ from typing import Any
 from ray import serve
 
 from qrun.engine import Engine
-from qrun.errors import QrunError
 from qrun.folder.manifest import read_manifest, weight_bytes
 from qrun.model import Model
-from qrun.scaling.folders import Folder, folder_of, ready
+from qrun.scaling.folders import Folder, ready
 from qrun.serve.app import create_app
 from qrun.serve.guard import read_host, read_origin
 from qrun.serve.keys import keys_for
@@ -36,8 +35,6 @@ class Replica:
 
     def __init__(self, folder: Folder, shelf: Any, wishes: Mapping[str, Any], keys: tuple[str, ...]) -> None:
         log_to_stderr()
-        if shelf is None and not Path(folder.path).expanduser().exists():
-            raise QrunError("the model folder is not on this node", where=Path(folder.path))
         place, _ = ready(folder, shelf)
         manifest = read_manifest(place)
         engine = wishes["engine"]
@@ -84,16 +81,16 @@ def application(wishes: dict[str, Any], shelf: Any = None, folder: Folder | None
             model, "speculate", "literal", "engine" and "state" for those classes, "hosts" (the first is the
             address), "origins", "api_key_file", "no_auth", and what ``deployment_of`` reads.
         shelf: gives the folder to nodes that have none.
-        folder: with its hashes, where they are known.
+        folder: as all nodes must have it; else it follows from "path" and "files".
 
     Raises:
-        QrunError: no model folder, or no keys where they are needed.
+        QrunError: no keys where they are needed.
     """
     file = wishes["api_key_file"]
     host = wishes["hosts"][0]
     keys = keys_for(host, None if file is None else Path(file).expanduser(), no_auth=wishes["no_auth"])
     deployment = serve.deployment(Replica, name=NAME).options(**deployment_of(wishes))
-    return deployment.bind(folder or folder_of(Path(wishes["path"])), shelf, wishes, keys)
+    return deployment.bind(folder or Folder(wishes["path"], wishes["files"]), shelf, wishes, keys)
 
 
 def deployment_of(wishes: Mapping[str, Any]) -> dict[str, Any]:
