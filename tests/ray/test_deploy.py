@@ -20,8 +20,10 @@ import psutil
 import pytest
 import ray
 import yaml
+from click.testing import CliRunner
 from ray import serve as ray_serve
 
+from qrun.cli.deploy import deploy
 from qrun.errors import QrunError
 from qrun.scaling.deploying import _end, config_file
 from qrun.scaling.replica import application
@@ -225,6 +227,53 @@ def test_a_config_file_is_what_serve_deploy_reads(engine):
     assert yaml.safe_load(config_file(wishes, 8080)) == yaml.safe_load(text)
     (deployment,) = app.deployments
     assert deployment.autoscaling_config["max_replicas"] == 3
+
+
+REFUSED = "has no place in a deployment"
+# How each option is given; None for those that are no part of what is deployed.
+OPTIONS = {
+    **dict.fromkeys(("engine", "ray", "print_config", "help")),
+    **{"replicas": 2, "max_replicas": 2, "min_replicas": 2, "target_ongoing_requests": 9, "ray_cpus": 2},
+    **{"by_session": True, "host": "::1", "port": 9, "slots": 9, "queue": 9, "prompt_piece": 192},
+    **{"prefix_cache_bytes": 9, "api_key_file": "/dev/null", "control_tokens": True, "no_auth": True},
+    **{"allowed_hosts": "a", "cors_origins": "https://a.example", "max_body_mb": 9, "max_tokens": 9},
+    **{"max_seconds": 9, "log_text": True, "drain_seconds": 9, "speculate": True, "chat_template": "short"},
+    **{"prefill_graph": False, "cuda_graph": False, "check_hashes": True},
+    **{"device": REFUSED, "threads": REFUSED, "verbose": REFUSED},
+}
+BESIDE = {"min_replicas": ("--max-replicas", 3), "target_ongoing_requests": ("--max-replicas", 3)}
+
+
+def test_every_option_is_in_what_is_deployed_and_a_new_one_cannot_be_forgotten(engine, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("sk-test\n")
+
+    def printed(*arguments: object, code: int = 0) -> str:
+        asked = ["--engine", engine, "--print-config", *arguments]
+        result = CliRunner().invoke(deploy, list(map(str, asked)))
+        assert result.exit_code == code, result.output
+        return result.output
+
+    plain = printed()
+    for option in deploy.params:
+        value = OPTIONS[option.name]
+        name = option.secondary_opts[0] if value is False else option.opts[0]
+        if value is None:
+            continue
+        if value == REFUSED:
+            given = {"device": ("cpu",), "threads": (1,), "verbose": ()}[option.name]
+            assert value in printed(name, *given, code=2)
+            continue
+        beside = BESIDE.get(option.name, ())
+        given = (name,) if isinstance(value, bool) else (name, keys if value == "/dev/null" else value)
+        assert printed(*given, *beside) != (printed(*beside) if beside else plain), name
+
+
+def test_a_graph_s_path_is_its_folder_s(engine):
+    asked = ["--engine", str(engine / "model.onnx"), "--print-config"]
+    config = yaml.safe_load(CliRunner().invoke(deploy, asked).output)
+    wishes = config["applications"][0]["args"]["wishes"]
+    assert wishes["path"] == str(engine.resolve())
 
 
 @ray_serve.deployment(ray_actor_options={"num_cpus": 0})

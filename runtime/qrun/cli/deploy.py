@@ -77,6 +77,7 @@ def deploy(
     without = {
         "--device": options["device"] is not None,
         "--threads (--ray-cpus says it)": options["threads"],
+        "--verbose": options["verbose"],
     }
     for name, given in without.items():
         if given:

@@ -34,6 +34,7 @@ def config_file(wishes: Mapping[str, Any], port: int) -> str:
 
     from qrun.scaling.replica import NAME, deployment_of
 
+    folder = folder_of(Path(wishes["path"]))
     content = {
         "proxy_location": "EveryNode",
         "http_options": {"host": wishes["hosts"][0], "port": port},
@@ -42,7 +43,7 @@ def config_file(wishes: Mapping[str, Any], port: int) -> str:
                 "name": NAME,
                 "route_prefix": "/",
                 "import_path": "qrun.scaling.replica:application",
-                "args": {"wishes": {**wishes, "files": dict(folder_of(Path(wishes["path"])).files)}},
+                "args": {"wishes": {**wishes, "path": folder.path, "files": dict(folder.files)}},
                 "deployments": [{"name": NAME, **deployment_of(wishes)}],
             }
         ],
