@@ -78,3 +78,11 @@ def test_every_row_of_a_measurement_holds_a_prompt(model):
     fed = model.session.fed
     assert step_seconds(model.session, 3, depth=100, steps=2) > 0
     assert [len(tokens) for tokens in fed] == [100] + [1] * 9
+
+
+def test_a_step_that_something_else_slows_down_does_not_count(model, monkeypatch):
+    """Eight rows were taken for a batch of sixty: the steps of 16 and 32 had been disturbed."""
+    seconds = [9.0, 0.5, 3.0, 0.25, 3.0]  # the first one warms up
+    ticks = [tick for taken in seconds for tick in (0.0, taken)]
+    monkeypatch.setattr("qrun.decoding.step_time.perf_counter", lambda: ticks.pop(0))
+    assert step_seconds(model.session, 2, depth=10) == 0.25
