@@ -165,7 +165,9 @@ def test_a_chat_in_a_terminal_keeps_its_history_and_nothing_else(place: Place) -
     log.parent.mkdir()
     program, *rest = traced(python(QRUN, "chat", "--engine", "model", *_ASK), log)
     env = place.env | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody answers its query
-    chat = pexpect.spawn(program, rest, cwd=str(place.work), env=env, timeout=60, encoding="utf-8")
+    chat = pexpect.spawn(
+        program, rest, cwd=str(place.work), env=env, timeout=60, encoding="utf-8", use_poll=True
+    )
     chat.expect_exact("Ctrl-D leaves.")
     for line in ("hello", "/exit"):
         chat.expect(r"\x1b\[\?2004h.*?>.*?\x1b\[\?25h")

@@ -73,7 +73,8 @@ def test_it_is_verified_with_all_that_an_export_can_have(
     tmp_path: Path, recipe: str, sizes: dict[str, int], more: tuple[str, ...]
 ) -> None:
     """Both graphs share the KV cache, and with it the factors of the values; their norms are their own."""
-    folder = make_tiny_checkpoint(tmp_path / "model", **sizes)
+    # Smaller weights than elsewhere: each processor rounds in its own way, and none may come near a limit.
+    folder = make_tiny_checkpoint(tmp_path / "model", initializer_range=0.1, **sizes)
     result = run("export", folder, "--precision", "int4", "--recipe", recipe, *more, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert read_manifest(tmp_path / "out").verification == "passed"

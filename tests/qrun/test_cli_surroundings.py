@@ -136,7 +136,7 @@ def test_brackets_in_a_path_are_no_markup_in_a_terminal(name, tiny_export, tmp_p
 
 def _in_terminal(arguments: list[str | bytes]) -> tuple[str, int | None]:
     program, *rest = [os.fsdecode(a) for a in arguments]
-    process = pexpect.spawn(program, rest, dimensions=(24, 80), encoding="utf-8", timeout=60)
+    process = pexpect.spawn(program, rest, dimensions=(24, 80), encoding="utf-8", timeout=60, use_poll=True)
     out = process.read()
     process.close()
     return out, process.exitstatus

@@ -42,6 +42,7 @@ def terminal(state, tmp_path):
             [*command[1:], str(CHATTING), str(tmp_path), *answers],
             env={**os.environ, **variables},
             dimensions=(24, columns),
+            use_poll=True,
             encoding="utf-8",
             timeout=15,
         )

@@ -173,6 +173,7 @@ def test_one_answer_is_wrapped_too_unless_its_line_breaks_matter(
         [str(HERE / "generating.py"), str(tmp_path), PROSE, *options],
         env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(REPOSITORY)},
         dimensions=(24, 40),
+        use_poll=True,
         encoding="utf-8",
         timeout=15,
     )
