@@ -102,25 +102,25 @@ class OnnxRuntimeTarget:
         from qconvert.lowering.ort.decoder import OnnxRuntimeLowering
         from qconvert.lowering.ort.integers import IntegerLowering
 
+        def of_prompts(fmt: ChannelFormat, own: Initializers) -> ir.Model:
+            prompts = IntegerLowering(spec, recipe, fmt, own, rope, prompts=True)
+            lower_prompt(spec, prompts)
+            return prompts.model(f"{spec.model_type}_prefill")
+
         if isinstance(recipe.linear, ChannelFormat):
             folded = initializers.folded()
             integers = IntegerLowering(spec, recipe, recipe.linear, folded, rope)
             lower_decoder(spec, integers)
             graphs = {GRAPH_NAME: integers.model(spec.model_type)}
             if recipe.prefill is not None:  # over the same matrices, with another attention
-                again = folded.for_another_graph()
-                prompts = IntegerLowering(spec, recipe, recipe.prefill, again, rope, prompts=True)
-                lower_prompt(spec, prompts)
-                graphs[PREFILL_GRAPH_NAME] = prompts.model(f"{spec.model_type}_prefill")
+                graphs[PREFILL_GRAPH_NAME] = of_prompts(recipe.prefill, folded.for_another_graph())
             return graphs
         lowering = OnnxRuntimeLowering(spec, recipe, initializers, rope)
         lower_decoder(spec, lowering)
         graphs = {GRAPH_NAME: lowering.model(spec.model_type)}
         if recipe.prefill is not None:
             with initializers.in_another_file(f"{PREFILL_GRAPH_NAME}.data") as others:
-                prompts = IntegerLowering(spec, recipe, recipe.prefill, others.folded(), rope, prompts=True)
-                lower_prompt(spec, prompts)
-            graphs[PREFILL_GRAPH_NAME] = prompts.model(f"{spec.model_type}_prefill")
+                graphs[PREFILL_GRAPH_NAME] = of_prompts(recipe.prefill, others.folded())
         return graphs
 
     def facts(self, spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:

@@ -238,16 +238,14 @@ def _with_prefill_graph(recipe: Recipe, target: Capabilities, spec: DecoderSpec)
     Where the first graph has integer products too, it is slow for prompts with a cache of 8 bits alone, and
     both graphs share its matrices.
     """
-    products = isinstance(recipe.linear, ChannelFormat)
-    slow = recipe.kv_cache is not None if products else recipe.kept or isinstance(recipe.linear, BlockFormat)
-    if not target.integer_products or not slow:
+    if isinstance(recipe.linear, ChannelFormat) and recipe.kv_cache is not None:
+        return replace(recipe, prefill=recipe.linear)
+    if not target.integer_products or not (recipe.kept or isinstance(recipe.linear, BlockFormat)):
         raise QconvertError(
             f"--prefill int8 is not for --target {target.target} --precision {recipe.precision}",
-            hint="use it with --target onnxruntime --precision int4, whose products are slow for prompts"
-            + (", or with --kv-cache int8, whose attention is" if products else ""),
+            hint="use it with --target onnxruntime and --precision int4, whose products are slow for prompts, "
+            "or with --precision int8 --kv-cache int8, whose attention is",
         )
-    if isinstance(recipe.linear, ChannelFormat):
-        return replace(recipe, prefill=recipe.linear)
     fmt = ChannelFormat(mlp_groups=PROMPT_GROUPS)
     return replace(recipe, prefill=fmt.fitted(spec.intermediate_size))
 
