@@ -243,7 +243,7 @@ def _with_prefill_graph(recipe: Recipe, target: Capabilities, spec: DecoderSpec)
     if not target.integer_products or not (recipe.kept or isinstance(recipe.linear, BlockFormat)):
         raise QconvertError(
             f"--prefill int8 is not for --target {target.target} --precision {recipe.precision}",
-            hint="use it with --target onnxruntime and --precision int4, whose products are slow for prompts, "
+            hint="use it with --target onnxruntime, --precision int4, whose products are slow for prompts, "
             "or with --precision int8 --kv-cache int8, whose attention is",
         )
     fmt = ChannelFormat(mlp_groups=PROMPT_GROUPS)
