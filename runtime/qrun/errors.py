@@ -91,8 +91,9 @@ def _of_system(error: OSError) -> QrunError:
         return QrunError(f"the output cannot be written: {what}", hint=_HINTS.get(error.errno or 0))
     if isinstance(where, bytes):
         where = os.fsdecode(where)
+    absent = error.errno == errno.ENOENT and where is not None
     return QrunError(
-        f"the system refuses: {what}",
+        "there is no such file or folder" if absent else f"the system refuses: {what}",
         where=None if where is None or isinstance(where, int) else where,
         hint=_HINTS.get(error.errno or 0),
     )

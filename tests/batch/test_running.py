@@ -184,6 +184,8 @@ def test_too_many_errors_stop_the_job_and_more_may_be_allowed_later(model, tmp_p
     source, output = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     with pytest.raises(QrunError, match="2 lines could not be answered, and --max-errors is 1"):
         work(model, source, output, max_errors=1)
+    with pytest.raises(QrunError, match="1 line could not be answered, and --max-errors is 0"):
+        work(model, source, tmp_path / "other.jsonl", max_errors=0)
     assert not output.exists()
     summary = work(model, source, output, max_errors=3)
     assert (summary["answered"], summary["errors"]) == (6, {"invalid_request": 3})

@@ -105,7 +105,7 @@ def test_a_whole_number_stands_for_its_digits_and_a_choice_may_be_named_by_its_p
 
 
 COMMANDS = {
-    "a file that is not there": (["none.jsonl"], "No such file"),
+    "a file that is not there": (["none.jsonl"], "there is no such file"),
     "a folder": (["."], "this is a folder"),
     "an empty file": (["empty.jsonl"], "the file has no lines"),
     "a model that is none": (["data.jsonl", "--engine", "data.jsonl"], "data.jsonl"),

@@ -241,8 +241,9 @@ class _Run:
         self._watch(progress)
         count = sum(journal.errors.values())
         if record.error is not None and most is not None and count > most:
+            lines = f"{count:,} line{'s' if count > 1 else ''}"
             raise QrunError(
-                f"{count:,} lines could not be answered, and --max-errors is {most:,}; "
+                f"{lines} could not be answered, and --max-errors is {most:,}; "
                 f"the last one: {record.message}",
                 where=self._source.path,
                 hint="mend the input and start over with --force, or go on with a larger --max-errors",
