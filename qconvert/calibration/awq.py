@@ -3,9 +3,9 @@
 For the input of each product one factor per channel, f = x^a / w^b with x the root of its mean square and w
 that of the weights that read it, moves unevenness between input and weights (``formats/folding.py``). a and b
 are those with the least error: of weights rounded block by block, weighted with the input's mean squares, and
-of activations, which ONNX Runtime's product rounds to 8 bits with one scale a block. Then the columns of a
-group make up for one another's errors (``gptq/solve.py``), on the products of the inputs inside the group.
-One pass of a text through the true decoder gives all that is asked of the inputs.
+of activations, which ONNX Runtime's product rounds to 8 bits with one scale a block (TensorRT's does not).
+Then the columns of a group make up for one another's errors (``gptq/solve.py``), on the products of inputs
+inside the group. One pass of a text through the true decoder gives all that is asked of the inputs.
 
 Sources: Lin et al., AWQ, arXiv:2306.00978; Frantar et al., GPTQ, arXiv:2210.17323.
 """
@@ -198,7 +198,8 @@ class Walk:
             guilty = (name for name in names if not bool(torch.isfinite(self._weights[name]).all()))
             raise NonFiniteWeightError(next(guilty, bad[-1].readers[0]))
         weights = {name: self._weights[name] for name in names}
-        return LayerWork(seen, weights, {name: self._format(name) for name in names})
+        formats = {name: self._format(name) for name in names}
+        return LayerWork(seen, weights, formats, self._recipe.activations == "float32")
 
     def _format(self, name: str) -> BlockFormat:
         fmt = self._recipe.format_of(name)

@@ -177,6 +177,7 @@ def _request(work: LayerWork, shared: SharedTensors) -> dict[str, Any]:
         "inputs": [asdict(found) for found in work.seen],
         "runs": runs,
         "formats": {name: asdict(fmt) for name, fmt in work.formats.items()},
+        "rounds_inputs": work.rounds_inputs,
     }
 
 
@@ -192,7 +193,8 @@ def _work(request: Mapping[str, Any], shared: SharedTensors) -> LayerWork:
         for place, (found, runs) in enumerate(zip(inputs, request["runs"], strict=True))
     }
     formats = {name: BlockFormat(**fmt) for name, fmt in request["formats"].items()}
-    return LayerWork(seen, {name: tensors[f"weight:{name}"] for name in formats}, formats)
+    weights = {name: tensors[f"weight:{name}"] for name in formats}
+    return LayerWork(seen, weights, formats, request["rounds_inputs"])
 
 
 def answer(request: Mapping[str, Any], shared: SharedTensors) -> dict[str, Any]:

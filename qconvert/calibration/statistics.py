@@ -18,7 +18,7 @@ from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.models.families import family_of, spec_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from qconvert.checkpoint.reference import KVObserver
 
@@ -118,7 +118,7 @@ class Pass:
             looks: by the name of a product in the layer ("mlp.down_proj"), what is called with its inputs,
                 float32 ``[tokens, K]``, some sequences at a time.
         """
-        module, watcher = self._module(index), self._watcher
+        module, watcher = layer_module(self._config, index, self._weights), self._watcher
         for name, look in [*looks.items(), *(watcher.looks(index).items() if watcher else ())]:
             module.get_submodule(name).register_forward_pre_hook(_telling(look))
         mask = window_mask(self._hidden.shape[1], spec_of(self._config).sliding_windows[index])
@@ -132,36 +132,41 @@ class Pass:
                     hidden, position_embeddings=self._rope, attention_mask=mask, past_key_values=cache
                 )
 
-    def _module(self, index: int) -> Any:
-        """transformers' layer with its products in ``product_dtype``."""
-        with torch.device("meta"):
-            decoder_layer = family_of(self._config).transformers_class("DecoderLayer")
-            module: Any = decoder_layer(self._config, index).eval().requires_grad_(False)
-        prefix, dtype = f"model.layers.{index}.", product_dtype()
-        for name, part in list(module.named_modules()):
-            if isinstance(part, torch.nn.Linear):
-                owner, _, child = name.rpartition(".")
-                bias = None if part.bias is None else self._weights[f"{prefix}{name}.bias"].to(dtype)
-                product = _Product(self._weights[f"{prefix}{name}.weight"].to(dtype), bias)
-                setattr(module.get_submodule(owner), child, product)
-            else:
-                # Norms of heads lie between products, the others before them.
-                norm_dtype = dtype if name.startswith("self_attn.") else torch.float32
-                for child, _ in list(part.named_parameters(recurse=False)):
-                    value = self._weights[f"{prefix}{name}.{child}"].to(norm_dtype)
-                    setattr(part, child, torch.nn.Parameter(value, requires_grad=False))
-        return module
 
+class Product(torch.nn.Module):
+    """A linear layer that takes any type, and multiplies and gives that of its weight.
 
-class _Product(torch.nn.Module):
-    """A linear layer that takes any type, and multiplies and gives that of its weight."""
+    Attributes:
+        weight: ``[N, K]``, which may be exchanged.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self._weight, self._bias = weight, bias
+        self.weight, self._bias = weight, bias
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(inputs.to(self._weight.dtype), self._weight, self._bias)
+        return torch.nn.functional.linear(inputs.to(self.weight.dtype), self.weight, self._bias)
+
+
+def layer_module(config: PreTrainedConfig, index: int, weights: CheckpointWeights) -> Any:
+    """transformers' layer with each linear module a ``Product`` in ``product_dtype``."""
+    with torch.device("meta"):
+        decoder_layer = family_of(config).transformers_class("DecoderLayer")
+        module: Any = decoder_layer(config, index).eval().requires_grad_(False)
+    prefix, dtype = f"model.layers.{index}.", product_dtype()
+    for name, part in list(module.named_modules()):
+        if isinstance(part, torch.nn.Linear):
+            owner, _, child = name.rpartition(".")
+            bias = None if part.bias is None else weights[f"{prefix}{name}.bias"].to(dtype)
+            product = Product(weights[f"{prefix}{name}.weight"].to(dtype), bias)
+            setattr(module.get_submodule(owner), child, product)
+        else:
+            # Norms of heads lie between products, the others before them.
+            norm_dtype = dtype if name.startswith("self_attn.") else torch.float32
+            for child, _ in list(part.named_parameters(recurse=False)):
+                value = weights[f"{prefix}{name}.{child}"].to(norm_dtype)
+                setattr(part, child, torch.nn.Parameter(value, requires_grad=False))
+    return module
 
 
 def product_dtype() -> torch.dtype:

@@ -211,16 +211,15 @@ def exchange(first: str, second: str) -> Callable[..., None]:
 NORM = f"{LAYER}.input_layernorm.weight"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        exchange(NORM, f"{LAYER}.post_attention_layernorm.weight"),
-        exchange(NORM, "model.layers.2.input_layernorm.weight"),
-        lambda divided, _: divided.pop(NORM),
-        lambda divided, _: divided.pop(f"{LAYER}.self_attn.v_proj.bias"),
-    ],
-    ids=["norms of a layer", "norms of two layers", "no norm", "no bias"],
-)
+MISPLACED = {
+    "norms of a layer": exchange(NORM, f"{LAYER}.post_attention_layernorm.weight"),
+    "norms of two layers": exchange(NORM, "model.layers.2.input_layernorm.weight"),
+    "no norm": lambda divided, _: divided.pop(NORM),
+    "no bias": lambda divided, _: divided.pop(f"{LAYER}.self_attn.v_proj.bias"),
+}
+
+
+@pytest.mark.parametrize("change", MISPLACED.values(), ids=MISPLACED)
 def test_factors_folded_into_the_wrong_place_are_noticed(
     exporter: Exporter, change: Callable[..., None]
 ) -> None:

@@ -24,7 +24,7 @@ SEQUENCES = [[*range(start, start + 48)] for start in range(4)]
 # Some matrices in 8 bits, which are not solved, and blocks with and without zero points.
 MIXED = Recipe(
     "int4",
-    "float32",
+    "bfloat16",
     BlockFormat(4, 32, symmetric=True, scale_dtype="bfloat16"),
     None,
     exceptions={"down_proj": BlockFormat(8, 32, symmetric=True, scale_dtype="bfloat16")},

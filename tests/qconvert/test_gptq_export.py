@@ -92,7 +92,7 @@ def test_a_calibration_text_alone_chooses_gptq(tied: Path, tmp_path: Path, text:
     ("options", "message"),
     [
         (("--precision", "int8", "--recipe", "gptq"), "is for --precision int4"),
-        (("--precision", "int4", "--target", "tensorrt", "--recipe", "gptq"), "--target onnxruntime"),
+        (("--precision", "int4", "--target", "tensorrt", "--recipe", "gptq-mixed"), "--target onnxruntime"),
         (("--precision", "int4", "--recipe", "rtn", "--calibrate", "default"), "needs no calibration"),
         (("--precision", "int4", "--calibrate", "missing.txt"), "cannot be read"),
     ],
@@ -185,13 +185,28 @@ def test_wrong_rounding_is_beyond_the_limit_of_steps(
     """A solver that exchanges rows would record what it has done: the checkpoint tells."""
     true_solve = qconvert.calibration.gptq.walk.Means.solve
 
-    def exchanged(self: Any, weight: torch.Tensor, *rest: Any) -> Any:
-        return true_solve(self, weight.flip(0), *rest)
+    def exchanged(self: Any, weights: Any, *rest: Any) -> Any:
+        return true_solve(self, {name: weight.flip(0) for name, weight in weights.items()}, *rest)
 
     monkeypatch.setattr(qconvert.calibration.gptq.walk.Means, "solve", exchanged)
     report = exporter.verify(exporter.export("int4", recipe="gptq", calibrate=str(text)))
     assert not report.passed
     assert len(report.weights.faults) > 15
+
+
+# How many threads there are.
+
+
+@GPTQ
+def test_the_number_of_threads_changes_no_bit(
+    exporter: Exporter, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    found = []
+    for count in (1, 3):
+        monkeypatch.setattr("qconvert.parallel.usable_cores", lambda count=count: count)
+        folder = exporter.export("int4", recipe=recipe, calibrate=str(text), force=True)
+        found.append((folder / "model.onnx.data").read_bytes())
+    assert found[0] == found[1]
 
 
 # Interrupted, and resumed.

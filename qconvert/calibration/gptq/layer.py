@@ -1,15 +1,19 @@
-"""One decoder layer in float32 by transformers' own modules, taken apart where its weights are rounded."""
+"""One decoder layer by transformers' own modules, taken apart where its weights are rounded.
+
+Products and what lies between them are in the type of ``statistics.product_dtype``, norms in float32.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from qconvert.calibration.statistics import window_mask
+from qconvert.calibration.statistics import Product, layer_module, window_mask
 from qconvert.checkpoint.weights import CheckpointWeights
-from qconvert.models.families import family_of, spec_of
+from qconvert.models.families import spec_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,24 +24,16 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 class Layer:
     """A layer whose linear weights can be exchanged. Several threads may compute with it.
 
-    Features are float32 ``[sequences, tokens, hidden_size]``.
+    The residual stream is float32 ``[sequences, tokens, hidden_size]``.
 
     Attributes:
         linears: the seven linear modules by their names in the checkpoint's layer.
     """
 
     def __init__(self, config: PreTrainedConfig, index: int, weights: CheckpointWeights, rope: Rope) -> None:
-        with torch.device("meta"):
-            decoder_layer = family_of(config).transformers_class("DecoderLayer")
-            module: Any = decoder_layer(config, index).eval().requires_grad_(False)
-        prefix = f"model.layers.{index}."
-        state = {}
-        for name in module.state_dict():
-            state[name] = weights[prefix + name].float().clone()
-            weights.release(prefix + name)
-        module.load_state_dict(state, assign=True)
-        self.linears: dict[str, torch.nn.Linear] = {
-            name: part for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)
+        module = layer_module(config, index, weights)
+        self.linears: dict[str, Product] = {
+            name: part for name, part in module.named_modules() if isinstance(part, Product)
         }
         # With o_proj an identity, attention returns o_proj's input.
         module.self_attn.o_proj = torch.nn.Identity()
@@ -55,10 +51,6 @@ class Layer:
         )[0]
         return context
 
-    def attention(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.linears["self_attn.o_proj"](self.context(hidden))
-        return output
-
     def mlp_input(self, hidden: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = self._module.post_attention_layernorm(hidden)
         return normed
@@ -69,17 +61,30 @@ class Layer:
         gated: torch.Tensor = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
         return gated
 
-    def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.linears["mlp.down_proj"](self.gated(hidden))
-        return output
+    def products(self, names: tuple[str, ...], inputs: torch.Tensor) -> torch.Tensor:
+        """What these linear modules make of one input, side by side."""
+        return torch.cat([self.linears[name](inputs) for name in names], dim=-1)
 
 
-Reads = Callable[[Layer, torch.Tensor], torch.Tensor]
-# In the order of computation: tensors that are multiplied with one input, a function that computes this
-# input, and one (or None) that computes what is added to the residual stream once they are rounded.
-STAGES: tuple[tuple[tuple[str, ...], Reads, Reads | None], ...] = (
-    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), Layer.attention_input, None),
-    (("self_attn.o_proj",), Layer.context, Layer.attention),
-    (("mlp.gate_proj", "mlp.up_proj"), Layer.mlp_input, None),
-    (("mlp.down_proj",), Layer.gated, Layer.mlp),
+@dataclass(frozen=True)
+class Stage:
+    """Matrices that multiply one input.
+
+    Attributes:
+        names: of the linear modules.
+        reads: computes their input of the residual stream.
+        adds: whether the product is added to the residual stream; then there is one matrix.
+    """
+
+    names: tuple[str, ...]
+    reads: Callable[[Layer, torch.Tensor], torch.Tensor]
+    adds: bool
+
+
+# In the order of computation.
+STAGES = (
+    Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), Layer.attention_input, adds=False),
+    Stage(("self_attn.o_proj",), Layer.context, adds=True),
+    Stage(("mlp.gate_proj", "mlp.up_proj"), Layer.mlp_input, adds=False),
+    Stage(("mlp.down_proj",), Layer.gated, adds=True),
 )

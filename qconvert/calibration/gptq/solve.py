@@ -7,6 +7,7 @@ weights as the errors before have moved them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
 
 # Share of the Hessian's mean diagonal that is added to the diagonal, against noise where tokens are few.
 DAMPING = 0.01
-# Columns whose errors are spread at once: long runs suit a large Hessian, short ones the processor's cache.
-_CHUNK, _SHORT_CHUNK, _LARGEST_GROUP = 128, 32, 256
-# Columns whose errors are spread one by one; every block size is a multiple.
-_RUN = 8
-# Rows that one thread solves at a time.
-_ROWS = 768
+# Columns of a whole matrix that are solved together; those to come are not touched before they are due.
+_CHUNK = 128
+# Of these, columns whose errors are spread at once, and one by one; block sizes are multiples of the latter.
+_RUNS, _RUN = 32, 8
+# Rows that one thread solves at a time, at most; there is an even number of pieces, so that two threads end
+# together.
+_ROWS, _TURNS = 4096, 2
+
+# uint8 codes [N, K], float32 scales and zero points [N, blocks], as ``assemble`` takes them.
+Solution = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -37,83 +42,140 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     """
     import torch
 
+    for factor in _factors(hessian, damping):
+        upper: torch.Tensor
+        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not int(info):
+            return upper
+    raise AssertionError("there is always another damping")
+
+
+def upper_triangle(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """Upper triangle R of the damped Hessian: H = R R^T, float32 ``[K, K]``; R^-1 is ``inverse_factor``.
+
+    Args:
+        hessian: mean of x x^T over the inputs x, ``[K, K]``, of which what is below the diagonal is not read.
+        damping: is raised tenfold until the matrix is positive definite in float32.
+    """
+
+    # Factors of the library begin with the first row; this one begins with the last.
+    return next(_factors(hessian.flip(0, 1), damping)).flip(0, 1)
+
+
+def _factors(hessian: torch.Tensor, damping: float) -> Iterator[torch.Tensor]:
+    """Lower Cholesky factors of the Hessian, with more and more on its diagonal."""
+    import torch
+
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean()) or 1.0
-    while True:
+    while damping < 1e6:
         diagonal += damping * mean
         factor, info = torch.linalg.cholesky_ex(hessian)
         if not int(info):
-            inverse = torch.cholesky_inverse(factor)
-            del factor
-            upper: torch.Tensor
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not int(info):
-                return upper
+            yield factor
         damping *= 10
-        assert damping < 1e6, "a Hessian with this much on its diagonal is positive definite"
+    raise AssertionError("a Hessian with this much on its diagonal is positive definite")
 
 
 class Means:
     """Second moments of the inputs of one product: x in the rounded decoder, t in the true one.
 
     Args:
-        squares: mean of x x^T, float32 ``[K, K]``; it is overwritten.
-        crossed: mean of t x^T; likewise.
+        squares: mean of x x^T, float32 ``[K, K]``, of which what is below the diagonal is not read.
+        missing: mean of (t - x) x^T, likewise; or that of W (t - x) x^T for the weights W ``[N, K]`` of all
+            matrices that read x, where N is less than K.
 
     Attributes:
         finite: False where an input was NaN or Inf; then nothing can be solved.
     """
 
-    def __init__(self, squares: torch.Tensor, crossed: torch.Tensor) -> None:
+    def __init__(self, squares: torch.Tensor, missing: torch.Tensor) -> None:
         import math
 
         mean = float(squares.diagonal().mean())
-        self.finite = math.isfinite(mean) and math.isfinite(float(crossed.sum()))
+        self.finite = math.isfinite(mean) and math.isfinite(float(missing.sum()))
         if self.finite:
-            self._crossed = crossed
-            self._crossed.diagonal().add_(DAMPING * mean)
-            self._upper = inverse_factor(squares)
+            self._missing = missing
+            self._triangle = upper_triangle(squares)
 
-    def aim(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weights whose products with x are closest to those of ``weight`` with t.
+    def solve(
+        self, weights: Mapping[str, torch.Tensor], fmt: BlockFormat, workers: Executor
+    ) -> dict[str, PackedWeight]:
+        """Round ``weights`` [N, K] so that their products with x come close to the true ones with t.
 
         So each layer also corrects errors of the layers before it (as in GPTAQ, arXiv:2504.02692).
-        """
-        return weight @ self._crossed @ self._upper.t() @ self._upper
-
-    def solve(self, weight: torch.Tensor, fmt: BlockFormat, workers: Executor) -> PackedWeight:
-        """Round ``weight`` [N, K] so that its products with x come close to the true ones with t.
-
         Rows are independent of one another: each of ``workers`` takes some.
         """
         import torch
 
-        pieces = [weight[start : start + _ROWS] for start in range(0, len(weight), _ROWS)]
-        parts = list(workers.map(lambda rows: solve(self.aim(rows), self._upper, fmt), pieces))
-        zeros = [part.zero_points for part in parts if part.zero_points is not None]
-        return PackedWeight(
-            torch.cat([part.data for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            torch.cat(zeros) if zeros else None,
-        )
+        weight = torch.cat(list(weights.values()))
+        narrow = len(self._missing) < weight.shape[1]
+
+        def solved(rows: slice) -> Solution:
+            part = weight[rows]
+            missing = self._missing[rows] if narrow else part @ self._missing
+            return solve(part, self._triangle, fmt, missing)
+
+        count = -(-len(weight) // _ROWS) * _TURNS
+        step = -(-len(weight) // count)
+        cuts = [slice(start, start + step) for start in range(0, len(weight), step)]
+        parts = zip(*workers.map(solved, cuts), strict=True)
+        codes, scales, zeros = (torch.cat(part) for part in parts)
+        found, start = {}, 0
+        for name, each in weights.items():
+            rows = slice(start, start + len(each))
+            found[name] = assemble(codes[rows], scales[rows], None if fmt.symmetric else zeros[rows], fmt)
+            start = rows.stop
+        return found
 
 
-def solve(weight: torch.Tensor, upper: torch.Tensor, fmt: BlockFormat) -> PackedWeight:
+def solve(
+    weight: torch.Tensor,
+    triangle: torch.Tensor,
+    fmt: BlockFormat,
+    missing: torch.Tensor | None = None,
+) -> Solution:
     """Round ``weight`` so that the products with the calibration's inputs change least.
+
+    With E the change of the weights, columns j of E R are made small one after the other: what the columns
+    before have left there is what this one has to make up for. So the inverse of the Hessian is not needed,
+    and no column is touched before it is due.
 
     Args:
         weight: float32 ``[N, K]``, which stays as it is.
-        upper: ``inverse_factor`` of the inputs' Hessian.
+        triangle: of the inputs' Hessian.
         fmt: how the result is stored.
+        missing: see ``Means``, ``[N, K]``: what should be added to the products.
+
+    Returns:
+        uint8 codes ``[N, K]``, float32 scales and zero points ``[N, blocks]``, as ``assemble`` takes them.
     """
-    codes, scales, zeros = solve_groups(weight, upper[None], fmt)
-    return assemble(codes, scales, None if fmt.symmetric else zeros, fmt)
+    import torch
+
+    size = weight.shape[1]
+    # [K, N]: one column of the matrix is one run of memory.
+    left = weight.t().contiguous()
+    due = None if missing is None else torch.linalg.solve_triangular(triangle, missing.t(), upper=True)
+    changes = torch.empty_like(left)
+    chunk, found = max(_CHUNK, fmt.block_size), []
+    for first in range(0, size, chunk):
+        part = slice(first, min(first + chunk, size))
+        inside = triangle[part, part]
+        inverse = torch.linalg.solve_triangular(inside, torch.eye(len(inside)), upper=True)
+        owed = triangle[:first, part].t() @ changes[:first]
+        if due is not None:
+            owed += due[part]
+        moved = torch.addmm(left[part], inverse.t(), owed)
+        codes, scales, zeros = _solve_short(moved[None], inverse[None], fmt)
+        found.append((codes[0], scales[0], zeros[0]))
+        step, zero = (each[0].repeat_interleave(fmt.block_size, 0)[: len(inside)] for each in (scales, zeros))
+        torch.sub(left[part], (codes[0] - zero).mul_(step), out=changes[part])
+    codes, scales, zeros = (torch.cat(part).t().contiguous() for part in zip(*found, strict=True))
+    return codes, scales, zeros
 
 
-def solve_groups(
-    weight: torch.Tensor, upper: torch.Tensor, fmt: BlockFormat
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same where columns make up for the errors of their own group only.
+def solve_groups(weight: torch.Tensor, upper: torch.Tensor, fmt: BlockFormat) -> Solution:
+    """The same where columns make up for the errors of their own group of a few hundred only.
 
     Args:
         weight: float32 ``[N, K]``, which stays as it is.
@@ -125,19 +187,27 @@ def solve_groups(
     """
     import torch
 
-    rows, top = len(weight), (1 << fmt.bits) - 1
     groups, size = upper.shape[:2]
-    blocks = -(-size // fmt.block_size)
     # [G, columns of a group, N]: one column of the matrix is one run of memory.
     # clone: where K or N is 1 the transpose is contiguous as it is, and it is written to below.
-    left = weight.t().clone(memory_format=torch.contiguous_format).view(groups, size, rows)
+    left = weight.t().clone(memory_format=torch.contiguous_format).view(groups, size, -1)
+    found = _solve_short(left, upper, fmt)
+    codes, scales, zeros = (part.view(-1, len(weight)).t().contiguous() for part in found)
+    return codes, scales, zeros
+
+
+def _solve_short(left: torch.Tensor, upper: torch.Tensor, fmt: BlockFormat) -> Solution:
+    """``solve_groups`` of ``left`` [G, K, N], which is overwritten; results are turned likewise."""
+    import torch
+
+    top, (groups, size, rows) = (1 << fmt.bits) - 1, left.shape
+    blocks = -(-size // fmt.block_size)
     codes = torch.empty((groups, size, rows), dtype=torch.uint8)
     scales, zeros = (torch.empty((groups, blocks, rows)) for _ in range(2))
     diagonal = upper.diagonal(dim1=1, dim2=2)
     importance, shares = diagonal.square().reciprocal(), upper / diagonal[:, :, None]
-    chunk = _CHUNK if size > _LARGEST_GROUP else _SHORT_CHUNK
-    for first in range(0, size, chunk):
-        last = min(first + chunk, size)
+    for first in range(0, size, _RUNS):
+        last = min(first + _RUNS, size)
         errors = torch.empty((groups, last - first, rows))
         for start in range(first, last, _RUN):
             block, stop = start // fmt.block_size, min(start + _RUN, last)
@@ -159,7 +229,6 @@ def solve_groups(
                 left[:, stop:last], shares[:, start:stop, stop:last], errors[:, start - first : stop - first]
             )
         _spread(left[:, last:], shares[:, first:last, last:], errors)
-    codes, scales, zeros = (part.view(-1, rows).t().contiguous() for part in (codes, scales, zeros))
     return codes, scales, zeros
 
 

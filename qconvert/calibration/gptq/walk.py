@@ -1,20 +1,22 @@
 """One pass through the decoder: each layer is rounded for the inputs that the rounded layers before it give.
 
-Memory: one layer in float32 twice, the inputs of the layer for all calibration tokens twice (once
-through the true decoder), and about five square matrices as wide as the widest input that is solved.
+Memory: the residual stream of all calibration tokens twice in float32 (once through the true decoder), one
+layer's weights twice, the inputs of one product for all tokens, and about four square matrices as wide as
+the widest input that is solved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 import torch
 
-from qconvert.calibration.gptq.layer import STAGES, Layer, Reads
+from qconvert.calibration.gptq.layer import STAGES, Layer, Stage
+from qconvert.calibration.gptq.moments import crossed, squares
 from qconvert.calibration.gptq.solve import Means
-from qconvert.calibration.statistics import EMBEDDING
+from qconvert.calibration.statistics import EMBEDDING, product_dtype
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
@@ -25,8 +27,8 @@ from qconvert.parallel import all_threads
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Sequences whose inputs are in memory together.
-_BATCH = 4
+# Tokens that one thread computes together.
+_BATCH_TOKENS = 1024
 
 Solved = dict[str, PackedWeight]
 
@@ -36,9 +38,10 @@ class Walk:
 
     Args:
         model: the checkpoint, of any type; nothing of it is changed.
-        recipe: with a format for every linear weight and the embedding.
+        recipe: with a format for every linear weight.
         sequences: token ids, all of one length.
-        workers: threads that share the work (see ``parallel.piece_workers``).
+        workers: threads that share the work (see ``parallel.piece_workers``); how many there are changes
+            no bit of what they do.
     """
 
     def __init__(
@@ -50,11 +53,15 @@ class Walk:
         self._workers = workers
         tokens = torch.tensor(sequences)
         self._rounded, self._true = self._embed(tokens)
+        step = max(1, _BATCH_TOKENS // tokens.shape[1])
+        self._parts = [slice(start, start + step) for start in range(0, len(tokens), step)]
         with torch.no_grad():
             positions = torch.arange(tokens.shape[1])[None]
             rotary = family_of(model.config).transformers_class("RotaryEmbedding")(model.config)
-            self._rope = rotary(self._true, positions)
+            cosines, sines = rotary(self._true, positions)
+            self._rope = cosines.to(product_dtype()), sines.to(product_dtype())
 
+    @torch.no_grad()
     def layer(self, index: int, known: Solved | None = None) -> Solved:
         """Solve one layer's weights and move on to the next; ``known`` ones are taken as they are.
 
@@ -64,79 +71,97 @@ class Walk:
             NonFiniteWeightError: NaN or Inf in a weight, or in what the layers before make of it.
         """
         true, rounded = (Layer(self._config, index, self._weights, self._rope) for _ in range(2))
-        prefix, solved = f"model.layers.{index}.", {}
-        for names, reads, adds in STAGES:
-            full_names = {name: f"{prefix}{name}.weight" for name in names}
-            if known is None:
-                found = self._solve(true, rounded, full_names, reads)
-            else:
+        solved: Solved = {}
+        for stage in STAGES:
+            full_names = {name: f"model.layers.{index}.{name}.weight" for name in stage.names}
+            fmt = self._format(full_names)
+            solves = known is None and fmt.bits == 4
+            weights = self._checked(full_names) if known is None else {}
+            # Outputs are fewer where a product leads from something wider back to the residual stream.
+            narrow = sum(map(len, weights.values())) < true.linears[stage.names[0]].weight.shape[1]
+            inputs, missing = self._inputs(stage, true, rounded, solves, narrow)
+            if known is not None:
                 found = {name: known[full_name] for name, full_name in full_names.items()}
+            elif solves:
+                means = self._means(inputs, missing)
+                if not means.finite:
+                    raise NonFiniteWeightError(next(iter(full_names.values())))
+                found = means.solve(weights, fmt, self._workers)
+            else:
+                found = {name: pack(weight, fmt, self._workers) for name, weight in weights.items()}
             for name, packed in found.items():
-                linear, full_name = rounded.linears[name], full_names[name]
-                linear.weight.data = unpack(packed, self._format(full_name), linear.in_features)
-                solved[full_name] = packed
-            if adds is not None:
-                for part in self._batches():
-                    self._true[part] += self._compute(adds, true, self._true[part])
-                    self._rounded[part] += self._compute(adds, rounded, self._rounded[part])
+                linear = rounded.linears[name]
+                linear.weight = unpack(packed, fmt, linear.weight.shape[1]).to(product_dtype())
+                solved[full_names[name]] = packed
+                self._weights.release(full_names[name])
+            if stage.adds:
+                self._add(rounded.linears[stage.names[0]], inputs)
         return solved
 
-    def _solve(
-        self, true: Layer, rounded: Layer, names: dict[str, str], reads: Reads
-    ) -> dict[str, PackedWeight]:
-        """Round tensors that read the same input; ``names`` are theirs in the layer and the checkpoint."""
-        weights = {name: true.linears[name].weight.data for name in names}
+    def _inputs(
+        self, stage: Stage, true: Layer, rounded: Layer, wanted: bool, narrow: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The rounded decoder's inputs of a stage, ``[tokens, K]`` of each part, and what they miss.
+
+        That is what has to be added to them to have those of the true decoder; or, if ``narrow``, to their
+        true products. The true decoder moves on to the next stage.
+        """
+
+        def of(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            ours = stage.reads(rounded, self._rounded[part]).flatten(0, 1)
+            theirs = stage.reads(true, self._true[part]).flatten(0, 1)
+            if stage.adds or (wanted and narrow):
+                products = true.products(stage.names, theirs)
+            if stage.adds:
+                hidden = self._true[part]
+                hidden += products.view_as(hidden)
+            missing = torch.empty(0)
+            if wanted and narrow:
+                missing = products.float() - true.products(stage.names, ours)
+            elif wanted:
+                missing = theirs.float() - ours
+            return ours.to(product_dtype()), missing.to(product_dtype())
+
+        found = list(self._workers.map(of, self._parts))
+        return [ours for ours, _ in found], [missing for _, missing in found]
+
+    def _means(self, inputs: list[torch.Tensor], missing: list[torch.Tensor]) -> Means:
+        """What a product's inputs are like; ``missing`` is emptied."""
+        hessian, shifted = squares(inputs, self._workers), crossed(missing, inputs, self._workers)
+        missing.clear()
+        with all_threads():
+            return Means(hessian, shifted)
+
+    def _add(self, linear: torch.nn.Module, inputs: list[torch.Tensor]) -> None:
+        """The product of a stage added to the rounded decoder's residual stream."""
+
+        def add(part: slice, ours: torch.Tensor) -> None:
+            hidden = self._rounded[part]
+            hidden += linear(ours).view_as(hidden)
+
+        list(self._workers.map(add, self._parts, inputs))
+
+    def _checked(self, names: dict[str, str]) -> dict[str, torch.Tensor]:
+        """Weights in float32; ``names`` are theirs in the layer and the checkpoint."""
+        weights = {name: self._weights[full_name].float() for name, full_name in names.items()}
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
                 raise NonFiniteWeightError(names[name])
-        formats = {name: self._format(full_name) for name, full_name in names.items()}
-        if all(fmt.bits == 8 for fmt in formats.values()):
-            return {name: pack(weights[name], fmt, self._workers) for name, fmt in formats.items()}
-        means = self._means(true, rounded, reads)
-        if not means.finite:
-            raise NonFiniteWeightError(next(iter(names.values())))
-        return {name: means.solve(weights[name], fmt, self._workers) for name, fmt in formats.items()}
+        return weights
 
-    def _means(self, true: Layer, rounded: Layer, reads: Reads) -> Means:
-        """What a product's inputs are like, in the rounded decoder and in the true one."""
-        squares = crossed = torch.empty(0)
-        for part in self._batches():
-            ours = self._compute(reads, rounded, self._rounded[part]).flatten(0, 1)
-            theirs = self._compute(reads, true, self._true[part]).flatten(0, 1)
-            if not len(squares):
-                squares, crossed = (torch.zeros(ours.shape[1], ours.shape[1]) for _ in range(2))
-            self._add_products(squares, ours, ours)
-            self._add_products(crossed, theirs, ours)
-        tokens = self._true.shape[0] * self._true.shape[1]
-        with all_threads():
-            return Means(squares.div_(tokens), crossed.div_(tokens))
-
-    def _add_products(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """``total += left^T right``, some rows of it by each thread."""
-        step = max(64, len(total) // 16)
-        cuts = [slice(start, start + step) for start in range(0, len(total), step)]
-        for _ in self._workers.map(lambda rows: total[rows].addmm_(left[:, rows].t(), right), cuts):
-            pass  # map is lazy: this waits, and raises a thread's error
-
-    def _compute(self, reads: Reads, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
-        """``reads`` of some sequences, each by one thread."""
-        return torch.cat(list(self._workers.map(lambda sequence: reads(layer, sequence[None]), hidden)))
-
-    def _format(self, full_name: str) -> BlockFormat:
-        fmt = self._recipe.format_of(full_name)
+    def _format(self, names: dict[str, str]) -> BlockFormat:
+        formats = {self._recipe.format_of(full_name) for full_name in names.values()}
+        assert len(formats) == 1, "recipes have exceptions for o_proj and down_proj, which read alone"
+        fmt = formats.pop()
         assert fmt is not None, "a recipe that calibrates packs every linear weight"
         return fmt
 
     def _embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the embedding as the export stores them, and as they are in the checkpoint."""
         fmt = self._recipe.head
-        assert fmt is not None, "a recipe that calibrates packs the embedding as well"
         occurring, places = torch.unique(tokens, return_inverse=True)
         rows = self._weights[EMBEDDING][occurring].float()
         self._weights.release(EMBEDDING)
-        stored = unpack(pack(rows, fmt), fmt, rows.shape[1])
+        # TensorRT's embedding is float16 whatever the activations are (lowering/trt/decoder.py).
+        stored = rows.half().float() if fmt is None else unpack(pack(rows, fmt), fmt, rows.shape[1])
         return stored[places], rows[places]
-
-    def _batches(self) -> Iterator[slice]:
-        for start in range(0, len(self._true), _BATCH):
-            yield slice(start, start + _BATCH)
