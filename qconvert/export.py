@@ -116,12 +116,15 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                 model = load_model(checkpoint)
             rounded = None
             if text is not None:
-                of_adapters = {
-                    f"adapter {place}": f"{each}" for place, each in enumerate(checkpoint.adapters)
-                }
-                rounded = RoundedWeights(folder.output, {**hashes.result(), **of_adapters}, recipe)
                 if choice.method == "awq":
-                    leftovers.callback(rounded.remove)  # after a failure nothing is kept: awq is quick
+                    # Nothing of it is kept, before or after a failure, so it need not wait for the hashes.
+                    rounded = RoundedWeights(folder.output, {}, recipe)
+                    leftovers.callback(rounded.remove)
+                else:
+                    of_adapters = {
+                        f"adapter {place}": f"{each}" for place, each in enumerate(checkpoint.adapters)
+                    }
+                    rounded = RoundedWeights(folder.output, {**hashes.result(), **of_adapters}, recipe)
             calibrated = calibrate(
                 model,
                 recipe,

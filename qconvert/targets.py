@@ -158,7 +158,7 @@ class TensorRTTarget:
     name = "tensorrt"
     folder_name = "tensorrt"
     capabilities = Capabilities(
-        name, ("bf16", "fp16", "int4", "fp32"), activations="bfloat16", packed_columns=True
+        name, ("bf16", "fp16", "int4", "fp32"), activations="bfloat16", packed_columns=True, calibrated=True
     )
     read_by_genai = False
 

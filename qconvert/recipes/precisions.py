@@ -33,7 +33,7 @@ class Capabilities:
             are in ONNX Runtime's, whose blocks may be padded.
         integer_products: whether it multiplies integers by integers.
         int8_kv_cache: whether its attention reads keys and values of 8 bits.
-        calibrated: whether its 4-bit weights can be rounded by GPTQ.
+        calibrated: whether its 4-bit weights can be rounded on a text.
     """
 
     target: str

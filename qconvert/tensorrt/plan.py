@@ -18,7 +18,7 @@ from qconvert.folder.lock import only_changer, only_user
 from qconvert.progress import Progress
 from qconvert.tensorrt.backends import Backend, BackendName, choose_backend
 from qconvert.tensorrt.build import BuilderSettings, Built, build_plan
-from qconvert.tensorrt.traps import check_graph
+from qconvert.tensorrt.traps import check_graph, check_scales
 from qrun.backends.trt.gpu import first_gpu
 from qrun.folder.entry import sha256_of
 from qrun.folder.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -88,6 +88,8 @@ def _build(
     with progress.task("hashing the files", sum(entry.size for entry in manifest.files)) as advance:
         manifest.check_files(hashes=True, progress=advance)
     check_graph(manifest.graph_path)
+    if backend.name == "tensorrt":
+        check_scales(manifest.graph_path)
     _check_memory(manifest)
 
     started = perf_counter()

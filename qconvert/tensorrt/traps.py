@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from qconvert.errors import QconvertError
@@ -22,19 +23,52 @@ def check_graph(path: Path) -> None:
     Raises:
         QconvertError: the file is not an ONNX graph, or has one of the traps.
     """
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir have no common base class
-        raise QconvertError(
-            f"{path.name} is not an ONNX graph: {error}", where=path, hint="export the model again"
-        ) from error
-    for node in model.graph:
+    for node in _load(path).graph:
         for problem in _problems(node):
             raise QconvertError(
                 f"{node.name}: {problem}",
                 where=path,
                 hint="export the model again with `qconvert export --target tensorrt`",
             )
+
+
+def check_scales(path: Path) -> None:
+    """Refuse a graph that TensorRT's parser refuses for its scales; TensorRT-RTX 1.7.1 takes them.
+
+    Scales of zero and below come from checkpoints whose codes are kept: GGUF's Q4_0 has either sign.
+
+    Raises:
+        QconvertError: the file is not an ONNX graph, or a scale is not positive.
+    """
+    bad = [
+        node
+        for node in _load(path).graph
+        if node.op_type == "DequantizeLinear" and not _positive(node.inputs[1])
+    ]
+    if bad:
+        raise QconvertError(
+            f"{'one matrix has' if len(bad) == 1 else f'{len(bad)} matrices have'} scales that are not "
+            "positive, as codes of GGUF's Q4_0 have, and TensorRT's parser refuses these",
+            where=path,
+            hint="export again with --precision int4, which rounds the weights once more; or build with "
+            "--backend rtx, which takes them",
+        )
+
+
+def _positive(scales: ir.Value | None) -> bool:
+    """Whether all scales of an initializer are positive; True of what is computed in the graph."""
+    if scales is None or scales.const_value is None:
+        return True
+    return bool((scales.const_value.numpy().astype(np.float32) > 0).all())
+
+
+def _load(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir have no common base class
+        raise QconvertError(
+            f"{path.name} is not an ONNX graph: {error}", where=path, hint="export the model again"
+        ) from error
 
 
 def _problems(node: ir.Node) -> Iterator[str]:

@@ -13,7 +13,7 @@ import pytest
 from qconvert.errors import QconvertError
 from qconvert.formats import columns
 from qconvert.models.spec import DecoderSpec
-from qconvert.recipes.choose import Wishes, choose
+from qconvert.recipes.choose import RECIPES, Wishes, choose
 from qconvert.targets import TARGETS
 from tests.qconvert.combinations import Combination, accepted, distinct, offered
 
@@ -32,11 +32,14 @@ PARTS = ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
         ("tensorrt", Wishes("int4", 256), "blocks of 256 weights do not fit"),
         ("onnxruntime", Wishes("int8", recipe="gptq"), "--recipe gptq is for --precision int4"),
         ("onnxruntime", Wishes("fp16", calibrate="default"), "--recipe gptq is for --precision int4"),
-        ("tensorrt", Wishes("int4", recipe="gptq-mixed"), "--recipe gptq-mixed is for --precision int4 and"),
+        ("tensorrt", Wishes("int4", recipe="gptq"), "--recipe gptq is for --target onnxruntime"),
+        ("tensorrt", Wishes("int4", calibrate="default"), "--recipe gptq is for --target onnxruntime"),
+        ("tensorrt", Wishes("int4", recipe="gptq-mixed"), "--recipe gptq-mixed is for --target onnxruntime"),
         ("onnxruntime", Wishes("int4", recipe="rtn", calibrate="default"), "needs no calibration text"),
         ("onnxruntime", Wishes("int4", recipe="hqq"), "unknown recipe 'hqq'"),
         ("onnxruntime", Wishes("int8", recipe="awq"), "--recipe awq is for --precision int4"),
-        ("tensorrt", Wishes("int4", recipe="awq"), "--recipe awq is for --precision int4 and"),
+        ("tensorrt", Wishes("bf16", recipe="awq"), "--recipe awq is for --precision int4"),
+        ("tensorrt", Wishes("int4", recipe="awq-mixed"), "--recipe awq-mixed is for --target onnxruntime"),
         ("onnxruntime", Wishes("fp32", prefill=True), "--prefill int8 is not for --target onnxruntime"),
         ("onnxruntime", Wishes("int8", prefill=True), "--prefill int8 is not for --target onnxruntime"),
         ("tensorrt", Wishes("int4", prefill=True), "--prefill int8 is not for --target tensorrt"),
@@ -62,11 +65,13 @@ def fits(combination: Combination) -> bool:
     packed = wishes.precision in ("int8", "int4")
     in_blocks = wishes.precision == "int4" or wishes.block_size is not None
     slow = in_blocks or wishes.int8_kv_cache
+    recipes = (None, "rtn", "awq") if target.packed_columns else (None, *RECIPES)
     return (
         wishes.precision in target.precisions
         and (packed or wishes.block_size is None)
         and (not target.packed_columns or wishes.block_size in (None, *columns.BLOCK_SIZES))
         and (wishes.recipe in (None, "rtn") or (target.calibrated and wishes.precision == "int4"))
+        and wishes.recipe in recipes
         and (not wishes.prefill or (target.integer_products and packed and slow))
         and (not wishes.int8_kv_cache or (target.int8_kv_cache and wishes.precision != "fp16"))
     )
@@ -76,7 +81,7 @@ def test_what_is_accepted_follows_from_the_capabilities() -> None:
     spec = replace(SPEC, hidden_size=256, num_attention_heads=16, intermediate_size=512)
     assert accepted(spec) == [combination for combination in offered() if fits(combination)]
     by_target = Counter(combination.target for combination in distinct(accepted(spec), spec))
-    assert by_target == {"onnxruntime": 146, "tensorrt": 8}
+    assert by_target == {"onnxruntime": 146, "tensorrt": 13}
 
 
 def test_a_calibration_text_asks_for_gptq() -> None:
@@ -100,10 +105,9 @@ def test_four_bits_are_calibrated_where_the_checkpoint_can_read_a_text() -> None
         choose(Wishes("int4", recipe="awq"), ours, SPEC, reads_text=False)
     for precision in ("fp32", "int8"):
         assert choose(Wishes(precision), ours, SPEC).name == precision
-    assert (choose(Wishes("int4"), theirs, SPEC).name, choose(Wishes("int4"), theirs, SPEC).method) == (
-        "int4",
-        None,
-    )
+    found = choose(Wishes("int4"), theirs, SPEC)
+    assert (found.name, found.method) == ("int4", "awq")
+    assert choose(Wishes("int4"), theirs, SPEC, reads_text=False).name == "int4-rtn"
 
 
 @pytest.mark.parametrize("recipe", ["awq", "gptq"])
@@ -119,3 +123,16 @@ def test_calibrated_weights_have_short_blocks_where_inputs_are_uneven(recipe: st
     assert sizes == {"self_attn.o_proj": 256, "mlp.up_proj": 256, "mlp.down_proj": 128}
     asked = choose(Wishes("int4", 256, recipe=recipe), target, spec).recipe
     assert getattr(asked.format_of("model.layers.0.mlp.down_proj.weight"), "block_size", None) == 256
+
+
+def test_a_large_model_reads_half_of_the_text_for_awq_and_all_of_it_for_gptq() -> None:
+    large = replace(SPEC, hidden_size=4096, intermediate_size=16384, num_hidden_layers=32, head_size=128)
+    large = replace(large, num_attention_heads=32, num_key_value_heads=8, sliding_windows=(None,) * 32)
+    tokens = {
+        (recipe, spec.hidden_size): choose(
+            Wishes("int4", recipe=recipe), TARGETS["onnxruntime"].capabilities, spec
+        ).tokens
+        for recipe in ("awq", "gptq")
+        for spec in (SPEC, large)
+    }
+    assert tokens == {("awq", 64): 4096, ("awq", 4096): 2048, ("gptq", 64): 16384, ("gptq", 4096): 16384}

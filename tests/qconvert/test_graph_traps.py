@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
 from qconvert.errors import QconvertError
-from qconvert.tensorrt.traps import check_graph
+from qconvert.export import ExportOptions, export
+from qconvert.progress import Progress
+from qconvert.tensorrt.traps import check_graph, check_scales
 from tests.qconvert.building import TinyExports, dynamic_cache, edit_graph
 
 
@@ -83,7 +86,41 @@ def test_the_check_notices_each_trap_and_our_export_has_none(
         check_graph(folder / "model.onnx")
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.01])
+def test_a_scale_that_the_parser_refuses_is_told_before_the_build(
+    exported: TinyExports, tmp_path: Path, scale: float
+) -> None:
+    folder = Path(shutil.copytree(exported("int4"), tmp_path / "model"))
+    check_scales(folder / "model.onnx")
+
+    def spoil(model: ir.Model) -> None:
+        value = first(model, "DequantizeLinear").inputs[1]
+        assert value is not None
+        assert value.const_value is not None
+        scales = np.array(value.const_value.numpy())
+        scales.flat[-1] = scale
+        value.const_value = ir.tensor(scales, name=value.name)
+
+    edit_graph(folder, spoil)
+    with pytest.raises(QconvertError, match="one matrix has scales that are not positive"):
+        check_scales(folder / "model.onnx")
+
+
+def test_codes_of_q4_0_have_scales_of_either_sign(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "data" / "gguf" / "llama-Q4_0.gguf"
+    chosen = ExportOptions(None, target="tensorrt", output=tmp_path / "m", verify=False)
+    export(str(source), chosen, Progress(quiet=True))
+    check_graph(tmp_path / "m" / "model.onnx")
+    with pytest.raises(QconvertError, match="as codes of GGUF's Q4_0 have") as refused:
+        check_scales(tmp_path / "m" / "model.onnx")
+    assert "--precision int4" in str(refused.value.hint)
+    again = ExportOptions("int4", target="tensorrt", output=tmp_path / "again", verify=False)
+    export(str(source), again, Progress(quiet=True))
+    check_scales(tmp_path / "again" / "model.onnx")
+
+
 def test_bytes_that_are_no_graph(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
-    with pytest.raises(QconvertError, match="not an ONNX graph"):
-        check_graph(tmp_path / "model.onnx")
+    for check in (check_graph, check_scales):
+        with pytest.raises(QconvertError, match="not an ONNX graph"):
+            check(tmp_path / "model.onnx")
