@@ -29,7 +29,7 @@ from qrun.decoding.prefix_files import empty_states, load_prefixes, prefix_file,
 from qrun.decoding.scheduler import Scheduler
 from qrun.decoding.sequence import Failed, Finished, Scored, Scoring
 from qrun.decoding.slots import Slots
-from qrun.decoding.speculation import new_speculation
+from qrun.decoding.speculation import SUFFIX_TOKENS, new_speculation
 from qrun.errors import QrunError
 from qrun.model import Model
 from qrun.sampling.constraint import Constraint, Schema
@@ -45,7 +45,7 @@ class Engine(AbstractContextManager["Engine"]):
         model: what it answers with.
         slots: how many answers advance together at most.
         prefixes: the kept beginnings of prompts; None where none are kept.
-        speculation: what was learnt of guesses, tried while one answer decodes alone: see ``Model``.
+        speculation: what was learnt of guesses (``Model.speculate``); None where none are tried.
 
     Args:
         model: an opened model folder. Nobody else may use its session meanwhile.
@@ -54,6 +54,7 @@ class Engine(AbstractContextManager["Engine"]):
         chunk: tokens of a prompt that are read between two tokens of the other answers; a multiple of 64.
         prefix_bytes: memory for beginnings of prompts, which are then not read again; 0 keeps none.
         prefix_folder: where these are kept when the engine is closed, and taken from at the start.
+        suffix_tokens: of ended prompts and answers, kept to guess from them with ``model.speculate``.
         max_tokens: of an answer; ``resolve`` refuses more, and an answer for which none are asked ends there.
         max_seconds: for a prompt, from ``submit`` on; see ``Call``.
         prompts_first: for lists of prompts, see ``Scheduler``.
@@ -71,6 +72,7 @@ class Engine(AbstractContextManager["Engine"]):
         chunk: int = PIECE,
         prefix_bytes: int = 0,
         prefix_folder: Path | None = None,
+        suffix_tokens: int = SUFFIX_TOKENS,
         max_tokens: int | None = None,
         max_seconds: float | None = None,
         prompts_first: bool = False,
@@ -86,7 +88,8 @@ class Engine(AbstractContextManager["Engine"]):
         self._waiting: FairQueue[Call] = FairQueue()
         self._running: dict[int, Call] = {}
         self.prefixes = PrefixCache(prefix_bytes, GRAIN) if prefix_bytes else None
-        self.speculation = new_speculation(model.session, speculate=model.speculate, draft=model.draft)
+        guessing = model.draft, suffix_tokens
+        self.speculation = new_speculation(model.session, *guessing, speculate=model.speculate)
         self._scheduler = self._new_scheduler()
         self._prefix_file: Path | None = None
         if self.prefixes is not None and prefix_folder is not None:
@@ -120,12 +123,8 @@ class Engine(AbstractContextManager["Engine"]):
             EngineClosedError: after ``close``.
             QrunError: an empty prompt, or one longer than the context.
         """
-        call = Call(
-            *(self.model, prompt_ids, params, listener, client),
-            constraint=constraint,
-            scoring=scoring,
-            seconds=self.max_seconds,
-        )
+        asked = self.model, prompt_ids, params, listener, client
+        call = Call(*asked, constraint=constraint, scoring=scoring, seconds=self.max_seconds)
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the engine is closing: it takes no more prompts")

@@ -16,6 +16,7 @@ from qrun.decoding.prefix_cache import PrefixCache
 from qrun.decoding.scheduler import Scheduler
 from qrun.decoding.sequence import Event, Failed, Finished, Prefilled, Scored, Scoring, Sequence, Token
 from qrun.decoding.slots import Slots
+from qrun.decoding.speculation import Speculation
 from qrun.sampling.constraint import Constraint, Grammars, Vocabulary
 from qrun.sampling.params import SamplingParams
 from tests.fakes import tiny_tokenizer
@@ -75,11 +76,16 @@ class Outcome:
 
 
 def run(
-    session: Session, requests: list[Request], rows: int, *, prefixes: PrefixCache | None = None
+    session: Session,
+    requests: list[Request],
+    rows: int,
+    *,
+    prefixes: PrefixCache | None = None,
+    speculation: Speculation | None = None,
 ) -> list[Outcome]:
     """Step them all to their ends over ``rows`` rows; checks on the way that events come in order."""
     slots = Slots(session, rows)
-    scheduler = Scheduler(slots, chunk=CHUNK, grain=GRAIN, prefixes=prefixes)
+    scheduler = Scheduler(slots, chunk=CHUNK, grain=GRAIN, prefixes=prefixes, speculation=speculation)
     sequences = [
         Recorded(
             *(request.prompt_ids, request.params, session.manifest.model.context_length),

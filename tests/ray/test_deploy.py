@@ -238,7 +238,7 @@ OPTIONS = {
     **{"prefix_cache_bytes": 9, "api_key_file": "/dev/null", "control_tokens": True, "no_auth": True},
     **{"allowed_hosts": "a", "cors_origins": "https://a.example", "max_body_mb": 9, "max_tokens": 9},
     **{"max_seconds": 9, "log_text": True, "drain_seconds": 9, "speculate": True, "chat_template": "short"},
-    **{"prefill_graph": False, "cuda_graph": False, "check_hashes": True},
+    **{"prefill_graph": False, "cuda_graph": False, "check_hashes": True, "suffix_cache_tokens": 9},
     **{"device": REFUSED, "threads": REFUSED, "verbose": REFUSED},
 }
 BESIDE = {"min_replicas": ("--max-replicas", 3), "target_ongoing_requests": ("--max-replicas", 3)}

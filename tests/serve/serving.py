@@ -31,12 +31,14 @@ def state_of(
     slots: int = 4,
     queue: int = 64,
     prefix_bytes: int = 0,
+    suffix_tokens: int = 10_000,
     **state: Any,
 ) -> ServerState:
     """What a server over these models needs."""
     if not isinstance(models, Models):
         limits = {name: state.get(name) for name in ("max_tokens", "max_seconds")}
         options = {"slots": slots, "queue": queue, "prefix_bytes": prefix_bytes, **limits}
+        options["suffix_tokens"] = suffix_tokens
         models = Models.of({name: Engine(model, **options) for name, model in models.items()})
     return ServerState(models, **state)
 

@@ -60,34 +60,30 @@ def test_answers_are_those_without_guesses_alone_and_side_by_side(tiny_export):
         until(lambda: ready(address)["m"]["active"] == 0)
 
 
-def test_none_are_tried_while_several_decode(served_tokenizer):
-    """With several rows a step's weights are shared already: each row's guesses would only cost."""
+def test_several_that_repeat_themselves_are_guessed_side_by_side(served_tokenizer):
+    """And an answer that was given before is guessed from the past, unless none are kept."""
     letters = served_tokenizer.encode("abcdefgh")
-
-    class Watched(FakeSession):
-        together = 0  # rows of the step before
-        wrong = False
-
-        def forward(self, token_ids, cache, logits="last"):
-            if logits == "all" and self.together > 1:
-                self.wrong = True
-            if token_ids.shape[1] == 1:
-                self.together = token_ids.shape[0]
-            return super().forward(token_ids, cache, logits)
 
     def rule(seen):
         return letters[len(seen) % len(letters)]
 
-    manifest = fake_manifest(context_length=2048)
-    model = fake_model(served_tokenizer, rule, manifest=manifest)
-    session = model.session = Watched(rule, manifest)
-    model.speculate = True
-    alone = {"model": "m", "prompt": "ab", "max_tokens": 400, "temperature": 0}
-    with serving({"m": model}) as address:
-        both = httpx.post(f"{address}/v1/completions", json={**alone, "n": 3}, timeout=60).json()
-        assert len({choice["text"] for choice in both["choices"]}) == 1
-        assert not session.wrong
-        before, session.together = guessed(address), 1
-        one = httpx.post(f"{address}/v1/completions", json=alone, timeout=60).json()
-        assert one["choices"][0]["text"] == both["choices"][0]["text"]
-        assert guessed(address) > before
+    def told(**engine):
+        manifest = fake_manifest(context_length=2048)
+        model = fake_model(served_tokenizer, rule, manifest=manifest)
+        model.session = FakeSession(rule, manifest)
+        model.speculate = True
+        asked = {"model": "m", "prompt": "ab", "max_tokens": 400, "temperature": 0, "n": 3}
+        short = {**asked, "max_tokens": 9, "n": 1}
+        with serving({"m": model}, **engine) as address:
+            both = httpx.post(f"{address}/v1/completions", json=asked, timeout=60).json()
+            assert len({choice["text"] for choice in both["choices"]}) == 1
+            several = guessed(address)
+            assert several > 100
+            assert metric(address, "qrun_accepted_tokens") > several / 2
+            again = httpx.post(f"{address}/v1/completions", json=short, timeout=60).json()
+            assert again["choices"][0]["text"] == both["choices"][0]["text"][:9]
+            return guessed(address) - several
+
+    # Nothing of so short an answer repeats itself: all of it is known from before, or nothing.
+    assert told() > 0
+    assert told(suffix_tokens=0) == 0

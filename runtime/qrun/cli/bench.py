@@ -22,6 +22,7 @@ from qrun.decoding.generate import Context, generate
 from qrun.decoding.scheduler import PREFILL_CHUNK, Scheduler
 from qrun.decoding.sequence import Finished, Sequence, Token
 from qrun.decoding.slots import Slots
+from qrun.decoding.speculation import new_speculation
 from qrun.errors import QrunError
 from qrun.folder.manifest import Manifest
 from qrun.sampling.params import SamplingParams
@@ -47,7 +48,7 @@ class Round:
     """One repetition. Prefill counts new prompt tokens; decode counts steps after the first token.
 
     Several rows: prompts are read one after the other while the answers before them go on, so that
-    prefill ends with the last first token; decode counts steps of all rows together; a row waits for its
+    prefill ends with the last first token; decode counts tokens of all rows together; a row waits for its
     first token for ``first_token_seconds`` on average.
 
     ``guessed`` tokens were tried in steps of several, and ``accepted`` of them came true.
@@ -111,12 +112,12 @@ def measure(
     Raises:
         QrunError: the workload does not fit into the model's context.
     """
-    _check(session.manifest, workload, chunk)
+    _check(session.manifest, workload, chunk, speculate=speculate)
     one_round: Callable[[], Round]
     if workload.rows == 1:
         one_round = _Alone(session, workload, chunk, speculate=speculate, draft=draft)
     else:
-        one_round = _Together(session, workload, chunk)
+        one_round = _Together(session, workload, chunk, speculate=speculate)
     rounds: list[Round] = []
     for number in range(repetitions + 1):
         found = one_round()
@@ -154,8 +155,9 @@ class _Alone:
 class _Together:
     """A round with several rows, through the scheduler: all prompts, then steps in which all rows decode."""
 
-    def __init__(self, session: Session, workload: Workload, chunk: int) -> None:
+    def __init__(self, session: Session, workload: Workload, chunk: int, *, speculate: bool) -> None:
         self._workload, self._chunk = workload, chunk
+        self._speculation = new_speculation(session, None, speculate=speculate)
         self._limit = session.manifest.model.context_length
         self._ids = _prompts(workload, session)
         self._slots = Slots(session, workload.rows)
@@ -165,7 +167,7 @@ class _Together:
         workload, slots = self._workload, self._slots
         for row in range(workload.rows):
             slots.trim(row, workload.depth)
-        scheduler = Scheduler(slots, chunk=self._chunk, grain=None)
+        scheduler = Scheduler(slots, chunk=self._chunk, grain=None, speculation=self._speculation)
         sequences = [Sequence(ids, SamplingParams(ignore_eos=True), self._limit) for ids in self._ids]
         for sequence in sequences:
             scheduler.add(sequence)
@@ -174,15 +176,20 @@ class _Together:
             scheduler.step()
             begun = sum(bool(sequence.token_ids) for sequence in sequences)
             firsts += [perf_counter() - started] * (begun - len(firsts))
-        decoding = perf_counter()
-        for _ in range(workload.generated_tokens - 1):
+        decoding, before = perf_counter(), sum(len(sequence.token_ids) for sequence in sequences)
+        wanted, found = workload.rows * (workload.generated_tokens - 1), 0
+        while found < wanted:
             scheduler.step()
-        ended = perf_counter()
+            found = sum(len(sequence.token_ids) for sequence in sequences) - before
+        # A last step of several tokens may give more than were asked for.
+        seconds = (perf_counter() - decoding) * wanted / max(found, 1)
+        guessed = sum(sequence.guessed for sequence in sequences)
+        accepted = sum(sequence.accepted for sequence in sequences)
         assert all(sequence.finish_reason is None for sequence in sequences), "the context has room for all"
         for sequence in sequences:
             sequence.cancel()
         scheduler.step()
-        return Round(decoding - started, ended - decoding, fmean(firsts))
+        return Round(decoding - started, seconds, fmean(firsts), guessed, accepted)
 
 
 def _prompts(workload: Workload, *sessions: Session) -> list[list[int]]:
@@ -233,7 +240,7 @@ def peak_rss_bytes() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _check(manifest: Manifest, workload: Workload, chunk: int) -> None:
+def _check(manifest: Manifest, workload: Workload, chunk: int, *, speculate: bool) -> None:
     for name, value in asdict(workload).items():
         if value < (0 if name == "depth" else 1):
             raise QrunError(f"{name} is {value}", hint="give a positive number")
@@ -242,6 +249,8 @@ def _check(manifest: Manifest, workload: Workload, chunk: int) -> None:
     if workload.rows > 1:  # the first row decodes while the others' prompts are read, and does not end
         pieces = (workload.depth + workload.prompt_tokens - 1) // chunk - workload.depth // chunk + 1
         needed += (workload.rows - 1) * pieces + 1
+        if speculate:  # a row may get the tokens of others before them
+            needed += (workload.rows - 1) * workload.generated_tokens + 16
     if needed > manifest.model.context_length:
         rows = f" in {workload.rows} rows" if workload.rows > 1 else ""
         raise QrunError(

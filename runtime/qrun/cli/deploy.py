@@ -136,6 +136,7 @@ def _wishes(name: str, path: Path, host: str, options: dict[str, Any]) -> dict[s
             "queue": options["queue"],
             "chunk": options["prompt_piece"],
             "prefix_bytes": options["prefix_cache_bytes"],
+            "suffix_tokens": options["suffix_cache_tokens"],
         },
         "state": {
             **limits,

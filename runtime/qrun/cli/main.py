@@ -247,9 +247,8 @@ def bench(
     """
     if as_json and as_csv:
         raise click.UsageError("Give either --json or --csv.")
-    if (speculate or draft is not None) and rows != (1,):
-        given = "--speculate" if speculate else "--draft"
-        raise click.UsageError(f"{given} is for one answer at a time: --rows 1.")
+    if draft is not None and rows != (1,):
+        raise click.UsageError("--draft is for one answer at a time: --rows 1.")
     started = perf_counter()
     session = open_engine(**options)
     guessing = None if draft is None else open_draft(draft, **options)

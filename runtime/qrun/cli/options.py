@@ -139,7 +139,7 @@ def template_variables(thinking: bool | None) -> dict[str, Any]:
 
 
 def speculate_option(command: Command) -> Command:
-    """--speculate, for commands that decode one answer at a time."""
+    """--speculate, for commands that decode answers one after the other, or several at once."""
     return click.option(
         "--speculate/--no-speculate",
         default=False,

@@ -64,6 +64,7 @@ def serve(
     memory_gb: float | None,
     prefix_cache_bytes: int,
     prefix_cache_dir: Path | None,
+    suffix_cache_tokens: int,
     api_key_file: Path | None,
     control_tokens: bool,
     no_auth: bool,
@@ -107,6 +108,7 @@ def serve(
         limits: dict[str, Any] = {"max_tokens": max_tokens, "max_seconds": max_seconds}
         places = {"slots": slots, "prefix_bytes": prefix_cache_bytes}
         settings = {**limits, "queue": queue, "chunk": prompt_piece, "prefix_folder": prefix_cache_dir}
+        settings["suffix_tokens"] = suffix_cache_tokens
         opening = {**options, "speculate": speculate}
         sources = {
             name: source_of(path, **places, settings=settings, opening=opening, literal=not control_tokens)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from qrun.decoding.speculation import SUFFIX_TOKENS
 from qrun.errors import QrunError
 from qrun.folder.paths import user_path
 from qrun.serve.keys import VARIABLE
@@ -52,6 +53,14 @@ _OPTIONS = (
         default=512_000_000,
         show_default=True,
         help="Memory for beginnings of prompts that need not be read again, for each model; 0 keeps none.",
+    ),
+    click.option(
+        "--suffix-cache-tokens",
+        type=click.IntRange(min=0),
+        default=SUFFIX_TOKENS,
+        show_default=True,
+        help="With --speculate: tokens of ended requests' prompts and answers from which guesses for others "
+        "are taken, for each model, in memory only; 0 keeps none.",
     ),
     click.option(
         "--api-key-file",

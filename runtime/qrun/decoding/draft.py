@@ -145,7 +145,8 @@ class Drafting:
 
     def learn(self, came_true: int) -> None:
         """What became of the last guesses."""
-        self._share.see_step(self._tried, min(came_true, self._tried))
+        tried, self._tried = self._tried, 0  # the next step's guesses may be another's
+        self._share.see_step(tried, min(came_true, tried))
 
     def _knows(self, sequence: Sequence) -> bool:
         """Whether all tokens so far are in the draft's vocabulary."""

@@ -58,7 +58,7 @@ class Context:
     def __init__(self, session: Session, *, speculate: bool = False, draft: Draft | None = None) -> None:
         self.session = session
         self.slots = Slots(session)
-        self.speculation = new_speculation(session, speculate=speculate, draft=draft)
+        self.speculation = new_speculation(session, draft, speculate=speculate)
 
     @property
     def cache(self) -> KVCache:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from qrun.backends.session import LogitsFor
 from qrun.decoding.pieces import GRAIN, Pieces
 from qrun.decoding.prefix_cache import PrefixCache
-from qrun.decoding.sequence import Event, Failed, Sequence
+from qrun.decoding.sequence import Event, Failed, Finished, Sequence
 from qrun.decoding.slots import Slots
 from qrun.decoding.speculation import Speculation
 from qrun.errors import QrunError
@@ -50,8 +50,9 @@ class Scheduler:
             conversation: its answers need not be read again, but their keys and values come from single steps
             and may differ in the last bits from those of a prompt. All pieces are even then: nobody waits.
         prefixes: where beginnings of prompts are kept when their rows are needed for others.
-        speculation: tries several tokens of an answer in one step, while it is the only one that decodes.
-            With more rows a step's weights are shared already.
+        speculation: tries several tokens of an answer in one step. With more rows than one a step's weights
+            are shared already, and several tokens go through the graph for one row at a time: so they are
+            tried there only where each of the answers gains by it, and no prompt waits to be read.
         prompts_first: fill all rows before anything is decoded. A step costs little more for many rows than
             for few, so a list of prompts is done sooner; an answer stands still while prompts are read.
     """
@@ -99,7 +100,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def step(self) -> Events:
-        """Decode one token of every answer, then read one piece of a prompt, or several short ones.
+        """Decode a token of every answer, or several, then read one piece of a prompt, or several short ones.
 
         Returns:
             What has happened, in order. The last event of a sequence is ``Finished``, or ``Failed`` where it
@@ -111,6 +112,10 @@ class Scheduler:
         if not (self._prompts_first and self._may_read):
             self._decode(events)
         self._read(events)
+        if self._speculation is not None:
+            for sequence, event in events:
+                if isinstance(event, Finished):
+                    self._speculation.ended(sequence)
         return events
 
     @property
@@ -121,36 +126,55 @@ class Scheduler:
     def _decode(self, events: Events) -> None:
         if not self._decoding:
             return
-        if self._speculation is not None and len(self._decoding) == 1 and self._decoding[0].is_read:
-            self._decode_alone(self._decoding[0], self._speculation, events)
-            return
+        guesses = self._guess()
+        if guesses is not None and (len(guesses) == 1 or any(guesses)):
+            over = [row for row, each in enumerate(guesses) if not self._decode_apart(row, each, events)]
+        else:
+            over = self._decode_together(guesses is not None, events)
+        for row in reversed(over):  # from the last one on, so that only rows that go on are moved
+            self._retire(row)
+
+    def _guess(self) -> list[list[int]] | None:
+        """What to try after the last token of each answer; None where nothing is to be learnt of the step."""
+        if self._speculation is None or not all(sequence.is_read for sequence in self._decoding):
+            return None
+        if len(self._decoding) == 1:
+            return [self._speculation.guess(self._decoding[0])]
+        if self._may_read:  # a prompt would wait for the steps of all rows
+            return None
+        return self._speculation.guess_apart(self._decoding)
+
+    def _decode_together(self, learns: bool, events: Events) -> list[int]:
+        """One step of all answers, over one token each; returns the rows whose answers are over."""
+        started = perf_counter()
         try:
             logits = self._slots.step([sequence.next_id for sequence in self._decoding])
         except QrunError as error:  # all rows take part in one step, so its failure is that of all
             events += [(sequence, Failed(error)) for sequence in self._decoding]
-            for row in reversed(range(len(self._decoding))):
-                self._retire(row)
-            return
+            return list(range(len(self._decoding)))
+        seconds = perf_counter() - started
         events += [(sequence, sequence.advance(1)) for sequence in self._decoding if not sequence.is_read]
         over = [
             row
             for row, sequence in enumerate(self._decoding)
             if not self._choose(sequence, logits[row], events)
         ]
-        for row in reversed(over):  # from the last one on, so that only rows that go on are moved
-            self._retire(row)
+        if learns and self._speculation is not None:
+            self._speculation.learn_together(self._decoding, seconds)
+        return over
 
-    def _decode_alone(self, sequence: Sequence, speculation: Speculation, events: Events) -> None:
-        """One step of one sequence, over its last token and what may follow it."""
-        guesses = speculation.guess(sequence)
+    def _decode_apart(self, row: int, guesses: list[int], events: Events) -> bool:
+        """One step of one answer, over its last token and what may follow it; whether the answer goes on."""
+        assert self._speculation is not None
+        sequence = self._decoding[row]
         fed = [sequence.token_ids[-1], *guesses]
-        held, before, started = len(self._slots.token_ids[0]), sequence.accepted, perf_counter()
+        held, before, started = len(self._slots.token_ids[row]), sequence.accepted, perf_counter()
         try:
-            logits = self._slots.feed(0, fed, logits="all") if guesses else self._slots.step(fed)
+            alone = not guesses and len(self._decoding) == 1
+            logits = self._slots.step(fed) if alone else self._slots.feed(row, fed, logits="all")
         except QrunError as error:
             events.append((sequence, Failed(error)))
-            self._retire(0)
-            return
+            return False
         seconds = perf_counter() - started
         sequence.guessed += len(guesses)
         goes_on = self._choose(sequence, logits[0], events)
@@ -160,10 +184,9 @@ class Scheduler:
             sequence.accepted += 1
             goes_on = self._choose(sequence, following, events)
         came_true = sequence.accepted - before
-        speculation.learn(guesses, came_true, seconds)
-        self._slots.trim(0, held + 1 + came_true)
-        if not goes_on:
-            self._retire(0)
+        self._speculation.learn(sequence, guesses, came_true, seconds)
+        self._slots.trim(row, held + 1 + came_true)
+        return goes_on
 
     def _read(self, events: Events) -> None:
         """Read one piece, or several short ones, so that short prompts do not wait for a step each."""
