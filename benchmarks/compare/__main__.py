@@ -16,6 +16,7 @@ from benchmarks.compare.peers import Contender, contenders
 from benchmarks.compare.quality import TEXTS, measure_quality, reference_logits
 from benchmarks.compare.records import Result
 from benchmarks.compare.steps import QUALITY_SHAPE, Settings, Workshop
+from benchmarks.compare.together import measure_guesses, measure_rows
 from benchmarks.shapes import SHAPES
 
 
@@ -93,8 +94,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--work", type=Path, default=Path(".cache/compare"), help="environments, models, records"
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompts", default="128,512,2048", help="prompt lengths, tokens")
+    parser.add_argument("--prompts", default="128,512,2048,8192", help="prompt lengths, tokens")
     parser.add_argument("--generate", type=int, default=64, help="new tokens after each prompt")
+    parser.add_argument("--rows", default="1,2,4,8", help="answers at once; empty: none")
+    parser.add_argument("--no-guesses", action="store_true", help="leave several tokens a step out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=1800, help="longest that one measurement may take")
     parser.add_argument("--memory-limit", type=float, metavar="GB", help="kill a conversion that takes more")
@@ -115,7 +118,8 @@ def main() -> None:
     limit = None if options.memory_limit is None else int(options.memory_limit * 1e9)
     workshop = Workshop(options.work.absolute(), retry_failed=options.retry_failed, memory_limit=limit)
     prompts = tuple(int(length) for length in options.prompts.split(","))
-    settings = Settings(prompts, options.generate, options.threads, options.seconds)
+    counts = tuple(int(count) for count in options.rows.split(",") if count)
+    settings = Settings(prompts, options.generate, options.threads, options.seconds, counts)
     chosen: list[Contender] = options.contenders
     if options.check_bench:
         from benchmarks.compare.check_bench import check_bench
@@ -135,17 +139,29 @@ def main() -> None:
                 say(f"quality of {contender.title}")
                 quality += [measure_quality(workshop, contender, text) for text in TEXTS]
     measured: list[Result] = []
+    together: list[Result] = []
+    guessed: list[Result] = []
     for shape in options.shapes:
         measured += measure_rounds(
             workshop, chosen, shape, conversions=conversions[shape], rounds=options.rounds, settings=settings
         )
+        if counts:
+            able = [
+                each for each in chosen if "failed" not in conversions[shape].get(each.name, {"failed": 1})
+            ]
+            together += measure_rows(workshop, able, shape, options.rounds, settings)
+    if not options.no_quality and not options.no_guesses:
+        converted = conversions[QUALITY_SHAPE]
+        able = [each for each in chosen if "failed" not in converted[each.name]]
+        guessed = measure_guesses(workshop, able, options.rounds, settings)
 
+    from benchmarks.compare.figures import Measured
     from benchmarks.compare.report import write_report
 
     facts: dict[str, Any] = {"rounds": options.rounds, "shapes": options.shapes, **settings.key()}
-    for path in write_report(
-        options.out, facts, chosen, conversions=conversions, measured=measured, quality=quality
-    ):
+    facts |= {"rows": list(counts), "rows_prompt": settings.rows_prompt}
+    records = Measured(measured, quality, together, guessed)
+    for path in write_report(options.out, facts, chosen, conversions=conversions, records=records):
         say(f"wrote {path}")
 
 

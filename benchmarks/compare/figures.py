@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.compare.peers import Contender
 from benchmarks.compare.records import Result
@@ -20,11 +20,21 @@ from benchmarks.compare.summary import (
     qualities,
     rows,
 )
+from benchmarks.compare.together import guesses_table, rows_table
 from benchmarks.report import conditions
 
 HEADLINE_PROMPT = 512
 _JUDGED = ("prompt", "decode", "memory")
 MISSING = "–"
+
+
+class Measured(NamedTuple):
+    """The records of a run: one answer alone, quality, several answers at once, several tokens a step."""
+
+    alone: Sequence[Result]
+    quality: Sequence[Result] = ()
+    together: Sequence[Result] = ()
+    guesses: Sequence[Result] = ()
 
 
 class Report:
@@ -36,30 +46,32 @@ class Report:
         chosen: Sequence[Contender],
         *,
         conversions: dict[str, dict[str, Result]],
-        measured: Sequence[Result],
-        quality: Sequence[Result],
+        records: Measured,
     ) -> None:
         self.facts = facts
+        self.chosen = chosen
+        self.records = records
         self.conversions = conversions
         prompts = facts["prompts"]
         self.headline = HEADLINE_PROMPT if HEADLINE_PROMPT in prompts else prompts[-1]
         fast = [contender for contender in chosen if not contender.quality_only]
         self.rows = {
-            (shape, prompt): rows(fast, shape, prompt, conversions[shape], measured)
+            (shape, prompt): rows(fast, shape, prompt, conversions[shape], records.alone)
             for shape in facts["shapes"]
             for prompt in prompts
         }
         self.quality: list[Quality] = []
         if "sample" in conversions:
-            self.quality = qualities(chosen, conversions["sample"], quality)
+            self.quality = qualities(chosen, conversions["sample"], records.quality)
         self.settings = {}
         self.versions: dict[str, dict[str, str]] = {}
-        for record in measured:
+        every = [*records.alone, *records.together, *records.guesses]
+        for record in every:
             if "result" in record:
                 key = record["key"]
                 self.settings[f"{key['peer']} {key['variant']}"] = record["result"]["settings"]
                 self.versions[key["peer"]] = record["result"]["versions"]
-        loads = [record["load_average"] for record in measured]
+        loads = [record["load_average"] for record in every]
         self.loads = (min(loads), max(loads)) if loads else None
 
     def headline_rows(self, shape: str) -> list[Row]:
@@ -85,6 +97,17 @@ class Report:
                     found.append([*names, *figures, f"{factor:.2f}"])
         return found
 
+    def together(self, shape: str) -> tuple[list[str], list[list[str]]] | None:
+        """Header and lines of several answers at once; None where none were measured."""
+        counts = self.facts.get("rows", [])
+        header, lines = rows_table(self.chosen, self.records.together, shape, counts)
+        return (header, lines) if lines else None
+
+    def guesses(self) -> tuple[list[str], list[list[str]]] | None:
+        """Header and lines of several tokens a step; None where none were measured."""
+        header, lines = guesses_table(self.chosen, self.records.guesses)
+        return (header, lines) if lines else None
+
     def to_json(self) -> dict[str, Any]:
         return {
             "benchmark": "compare",
@@ -103,6 +126,8 @@ class Report:
                 for shape, records in self.conversions.items()
             },
             "quality": [entry.to_json() for entry in self.quality],
+            "together": [_without_kind(record) for record in self.records.together],
+            "guesses": [_without_kind(record) for record in self.records.guesses],
             "behind": [entry.__dict__ for entry in self.behind()],
         }
 
@@ -120,6 +145,10 @@ class Report:
 
 def _without_key(record: Result) -> Result:
     return {name: value for name, value in record.items() if name not in ("key", "kind")}
+
+
+def _without_kind(record: Result) -> Result:
+    return {name: value for name, value in record.items() if name != "kind"}
 
 
 def number(value: float | None, digits: int | None = None) -> str:

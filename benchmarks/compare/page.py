@@ -25,6 +25,7 @@ from benchmarks.compare.figures import (
 )
 from benchmarks.compare.peers import Contender
 from benchmarks.compare.summary import Row
+from benchmarks.compare.together import GUESSES_NOTE, ROWS_NOTE
 from benchmarks.shapes import title_of
 from qrun.evaluation.charts import Bar, bars
 from qrun.evaluation.page import document
@@ -36,6 +37,10 @@ def page(report: Report, chosen: Sequence[Contender]) -> str:
     parts += [f'<p class="soft">{escape(line)}</p>' for line in conditions_lines(report)]
     for shape in report.facts["shapes"]:
         parts += _shape(report, shape)
+    guesses = report.guesses()
+    if guesses:
+        parts.append("<h2>Several tokens a step, where text repeats itself</h2>")
+        parts += [f'<p class="soft">{escape(GUESSES_NOTE)}</p>', _table(*guesses)]
     parts.append("<h2>Where we are not ahead</h2>")
     behind = behind_table(report.behind())
     if behind:
@@ -75,6 +80,10 @@ def _shape(report: Report, shape: str) -> list[str]:
     if best:
         parts.append(_table(BEST_HEADER, best))
     parts.append(_table(SPEED_HEADER, speed_table(all_rows)))
+    together = report.together(shape)
+    if together:
+        note = escape(ROWS_NOTE.format(prompt=report.facts["rows_prompt"]))
+        parts += ["<h3>Several answers at once</h3>", f'<p class="soft">{note}</p>', _table(*together)]
     return parts
 
 

@@ -18,6 +18,7 @@ class Peer:
     """An engine; its program is ``peers/<name>_engine.py``, its pins ``peers/requirements/<name>.txt``.
 
     ``variants`` maps the name that its program knows to the class of bits in which it competes.
+    ``together``: its program can decode several answers at once; ``guesses``: it can try guessed tokens.
     ``build`` is the environment of pip, for a package that is compiled here; ``unwanted`` packages come with
     the others and go again.
     """
@@ -27,6 +28,8 @@ class Peer:
     variants: dict[str, int]
     build: dict[str, str] = field(default_factory=dict)
     unwanted: tuple[str, ...] = ()
+    together: bool = False
+    guesses: bool = False
 
     @property
     def program(self) -> Path:
@@ -40,15 +43,29 @@ class Peer:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer(OURS, "qconvert", {name: bits for name, (bits, _) in OUR_VARIANTS.items()}),
+        Peer(
+            OURS,
+            "qconvert",
+            {name: bits for name, (bits, _) in OUR_VARIANTS.items()},
+            together=True,
+            guesses=True,
+        ),
         Peer(
             "llama_cpp",
             "llama.cpp",
             {"Q4_0": 4, "Q4_K_M": 4, "Q8_0": 8},
             {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
+            together=True,
         ),
         # A torchvision that does not fit this torch breaks transformers; nothing here needs one.
-        Peer("openvino", "OpenVINO GenAI", {"int4": 4, "int8": 8}, unwanted=("torchvision",)),
+        Peer(
+            "openvino",
+            "OpenVINO GenAI",
+            {"int4": 4, "int8": 8},
+            unwanted=("torchvision",),
+            together=True,
+            guesses=True,
+        ),
         Peer("genai", "onnxruntime-genai", {"int4": 4, "int8": 8}),
         Peer("ctranslate2", "CTranslate2", {"int8": 8}),
         Peer("transformers", "transformers", {"bf16": 16, "fp32": 32}),

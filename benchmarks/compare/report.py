@@ -14,6 +14,7 @@ from benchmarks.compare.figures import (
     CONVERSION_HEADER,
     EXPLANATION,
     SPEED_HEADER,
+    Measured,
     Report,
     behind_table,
     conditions_lines,
@@ -25,6 +26,7 @@ from benchmarks.compare.figures import (
 from benchmarks.compare.page import page
 from benchmarks.compare.peers import Contender
 from benchmarks.compare.records import Result
+from benchmarks.compare.together import GUESSES_NOTE, ROWS_NOTE
 from benchmarks.report import table
 from benchmarks.shapes import title_of
 
@@ -38,6 +40,14 @@ def markdown(report: Report, chosen: Sequence[Contender]) -> str:
         best = report.against_best(shape)
         if best:
             parts.append(table(BEST_HEADER, best))
+        together = report.together(shape)
+        if together:
+            parts.append(f"## {title_of(shape)} shape, several answers at once")
+            parts.append(ROWS_NOTE.format(prompt=report.facts["rows_prompt"]))
+            parts.append(table(*together))
+    guesses = report.guesses()
+    if guesses:
+        parts += ["## Several tokens a step, where text repeats itself", GUESSES_NOTE, table(*guesses)]
     parts.append("## Where we are not ahead")
     behind = behind_table(report.behind())
     parts.append(table(BEHIND_HEADER, behind) if behind else "Nowhere in this run.")
@@ -62,13 +72,13 @@ def write_report(
     chosen: Sequence[Contender],
     *,
     conversions: dict[str, dict[str, Result]],
-    measured: Sequence[Result],
-    quality: Sequence[Result],
+    records: Measured,
 ) -> list[Path]:
     """Write report.md, report.json, report.html and the raw records into ``out``."""
-    report = Report(facts, chosen, conversions=conversions, measured=measured, quality=quality)
+    report = Report(facts, chosen, conversions=conversions, records=records)
     out.mkdir(parents=True, exist_ok=True)
-    raw = {"measurements": list(measured), "quality": list(quality)}
+    raw = {"measurements": list(records.alone), "quality": list(records.quality)}
+    raw |= {"rows": list(records.together), "guesses": list(records.guesses)}
     files = {
         "report.md": markdown(report, chosen),
         "report.json": json.dumps(report.to_json(), indent=1) + "\n",

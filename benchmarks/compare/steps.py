@@ -30,6 +30,8 @@ class Settings:
     generate: int
     threads: int
     seconds: int  # longest that one measurement may take
+    rows: tuple[int, ...] = ()
+    rows_prompt: int = 256
 
     def key(self) -> dict[str, Any]:
         return {"prompts": list(self.prompts), "generate": self.generate, "threads": self.threads}
@@ -133,14 +135,45 @@ class Workshop:
 
     def measure_now(self, contender: Contender, shape: str, settings: Settings) -> Result:
         """The same without a record."""
+        asked = ["--prompts", ",".join(map(str, settings.prompts)), *self._lengths(shape, settings)]
+        return self._ask(contender, "measure", shape, asked, settings)
+
+    def rows(self, contender: Contender, shape: str, number: int, settings: Settings) -> Result:
+        """One process that decodes several answers at once."""
+        key = {**self.conversion_key(contender, shape), "round": number, "threads": settings.threads}
+        key |= {"rows": list(settings.rows), "prompt": settings.rows_prompt, "generate": settings.generate}
+        asked = ["--rows", ",".join(map(str, settings.rows)), "--prompts", str(settings.rows_prompt)]
+        asked += self._lengths(shape, settings)
+        return self.records.once(
+            "rows",
+            key | self.runtime_key(contender),
+            lambda: {"result": self._ask(contender, "rows", shape, asked, settings)},
+        )
+
+    def guesses(self, contender: Contender, texts: Path, number: int, settings: Settings) -> Result:
+        """One process that continues texts by the sample model without and with guessed tokens."""
+        key = {**self.conversion_key(contender, QUALITY_SHAPE), "round": number, "threads": settings.threads}
+        key |= {"texts": hash_text(texts)} | self.runtime_key(contender)
+        asked = ["--texts", str(texts)]
+        return self.records.once(
+            "guesses",
+            key,
+            lambda: {"result": self._ask(contender, "guesses", QUALITY_SHAPE, asked, settings)},
+        )
+
+    def _lengths(self, shape: str, settings: Settings) -> list[str]:
+        vocabulary = json.loads((self.model(shape) / "config.json").read_text())["vocab_size"]
+        return ["--generate", str(settings.generate), "--vocabulary", str(vocabulary)]
+
+    def _ask(
+        self, contender: Contender, verb: str, shape: str, asked: list[str], settings: Settings
+    ) -> Result:
+        """What an engine's program answers, with its files in the page cache."""
         folder = self.converted(contender, shape)
         read_once(folder)
-        config = json.loads((self.model(shape) / "config.json").read_text())
-        command = [str(self.python(contender.peer)), str(contender.peer.program), "measure", str(folder)]
-        command += ["--variant", contender.variant, "--threads", str(settings.threads)]
-        command += ["--prompts", ",".join(map(str, settings.prompts))]
-        command += ["--generate", str(settings.generate), "--vocabulary", str(config["vocab_size"])]
-        return self._answer(command, f"measurement-{folder.name}", settings)
+        command = [str(self.python(contender.peer)), str(contender.peer.program), verb, str(folder)]
+        command += ["--variant", contender.variant, "--threads", str(settings.threads), *asked]
+        return self._answer(command, f"{verb}-{folder.name}", settings)
 
     def _answer(self, command: Sequence[str], name: str, settings: Settings) -> Result:
         """The JSON object in the last line of a program's output."""

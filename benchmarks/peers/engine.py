@@ -1,10 +1,12 @@
 """What all engines share, so that one definition of every figure holds for all of them.
 
 Each ``*_engine.py`` beside this file is a program that runs in its peer's own environment (this module
-needs the standard library and NumPy alone) with three verbs:
+needs the standard library and NumPy alone) with these verbs:
 
     convert SOURCE DESTINATION --variant V                          a checkpoint in the engine's own format
     measure MODEL --variant V --prompts 128,512 --generate 64 ...   one JSON line on stdout
+    rows MODEL --variant V --rows 1,2,4 --prompts 256 ...           the same for several answers at once
+    guesses MODEL --variant V --texts FILE                          the same without and with guessed tokens
     logits MODEL --variant V --tokens FILE --output FILE.npy        float32 [tokens, vocabulary]
 
 A workload is a prompt of token ids, the same ones for all, and greedy generation that no end token ends.
@@ -68,6 +70,28 @@ class Model:
         while len(tokens) < generate:
             tokens.append(self.step(tokens[-1]))
         return Timed(first - started, perf_counter() - first, tokens)
+
+    def rows(self, prompts: list[list[int]], generate: int) -> float:
+        """Read several prompts and generate ``generate`` tokens for each, all rows together.
+
+        Returns:
+            Seconds of the ``generate`` - 1 steps in which each row, past its first token, gets one.
+        """
+        raise NotImplementedError
+
+    def guessing(self, temperature: float) -> Model:
+        """The same model, which tries guessed tokens where the text repeats itself; see ``guesses``.
+
+        Args:
+            temperature: 0 is greedy. Engines that cannot draw the same tokens again refuse others.
+        """
+        raise NotImplementedError
+
+    def plain(self, temperature: float) -> Model:
+        """The same model, which tries none."""
+        if temperature:
+            raise NotImplementedError
+        return self
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Float32 logits ``[len(ids), vocab]`` of every position of one text."""
@@ -134,6 +158,51 @@ def measure(
     return result
 
 
+def measure_rows(
+    open_model: Callable[[], Model], rows: list[int], prompt: int, generate: int, vocabulary: int
+) -> dict[str, Any]:
+    """Open a model and decode so many answers at once, the fewest first."""
+    model = open_model()
+    found = []
+    for count in sorted(rows):
+        for seed, new in ((0, WARM_UP_TOKENS), (1, generate)):
+            prompts = [prompt_ids(prompt, vocabulary, 1000 * seed + row) for row in range(count)]
+            seconds = model.rows(prompts, new)
+        found.append({"rows": count, "prompt_tokens": prompt, "steps": generate - 1, "seconds": seconds})
+    return {"settings": model.settings, "rows": found}
+
+
+def measure_guesses(open_model: Callable[[], Model], texts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Open a model and continue each text without and with guesses; an engine leaves out what it cannot.
+
+    Args:
+        open_model: opens it.
+        texts: ``name``, ``ids``, ``generate`` and ``temperature`` of each.
+    """
+    model = open_model()
+    found = []
+    for text in texts:
+        ids, new = text["ids"], text["generate"]
+        try:
+            each = {
+                "plain": model.plain(text["temperature"]),
+                "guessing": model.guessing(text["temperature"]),
+            }
+        except NotImplementedError:
+            continue
+        timed = {}
+        for name, chosen in each.items():
+            chosen.reset(len(ids) + new)
+            chosen.run(ids[: len(ids) // 2], WARM_UP_TOKENS)
+            chosen.reset(len(ids) + new)
+            timed[name] = chosen.run(ids, new)
+        first, second = timed["plain"].tokens, timed["guessing"].tokens
+        same = next((at for at, (a, b) in enumerate(zip(first, second)) if a != b), new)
+        seconds = {name: one.decode_seconds for name, one in timed.items()}
+        found.append({"text": text["name"], "steps": new - 1, "same_tokens": same, "seconds": seconds})
+    return {"settings": model.settings, "guesses": found}
+
+
 def call(command: list[str]) -> None:
     """Run a converter; where it fails this program ends with its exit code, and its message is the last."""
     code = subprocess.run(command, check=False).returncode
@@ -159,6 +228,30 @@ def stdout_for_results() -> Iterator[Any]:
         yield results
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in ("convert", "measure", "rows", "guesses", "logits"):
+        command = verbs.add_parser(verb)
+        command.add_argument("model", type=Path)
+        command.add_argument("--variant", required=True)
+        command.add_argument("--threads", type=int, default=2)
+        if verb == "convert":
+            command.add_argument("destination", type=Path)
+        elif verb == "guesses":
+            command.add_argument("--texts", type=Path, required=True, help="JSON list of texts")
+        elif verb in ("measure", "rows"):
+            command.add_argument("--prompts", required=True)
+            if verb == "rows":
+                command.add_argument("--rows", required=True)
+            command.add_argument("--generate", type=int, default=64)
+            command.add_argument("--vocabulary", type=int, required=True)
+        else:
+            command.add_argument("--tokens", type=Path, required=True, help="JSON list of token ids")
+            command.add_argument("--output", type=Path, required=True)
+    return parser
+
+
 def main(
     convert: Convert, open_model: Open, *, libraries: tuple[str, ...], packages: tuple[str, ...]
 ) -> None:
@@ -170,23 +263,7 @@ def main(
         libraries: modules ("name" or "module:name") that are imported before the clock of loading starts.
         packages: whose versions the result states.
     """
-    parser = argparse.ArgumentParser()
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("convert", "measure", "logits"):
-        command = verbs.add_parser(verb)
-        command.add_argument("model", type=Path)
-        command.add_argument("--variant", required=True)
-        command.add_argument("--threads", type=int, default=2)
-        if verb == "convert":
-            command.add_argument("destination", type=Path)
-        elif verb == "measure":
-            command.add_argument("--prompts", required=True)
-            command.add_argument("--generate", type=int, default=64)
-            command.add_argument("--vocabulary", type=int, required=True)
-        else:
-            command.add_argument("--tokens", type=Path, required=True, help="JSON list of token ids")
-            command.add_argument("--output", type=Path, required=True)
-    chosen = parser.parse_args()
+    chosen = _parser().parse_args()
     with stdout_for_results() as results:
         if chosen.verb == "convert":
             convert(chosen.model, chosen.destination, chosen.variant)
@@ -205,8 +282,14 @@ def main(
             ids = json.loads(chosen.tokens.read_text())
             np.save(chosen.output, opened().logits(ids).astype(np.float32, copy=False))
             return
-        prompts = [int(length) for length in chosen.prompts.split(",")]
-        result = measure(opened, prompts, chosen.generate, chosen.vocabulary)
+        if chosen.verb == "guesses":
+            result = measure_guesses(opened, json.loads(chosen.texts.read_text()))
+        elif chosen.verb == "rows":
+            rows = [int(count) for count in chosen.rows.split(",")]
+            result = measure_rows(opened, rows, int(chosen.prompts), chosen.generate, chosen.vocabulary)
+        else:
+            prompts = [int(length) for length in chosen.prompts.split(",")]
+            result = measure(opened, prompts, chosen.generate, chosen.vocabulary)
         result["versions"] = versions(packages)
         print(json.dumps(result), file=results, flush=True)
         # Some engines crash while the interpreter tears them down: what they measured stands.

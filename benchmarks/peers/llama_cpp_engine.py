@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from time import perf_counter
 
 import llama_cpp
 import numpy as np
@@ -34,6 +35,8 @@ def convert(source: Path, destination: Path, variant: str) -> None:
 
 
 class LlamaModel(Model):
+    sequences = 1
+
     def __init__(self, folder: Path, variant: str, threads: int) -> None:
         llama_cpp.llama_backend_init()
         self.threads = threads
@@ -54,22 +57,18 @@ class LlamaModel(Model):
             if self.context is not None:
                 llama_cpp.llama_free(self.context)
             params = llama_cpp.llama_context_default_params()
-            params.n_ctx, params.n_batch = capacity, BATCH
+            params.n_ctx, params.n_batch, params.n_seq_max = capacity * self.sequences, BATCH, self.sequences
             params.n_threads = params.n_threads_batch = self.threads
             self.context, self.capacity = llama_cpp.llama_init_from_model(self.model, params), capacity
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
-    def _decode(self, ids: list[int], wanted: str) -> np.ndarray:
+    def _decode(self, ids: list[int], wanted: str, row: int = 0) -> np.ndarray:
         """Logits [1 or len(ids), vocab]: of the last position, or of all."""
-        batch = self.batch
-        batch.n_tokens = len(ids)
+        self.batch.n_tokens = len(ids)
         for index, token in enumerate(ids):
-            batch.token[index] = token
-            batch.pos[index] = self.position + index
-            batch.n_seq_id[index] = 1
-            batch.seq_id[index][0] = 0
-            batch.logits[index] = wanted == "all" or (wanted == "last" and index == len(ids) - 1)
-        failed = llama_cpp.llama_decode(self.context, batch)
+            asked = wanted == "all" or (wanted == "last" and index == len(ids) - 1)
+            self._put(index, token, self.position + index, row, wanted=asked)
+        failed = llama_cpp.llama_decode(self.context, self.batch)
         if failed:
             raise SystemExit(f"llama_decode returned {failed}")
         self.position += len(ids)
@@ -88,6 +87,33 @@ class LlamaModel(Model):
 
     def step(self, token: int) -> int:
         return int(self._decode([token], "last")[0].argmax())
+
+    def rows(self, prompts: list[list[int]], generate: int) -> float:
+        """One sequence for each row, all of their tokens in one batch."""
+        self.sequences, self.capacity = len(prompts), 0  # another number needs another context
+        self.reset(len(prompts[0]) + generate)
+        tokens = []
+        for row, ids in enumerate(prompts):
+            self.position = 0
+            tokens.append(int(self._decode(ids, "last", row)[-1].argmax()))
+        started = perf_counter()
+        for _ in range(generate - 1):
+            self.batch.n_tokens = len(tokens)
+            for row, token in enumerate(tokens):
+                self._put(row, token, self.position, row, wanted=True)
+            if llama_cpp.llama_decode(self.context, self.batch):
+                raise SystemExit("llama_decode failed")
+            self.position += 1
+            found = llama_cpp.llama_get_logits(self.context)
+            logits = np.ctypeslib.as_array(found, shape=(len(tokens), self.vocabulary))
+            tokens = logits.argmax(axis=-1).tolist()
+        return perf_counter() - started
+
+    def _put(self, index: int, token: int, position: int, row: int, *, wanted: bool) -> None:
+        batch = self.batch
+        batch.token[index], batch.pos[index], batch.logits[index] = token, position, wanted
+        batch.n_seq_id[index] = 1
+        batch.seq_id[index][0] = row
 
     def logits(self, ids: list[int]) -> np.ndarray:
         self.reset(len(ids))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import copy
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from engine import Model, Timed, call, main
@@ -26,12 +27,54 @@ def properties(threads: int) -> dict[str, Any]:
 
 
 class OpenVINOModel(Model):
+    batching: Any = None
+    guesses: ClassVar[dict[str, int]] = {}
+
     def __init__(self, folder: Path, variant: str, threads: int) -> None:
         import openvino_genai
 
         self.folder, self.threads = folder, threads
         self.pipeline = openvino_genai.LLMPipeline(folder, "CPU", **properties(threads))
         self.settings = {**properties(threads), "KV cache and dynamic quantisation": "as OpenVINO chooses"}
+
+    def rows(self, prompts: list[list[int]], generate: int) -> float:
+        """By its continuous batching, each prompt in one piece."""
+        import openvino
+        import openvino_genai
+
+        if self.batching is None:
+            scheduling = openvino_genai.SchedulerConfig()
+            scheduling.cache_size = 2  # GB
+            self.batching = openvino_genai.ContinuousBatchingPipeline(
+                self.folder, scheduling, "CPU", {"INFERENCE_NUM_THREADS": self.threads}
+            )
+        config = openvino_genai.GenerationConfig(max_new_tokens=generate, ignore_eos=True)
+        config.do_sample = False
+        handles = [
+            self.batching.add_request(row, openvino.Tensor(np.array([ids], dtype=np.int64)), config)
+            for row, ids in enumerate(prompts)
+        ]
+        begun: set[int] = set()
+        started = perf_counter()
+        while self.batching.has_non_finished_requests():
+            self.batching.step()
+            if len(begun) < len(handles):
+                begun |= {row for row, handle in enumerate(handles) if handle.can_read()}
+                started = perf_counter()
+        return perf_counter() - started
+
+    def guessing(self, temperature: float) -> OpenVINOModel:
+        """Prompt lookup with the values of its documentation."""
+        import openvino_genai
+
+        if temperature:
+            raise NotImplementedError
+        other = copy(self)
+        other.pipeline = openvino_genai.LLMPipeline(
+            self.folder, "CPU", prompt_lookup=True, **properties(self.threads)
+        )
+        other.guesses = {"num_assistant_tokens": 5, "max_ngram_size": 3}
+        return other
 
     def run(self, ids: list[int], generate: int) -> Timed:
         import openvino
@@ -40,6 +83,8 @@ class OpenVINOModel(Model):
         config = openvino_genai.GenerationConfig(max_new_tokens=generate, ignore_eos=True)
         config.do_sample = False
         config.apply_chat_template = False
+        for name, value in self.guesses.items():
+            setattr(config, name, value)
         inputs = openvino.Tensor(np.array([ids], dtype=np.int64))
         started = perf_counter()
         result = self.pipeline.generate(inputs, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from copy import copy
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,6 +21,8 @@ def convert(source: Path, destination: Path, variant: str) -> None:
 
 
 class QrunModel(Model):
+    temperature = 0.0
+
     def __init__(self, folder: Path, variant: str, threads: int) -> None:
         from qrun.backends.opening import open_session
         from qrun.decoding.generate import Context
@@ -35,16 +38,53 @@ class QrunModel(Model):
     def run(self, ids: list[int], generate: int) -> Timed:
         from qrun.decoding.generate import Token
         from qrun.decoding.generate import generate as events
-        from qrun.sampling.params import SamplingParams
 
         tokens: list[int] = []
         started = first = last = perf_counter()
-        for event in events(self.context, ids, SamplingParams(max_tokens=generate, ignore_eos=True)):
+        for event in events(self.context, ids, self._params(generate)):
             if isinstance(event, Token):
                 last = perf_counter()
                 first = last if not tokens else first
                 tokens.append(event.token_id)
         return Timed(first - started, last - first, tokens)
+
+    def _params(self, generate: int | None) -> Any:
+        from qrun.sampling.params import SamplingParams
+
+        if not self.temperature:
+            return SamplingParams(max_tokens=generate, ignore_eos=True)
+        drawn = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0, "seed": 0}
+        return SamplingParams(max_tokens=generate, ignore_eos=True, do_sample=True, **drawn)
+
+    def rows(self, prompts: list[list[int]], generate: int) -> float:
+        from qrun.decoding.scheduler import Scheduler
+        from qrun.decoding.sequence import Sequence
+        from qrun.decoding.slots import Slots
+
+        scheduler = Scheduler(Slots(self.session, len(prompts)), grain=None)
+        limit = self.session.manifest.model.context_length
+        sequences = [Sequence(ids, self._params(None), limit) for ids in prompts]
+        for sequence in sequences:
+            scheduler.add(sequence)
+        while not all(sequence.token_ids for sequence in sequences):
+            scheduler.step()
+        started = perf_counter()
+        for _ in range(generate - 1):
+            scheduler.step()
+        return perf_counter() - started
+
+    def plain(self, temperature: float) -> QrunModel:
+        return self._with(speculate=False, temperature=temperature)
+
+    def guessing(self, temperature: float) -> QrunModel:
+        return self._with(speculate=True, temperature=temperature)
+
+    def _with(self, *, speculate: bool, temperature: float) -> QrunModel:
+        from qrun.decoding.generate import Context
+
+        other = copy(self)
+        other.context, other.temperature = Context(self.session, speculate=speculate), temperature
+        return other
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """All positions by the decode graph; with a second graph for prompts, the later half after it.

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.compare.charts import Point, scatter
+from benchmarks.compare.figures import Measured
 from benchmarks.compare.peers import contenders
 from benchmarks.compare.report import write_report
 from qrun.evaluation.charts import Bar, bars
@@ -32,9 +33,23 @@ def measurement(peer: str, variant: str, number: int, seconds: float) -> dict[st
     return {"key": key, "load_average": 0.3, "result": {**result, "workloads": [workload]}}
 
 
+def rows_record(peer: str, variant: str, number: int, seconds: float) -> dict[str, Any]:
+    record = measurement(peer, variant, number, seconds)
+    record["result"]["rows"] = [{"rows": n, "steps": 10, "seconds": seconds} for n in (1, 2)]
+    return record
+
+
+def guesses_record(number: int, seconds: float) -> dict[str, Any]:
+    record = measurement("qconvert", "int4", number, 1.0)
+    timed = {"plain": 1.0, "guessing": seconds}
+    record["result"]["guesses"] = [{"text": "quoting", "steps": 10, "same_tokens": 11, "seconds": timed}]
+    return record
+
+
 @pytest.fixture
 def report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     facts = {"rounds": 2, "shapes": ["0.5b"], "prompts": [512], "generate": 64, "threads": 2}
+    facts |= {"rows": [1, 2], "rows_prompt": 256}
     good = {"seconds": 2.0, "peak_bytes": 1e9, "model_bytes": 5e8, "load_average": 0.1}
     speed = {c.name: dict(good) for c in CHOSEN}
     speed["openvino int4"] = {"failed": "no such <operator>", "load_average": 0.1}
@@ -47,7 +62,14 @@ def report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
         if c.name != "openvino int4"
     ]
     conversions = {"0.5b": speed, "sample": speed}
-    write_report(tmp_path, facts, CHOSEN, conversions=conversions, measured=measured, quality=quality)
+    together = [rows_record("qconvert", "int4", n, 1.0) for n in (1, 2)]
+    together.append(
+        {**rows_record("llama_cpp", "Q4_0", 1, 1.0), "failed": "llama_decode returned 1", "result": None}
+    )
+    del together[-1]["result"]
+    guesses = [guesses_record(number, seconds) for number, seconds in ((1, 0.5), (2, 0.25))]
+    records = Measured(measured, quality, together, guesses)
+    write_report(tmp_path, facts, CHOSEN, conversions=conversions, records=records)
     capsys.readouterr()
     return tmp_path
 
@@ -68,6 +90,22 @@ def test_json_has_a_row_for_everyone_and_paired_ratios(report: Path) -> None:
     llama = next(row for row in found["rows"] if row["peer"] == "llama_cpp")
     assert llama["advantage"]["int4"]["prompt"] == 0.5
     assert llama["measures"]["prompt"]["rounds"] == {"1": 1024.0, "2": 1024.0}
+
+
+def test_several_answers_and_several_tokens_have_their_tables(report: Path) -> None:
+    text = (report / "report.md").read_text()
+    together = text[text.index("several answers at once") :]
+    assert "| **qconvert int4** | 10.0 (10.0 to 10.0) | 20.0 (20.0 to 20.0) | 2.00 |" in together
+    assert "| llama.cpp Q4_0 | failed: llama_decode returned 1 |" in together
+    guesses = text[text.index("## Several tokens a step") :]
+    # The median of the rounds' ratios 2 and 4.
+    assert "| quoting | 10.0 (10.0 to 10.0) | 30.0 (20.0 to 40.0) | 3.00 | all |" in guesses
+    page = (report / "report.html").read_text()
+    assert "Several answers at once" in page
+    assert "Several tokens a step" in page
+    found = json.loads((report / "report.json").read_text())
+    assert len(found["together"]) == 3
+    assert len(found["guesses"]) == 2
 
 
 def test_page_is_one_file_for_any_width(report: Path) -> None:
