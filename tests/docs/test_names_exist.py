@@ -21,6 +21,7 @@ OTHERS = (
     "com.microsoft",  # ONNX Runtime's domain of operators
     "glibc.malloc.hugetlb",
     "session.dynamic_block_base",  # a setting of ONNX Runtime
+    "session.save_external_prepacked_constant_initializers",  # another
     "model.layers",  # the checkpoint's tensors
     "lm_head.weight",
     "graph.",  # keys of qconvert.json
