@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from qconvert.calibration.balance import Factors, LayerWork
+from qconvert.calibration.coarse import head_in_halves
 from qconvert.calibration.gptq.rounding import not_finite
-from qconvert.calibration.gptq.store import RoundedWeights
+from qconvert.calibration.gptq.store import HEAD, RoundedWeights
 from qconvert.calibration.helper import Helper
 from qconvert.calibration.statistics import InputStatistics, Pass, Watcher
 from qconvert.checkpoint.weights import CheckpointWeights
@@ -32,7 +33,7 @@ from qconvert.formats.folding import FoldedInput, folded_inputs, value_input
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
 from qconvert.formats.recipe import BlockFormat, Recipe
 from qconvert.models.families import spec_of
-from qconvert.parallel import all_threads, single_threads
+from qconvert.parallel import all_threads, piece_workers, single_threads
 from qconvert.progress import Progress
 from qrun.machine import usable_cores
 
@@ -88,6 +89,8 @@ def balance_and_round(
                     store.add_layer(index, rounded)
                     factors |= found
                     advance(1)
+            if recipe.shortlist is not None:
+                store.add_layer(HEAD, walk.head())
         except NonFiniteWeightError as error:
             raise not_finite(error) from error
     return factors
@@ -111,7 +114,7 @@ class Walk:
         sequences: Sequence[Sequence[int]],
         watcher: Watcher | None = None,
     ) -> None:
-        self._spec = spec_of(model.config)
+        self._config, self._spec = model.config, spec_of(model.config)
         self._weights = CheckpointWeights(model)
         self._recipe = recipe
         self._pass = Pass(model, sequences, watcher)
@@ -181,6 +184,19 @@ class Walk:
         values = value_input(index, self._spec.num_attention_heads, self._spec.num_key_value_heads)
         # up_proj and v_proj are divided first: what reads a norm is balanced as it will be rounded.
         return norms_and_mlp[2], values, *norms_and_mlp[:2]
+
+    def head(self) -> dict[str, PackedWeight]:
+        """The head in halves, after the last layer.
+
+        Raises:
+            NonFiniteWeightError: NaN or Inf in it or in the norm before.
+        """
+        columns = self._spec.hidden_size
+        seen = InputStatistics(columns, columns, self._pass.tokens)
+        with all_threads():
+            self._pass.final(seen.add)
+        with piece_workers() as workers:
+            return head_in_halves(self._weights, self._config, self._recipe, seen.products[0][0], workers)
 
     def _look(self, index: int, but: int) -> LayerWork:
         """What the inputs of one layer are like; ``but``: threads that are left to others."""

@@ -132,6 +132,13 @@ class Pass:
                     hidden, position_embeddings=self._rope, attention_mask=mask, past_key_values=cache
                 )
 
+    def final(self, look: Look) -> None:
+        """After the last layer: ``look`` gets what the head multiplies, some tokens at a time."""
+        norm = final_norm(self._config, self._weights)
+        with torch.no_grad():
+            for hidden in self._hidden:
+                look(norm(hidden))
+
 
 class Product(torch.nn.Module):
     """A linear layer that takes any type, and multiplies and gives that of its weight.
@@ -167,6 +174,15 @@ def layer_module(config: PreTrainedConfig, index: int, weights: CheckpointWeight
                 value = weights[f"{prefix}{name}.{child}"].to(norm_dtype)
                 setattr(part, child, torch.nn.Parameter(value, requires_grad=False))
     return module
+
+
+def final_norm(
+    config: PreTrainedConfig, weights: CheckpointWeights
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """transformers' norm before the head, in float32."""
+    norm: Any = family_of(config).transformers_class("RMSNorm")(config.hidden_size, config.rms_norm_eps)
+    norm.weight = torch.nn.Parameter(weights["model.norm.weight"].float(), requires_grad=False)
+    return norm  # type: ignore[no-any-return]
 
 
 def product_dtype() -> torch.dtype:

@@ -117,7 +117,8 @@ class Recipe:
     of the embedding as well: a tied one is stored once. ``prefill`` is the format of the linear layers
     in a second graph that reads prompts only, or None where one graph does both. With a ``shortlist`` logits
     are computed from the upper halves of the head's weights, and again from all of them for that many of the
-    likeliest tokens (``lowering/ort/shortlist.py``). ``exceptions`` are
+    likeliest tokens (``lowering/ort/shortlist.py``). With ``head_residual`` the head multiplies what rounding
+    its input to 8 bits leaves as well (``lowering/ort/residual.py``). ``exceptions`` are
     formats of single kinds of linear weights (``down_proj``). With a ``calibration``, 4-bit weights are
     rounded on its text (``calibration/gptq``, or ``calibration/awq.py``, which folds factors into matrices as
     well); all others, and without it all, are rounded to nearest. ``kv_cache`` is None
@@ -132,6 +133,7 @@ class Recipe:
     accuracy_level: int = 4  # MatMulNBits may quantise activations to int8, block by block
     prefill: ChannelFormat | None = None
     shortlist: int | None = None
+    head_residual: bool = False
     exceptions: Mapping[str, BlockFormat] = field(default_factory=dict)
     calibration: Calibration | None = None
     kv_cache: Literal["int8"] | None = None

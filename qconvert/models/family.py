@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from qconvert.models.spec import DecoderSpec
 
-TransformersClass = Literal["Config", "ForCausalLM", "RotaryEmbedding", "DecoderLayer"]
+TransformersClass = Literal["Config", "ForCausalLM", "RotaryEmbedding", "DecoderLayer", "RMSNorm"]
 
 
 class Unsupported(NamedTuple):

@@ -261,7 +261,7 @@ _ATTRIBUTES: dict[tuple[str, str], _Allowed | Callable[[ir.Node, _Due], _Allowed
         for name in (
             *("Abs", "Add", "And", "Div", "Equal", "Expand", "Greater", "GreaterOrEqual", "Identity", "Less"),
             *("LessOrEqual", "MatMul", "Max", "Min", "Mul", "QuantizeLinear", "Range", "ReduceMax"),
-            *("RotaryEmbedding", "Sigmoid", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
+            *("RotaryEmbedding", "Round", "Sigmoid", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
         )
     },
     ("", "Attention"): {"scale": (1.0,)},
@@ -276,7 +276,7 @@ _ATTRIBUTES: dict[tuple[str, str], _Allowed | Callable[[ir.Node, _Due], _Allowed
     ("", "ScatterElements"): {"axis": (1, -1), "reduction": ("add",)},
     ("", "Shape"): {"start": (ABSENT, 0, 1), "end": (ABSENT, 1, 2)},
     ("", "SimplifiedLayerNormalization"): _norm,
-    ("", "Split"): {"axis": (-1, 2), "num_outputs": (ABSENT, 2, 4, 8)},
+    ("", "Split"): {"axis": (-1, 0, 2), "num_outputs": (ABSENT, 2, 4, 8)},
     ("", "TensorScatter"): {"axis": (2,)},
     ("", "TopK"): {"axis": (-1,), "sorted": (0,)},
     ("", "Transpose"): {"perm": ((1, 0), (0, 2, 1, 3))},

@@ -49,6 +49,12 @@ class _Due:
         return Shortlist.of(self.recipe["shortlist"], self.spec.vocab_size)
 
     @property
+    def head_blocks(self) -> tuple[int, int]:
+        """How many blocks a row of the head has, and their size."""
+        size = self.recipe["head"]["block_size"]
+        return self.spec.hidden_size // size, size
+
+    @property
     def mlp_groups(self) -> tuple[int, int]:
         """Of the integer products: groups in a part of the MLP's channels, and the width of each."""
         of_all, of_prompts = self.recipe["linear"], self.recipe["prefill"]
@@ -72,6 +78,10 @@ _CONSTANTS: dict[str, Callable[[_Due], Any]] = {
     "activation_zero_point": lambda due: 128,
     "groups_shape": lambda due: [0, 0, *due.mlp_groups],
     "features_shape": lambda due: [0, 0, due.spec.hidden_size],
+    # The head's input in two summands.
+    "head_blocks_shape": lambda due: [0, 0, *due.head_blocks],
+    "summands_axis": lambda due: [0],
+    "summands_shape": lambda due: [2, 0, 0, due.spec.hidden_size],
     # Logits in two steps.
     "upper_half": lambda due: 16,
     "shortlist_ranges": lambda due: [

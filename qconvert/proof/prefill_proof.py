@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qconvert.checkpoint.reference import PromptWeights, Reference
+from qconvert.formats.stored import VOCABULARY
 from qconvert.models.decoder import lower_prompt
 from qconvert.proof.cases import CaseSet
 from qconvert.proof.exported_weights import ExportedWeights
 from qconvert.proof.paths import PROMPTED, prompt_length
-from qconvert.proof.weight_check import WeightCheck, check_weights
+from qconvert.proof.weight_check import MovedWeights, WeightCheck, check_weights
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +42,23 @@ def prompt_weights(
 
 
 def add_weights(
-    check: WeightCheck, exported: ExportedWeights, graph: Path, model: PreTrainedModel, limit: float
+    check: WeightCheck,
+    exported: ExportedWeights,
+    graph: Path,
+    model: PreTrainedModel,
+    limit: float,
+    *,
+    moved: MovedWeights | None = None,
 ) -> WeightCheck:
-    """The outcome of both graphs' weights; a fault of the second one's is named after its file."""
-    other = check_weights(exported, model, limit)
+    """The outcome of both graphs' weights; a fault of the second one's is named after its file.
+
+    Of what a calibration has ``moved`` only the embedding is in both: the rest of the second graph's matrices
+    are rounded to nearest.
+    """
+    if moved is not None:
+        shared = {name: each for name, each in moved.digests.items() if name in VOCABULARY}
+        moved = replace(moved, digests=shared)
+    other = check_weights(exported, model, limit, moved=moved)
     worse = not other.worst_steps <= check.worst_steps
     return replace(
         check,

@@ -36,7 +36,7 @@ EXACT = frozenset(
         *("Abs", "Add", "And", "Attention", "Clip", "Concat", "Constant", "DequantizeLinear", "Div", "Equal"),
         *("Expand", "FusedMatMul", "Gather", "GatherBlockQuantized", "GatherElements", "GatherND", "Greater"),
         *("GreaterOrEqual", "Identity", "If", "Less", "LessOrEqual", "Loop", "MatMul", "Max", "Min", "Mul"),
-        *("Neg", "QuickGelu", "RMSNormalization", "Range", "ReduceMax", "ReduceSum", "Reshape"),
+        *("Neg", "QuickGelu", "RMSNormalization", "Range", "ReduceMax", "ReduceSum", "Reshape", "Round"),
         *(
             "RotaryEmbedding",
             "ScatterElements",

@@ -144,18 +144,22 @@ def _wrong_inventory(seen: Evidence) -> list[Failure]:
 
 
 def _wrong_weights(seen: Evidence) -> list[Failure]:
-    model, limits = seen.reference.model, seen.limits
-    moved = None
-    if seen.method is not None:  # a calibration has rounded some weights, and recorded them
-        limit = limit_value("moved_steps", limits_name(seen.manifest.precision, method=seen.method))
-        common = limit_value("common_steps", seen.limits) if seen.method == "awq" else None
-        moved = MovedWeights(read_record(seen.manifest.folder), limit, common)
+    model, moved = seen.reference.model, _moved(seen)
     total = sum(parameter.numel() for parameter in model.parameters())
     with seen.progress.task("checking the weights", total) as advance:
-        limit = limit_value("weight_steps", limits)
+        limit = limit_value("weight_steps", seen.limits)
         return _with_faults(
             seen, check_weights(seen.exported, model, limit, advance, moved, exact=seen.keeps_codes)
         )
+
+
+def _moved(seen: Evidence) -> MovedWeights | None:
+    """What a calibration has rounded and recorded, and how far it may have gone."""
+    if seen.method is None:
+        return None
+    limit = limit_value("moved_steps", limits_name(seen.manifest.precision, method=seen.method))
+    common = limit_value("common_steps", seen.limits) if seen.method == "awq" else None
+    return MovedWeights(read_record(seen.manifest.folder), limit, common)
 
 
 def _wrong_adapters(seen: Evidence) -> list[Failure]:
@@ -168,7 +172,8 @@ def _wrong_prompt_weights(seen: Evidence) -> list[Failure]:
     path = seen.manifest.prefill_path
     assert path is not None
     limit = limit_value("weight_steps", seen.limits)
-    return _with_faults(seen, add_weights(seen.weights, seen.prompts, path, seen.reference.model, limit))
+    model, moved = seen.reference.model, _moved(seen)
+    return _with_faults(seen, add_weights(seen.weights, seen.prompts, path, model, limit, moved=moved))
 
 
 def _other_scales(seen: Evidence) -> list[Failure]:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qconvert.calibration.gptq.store import RoundedWeights
+from qconvert.calibration.gptq.store import HEAD, RoundedWeights
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import unpack
-from qconvert.formats.layout import NonFiniteWeightError
-from qconvert.formats.recipe import Recipe
-from qconvert.formats.record import add_to_record, digest_of
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, row_ranges
+from qconvert.formats.recipe import BlockFormat, Recipe
+from qconvert.formats.record import Digest, add_to_record
+from qconvert.formats.stored import VOCABULARY
 from qconvert.parallel import piece_workers
 from qconvert.progress import Progress
 
@@ -26,7 +27,9 @@ def round_weights(
     store: RoundedWeights,
     progress: Progress,
 ) -> None:
-    """Round every linear weight of the decoder into ``store``; layers that are there are not solved again.
+    """Round every linear weight of the decoder, and a head in halves, into ``store``.
+
+    Layers that are there are not solved again.
 
     Raises:
         QconvertError: a weight holds NaN or Inf.
@@ -34,8 +37,9 @@ def round_weights(
     from qconvert.calibration.gptq.walk import Walk
 
     layers = model.config.num_hidden_layers
-    kept = [store.layer(index) is not None for index in range(layers)]
-    if all(kept):
+    halves = recipe.shortlist is not None
+    wanted = [*range(layers), *([HEAD] if halves else [])]
+    if all(store.layer(place) is not None for place in wanted):
         return
     with piece_workers() as workers, progress.task("rounding the weights", layers) as advance:
         walk = Walk(model, recipe, sequences, workers)
@@ -48,6 +52,11 @@ def round_weights(
             if known is None:
                 store.add_layer(index, solved)
             advance(1)
+        if halves:
+            try:
+                store.add_layer(HEAD, walk.head())
+            except NonFiniteWeightError as error:
+                raise not_finite(error) from error
 
 
 def not_finite(error: NonFiniteWeightError) -> QconvertError:
@@ -64,12 +73,21 @@ def write_record(folder: Path, model: PreTrainedModel, recipe: Recipe, store: Ro
     columns = {name: tensor.shape[-1] for name, tensor in model.named_parameters()}
 
     def digest(name: str) -> str | None:
-        fmt = recipe.format_of(name)
-        if fmt is None or fmt.bits != 4:
+        fmt = recipe.head if name in VOCABULARY else recipe.format_of(name)
+        if fmt is None or (fmt.bits != 4 and not fmt.halves):
             return None
-        return digest_of(unpack(store[name], fmt, columns[name]))
+        return _digest(store[name], fmt, columns[name])
 
     names = list(store)
     with piece_workers() as workers:
         digests = zip(names, workers.map(digest, names), strict=True)
         add_to_record(folder, {name: each for name, each in digests if each is not None})
+
+
+def _digest(packed: PackedWeight, fmt: BlockFormat, columns: int) -> str:
+    """Of the float32 weight for which it stands, of which only some rows are made at a time."""
+    digest = Digest()
+    for part in row_ranges(packed.data):
+        zeros = None if packed.zero_points is None else packed.zero_points[part]
+        digest.add(unpack(PackedWeight(packed.data[part], packed.scales[part], zeros), fmt, columns))
+    return digest.text

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qconvert import __version__
 from qconvert.folder.beside import hidden_name, stores_beside
@@ -16,8 +16,11 @@ from qconvert.folder.tensors import save_tensors
 from qconvert.formats.layout import PackedWeight
 from qconvert.formats.recipe import Recipe
 
-_LAYER_FILE = re.compile(r"\d+\.(safetensors|unfinished)")
+_PART_FILE = re.compile(r"(\d+|head)\.(safetensors|unfinished)")
 _PARTS = ("data", "scales", "zero_points")
+Place = int | Literal["head"]
+# What is no layer's.
+HEAD: Literal["head"] = "head"
 
 
 class RoundedWeights(Mapping[str, PackedWeight]):
@@ -35,13 +38,13 @@ class RoundedWeights(Mapping[str, PackedWeight]):
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         self.folder = output.with_name(hidden_name(output, f"rounded-{digest}"))
 
-    def layer(self, index: int) -> dict[str, PackedWeight] | None:
-        """The weights of a layer that was finished before, or None."""
+    def layer(self, index: Place) -> dict[str, PackedWeight] | None:
+        """The weights of a layer, or of ``HEAD``, that was finished before, or None."""
         file = self._file(index)
         return {name: self._read(file, name) for name in self._names(file)} if file.is_file() else None
 
-    def add_layer(self, index: int, weights: Mapping[str, PackedWeight]) -> None:
-        """Keep a layer: its file appears whole, by one rename.
+    def add_layer(self, index: Place, weights: Mapping[str, PackedWeight]) -> None:
+        """Keep a layer, or ``HEAD``: its file appears whole, by one rename.
 
         Raises:
             OSError: no space left, or whatever else the disk says.
@@ -61,13 +64,17 @@ class RoundedWeights(Mapping[str, PackedWeight]):
         """Delete this store, and those that exports to the same output with other options have left."""
         for folder in stores_beside(self._output, "rounded"):
             # Only files of layers are deleted: the folder stays if it holds anything else.
-            remove_files(folder, [file.name for file in folder.iterdir() if _LAYER_FILE.fullmatch(file.name)])
+            remove_files(folder, [file.name for file in folder.iterdir() if _PART_FILE.fullmatch(file.name)])
 
     def __getitem__(self, name: str) -> PackedWeight:
         file = self._file_of(name)
-        if file is None or name not in self._names(file):
+        if file is None or name not in self:
             raise KeyError(name)
         return self._read(file, name)
+
+    def __contains__(self, name: object) -> bool:
+        file = self._file_of(str(name))
+        return file is not None and name in self._names(file)
 
     def __iter__(self) -> Iterator[str]:
         for file in sorted(self.folder.glob("*.safetensors")):
@@ -76,13 +83,13 @@ class RoundedWeights(Mapping[str, PackedWeight]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def _file(self, index: int) -> Path:
+    def _file(self, index: Place) -> Path:
         return self.folder / f"{index}.safetensors"
 
     def _file_of(self, name: str) -> Path | None:
         parts = name.split(".")  # model.layers.INDEX.
-        file = self._file(int(parts[2])) if len(parts) > 2 and parts[2].isdigit() else None
-        return file if file is not None and file.is_file() else None
+        file = self._file(int(parts[2]) if len(parts) > 2 and parts[2].isdigit() else "head")
+        return file if file.is_file() else None
 
     def _names(self, file: Path) -> list[str]:
         with _opened(file) as tensors:

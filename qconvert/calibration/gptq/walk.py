@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qconvert.calibration.coarse import head_in_halves
 from qconvert.calibration.gptq.layer import STAGES, Layer, Stage
 from qconvert.calibration.gptq.moments import crossed, squares
 from qconvert.calibration.gptq.solve import Means
-from qconvert.calibration.statistics import EMBEDDING, product_dtype
+from qconvert.calibration.statistics import EMBEDDING, final_norm, product_dtype
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
@@ -97,6 +98,19 @@ class Walk:
             if stage.adds:
                 self._add(rounded.linears[stage.names[0]], inputs)
         return solved
+
+    @torch.no_grad()
+    def head(self) -> Solved:
+        """The head in halves, after the last layer.
+
+        Raises:
+            NonFiniteWeightError: NaN or Inf in it, or in what the layers and the norm before make of it.
+        """
+        norm = final_norm(self._config, self._weights)
+        inputs = [norm(self._rounded[part]).flatten(0, 1) for part in self._parts]
+        above = squares(inputs, self._workers).triu()
+        products = above + above.triu(1).T
+        return head_in_halves(self._weights, self._config, self._recipe, products, self._workers)
 
     def _inputs(
         self, stage: Stage, true: Layer, rounded: Layer, wanted: bool, narrow: bool

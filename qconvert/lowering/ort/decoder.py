@@ -20,7 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qconvert.formats.recipe import BlockFormat, Recipe
 from qconvert.formats.stored import joined_name, kv_scale_name, layout_of
 from qconvert.lowering.initializers import Initializers, PackedValues
-from qconvert.lowering.ort import shortlist
+from qconvert.lowering.ort import residual, shortlist
 from qconvert.lowering.ort.graph import CONTRIB, IR_TYPES, IR_VERSION, OPSET, OrtGraph, value
 from qconvert.lowering.ort.rounded_kv import RoundedKV
 from qconvert.models.spec import DecoderSpec
@@ -200,10 +200,14 @@ class OnnxRuntimeLowering:
         else:
             hidden = self._in_order(hidden, weight)
             packed = self._tied or self._initializers.packed([weight], layout_of(fmt))
-            if self._recipe.shortlist is None:
-                logits = self._multiply_head(hidden, packed, fmt)
-            else:
+            if self._recipe.shortlist is not None:
                 logits = shortlist.multiply(self.graph, hidden, packed, fmt, self._recipe.shortlist)
+            elif self._recipe.head_residual:
+                logits = residual.multiply(
+                    self.graph, hidden, packed, fmt, lambda rows: self._multiply_head(rows, packed, fmt)
+                )
+            else:
+                logits = self._multiply_head(hidden, packed, fmt)
         if self.graph.dtype != ir.DataType.FLOAT:
             logits = self._op("Cast", [logits], {"to": ir.DataType.FLOAT})
         logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
