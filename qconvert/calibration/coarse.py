@@ -37,7 +37,7 @@ _ITERATIONS = 8
 # Columns whose inner products are taken at once, rows that are worked on together, and elements of these.
 _COLUMNS = 16
 _ROWS = 16_384
-_ELEMENTS = 1 << 24
+_ELEMENTS = 1 << 23
 
 
 def round_head(

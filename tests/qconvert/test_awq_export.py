@@ -128,12 +128,12 @@ def test_a_quality_and_what_contradicts_it_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_it_has_the_graph_and_the_bytes_of_gptq(exporter: Exporter) -> None:
+def test_gptq_takes_two_percent_more_bytes_at_most(exporter: Exporter) -> None:
     sizes = {
         recipe: (exporter.export("int4", recipe=recipe, force=True) / "model.onnx.data").stat().st_size
         for recipe in ("awq", "gptq")
     }
-    assert len(set(sizes.values())) == 1
+    assert sizes["awq"] < sizes["gptq"] < 1.02 * sizes["awq"]
 
 
 # The proof.

@@ -110,8 +110,10 @@ def test_four_bits_are_calibrated_where_the_checkpoint_can_read_a_text() -> None
     assert choose(Wishes("int4"), theirs, SPEC, reads_text=False).name == "int4-rtn"
 
 
-@pytest.mark.parametrize("recipe", ["awq", "gptq"])
-def test_calibrated_weights_have_short_blocks_where_inputs_are_uneven(recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "down", "query"), [("awq", 128, 256), ("gptq", 64, 32)])
+def test_calibrated_weights_have_short_blocks_where_inputs_are_uneven(
+    recipe: str, down: int, query: int
+) -> None:
     """With 256 weights a block in down_proj the sample lost a sixth more to rounding than with 64."""
     target = TARGETS["onnxruntime"].capabilities
     spec = replace(SPEC, hidden_size=1536, num_attention_heads=96, intermediate_size=8960)
@@ -120,7 +122,10 @@ def test_calibrated_weights_have_short_blocks_where_inputs_are_uneven(recipe: st
     sizes = {
         part: getattr(made.format_of(f"model.layers.0.{part}.weight"), "block_size", None) for part in PARTS
     }
-    assert sizes == {"self_attn.o_proj": 256, "mlp.up_proj": 256, "mlp.down_proj": 128}
+    assert sizes == {"self_attn.o_proj": 256, "mlp.up_proj": 256, "mlp.down_proj": down}
+    for part in "qkv":
+        fmt = made.format_of(f"model.layers.0.self_attn.{part}_proj.weight")
+        assert getattr(fmt, "block_size", None) == query
     asked = choose(Wishes("int4", 256, recipe=recipe), target, spec).recipe
     assert getattr(asked.format_of("model.layers.0.mlp.down_proj.weight"), "block_size", None) == 256
 

@@ -54,8 +54,9 @@ def test_the_command_publishes_a_verified_folder_and_nothing_else(
     assert stated["calibration"]["text"] == "calibration.txt"
     assert stated["calibration"]["tokens"] % 256 == 0
     assert stated["linear"]["bits"] == 4
-    bits, block_size = (8, 64) if recipe == "gptq-mixed" else (4, 128)
-    assert set(stated["exceptions"]) == {"down_proj"}
+    mixed = recipe == "gptq-mixed"
+    bits, block_size = (8, 64) if mixed else (4, 64)
+    assert set(stated["exceptions"]) == {"down_proj", *(() if mixed else ("q_proj", "k_proj", "v_proj"))}
     assert stated["exceptions"]["down_proj"]["bits"] == bits
     assert stated["exceptions"]["down_proj"]["block_size"] == block_size
     rounded = json.loads((folder / RECORD_NAME).read_text())["float32_sha256"]
@@ -127,13 +128,16 @@ def test_weights_that_are_not_finite(tmp_path: Path, text: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_gptq_has_the_graph_and_the_speed_of_plain_int4(exporter: Exporter, text: Path) -> None:
-    """But for the type of the scales, which become float32 when the graph is opened."""
+def test_gptq_has_the_operators_of_plain_int4(exporter: Exporter, text: Path) -> None:
+    """But for shorter blocks, and the type of the scales, which become float32 when the graph is opened."""
 
     def products(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         graph = ir.load(folder / "model.onnx").graph
         return [
-            (node.op_type, {name: attribute.value for name, attribute in node.attributes.items()})
+            (
+                node.op_type,
+                {name: each.value for name, each in node.attributes.items() if name != "block_size"},
+            )
             for node in graph
             if node.op_type != "Cast"
         ]
