@@ -253,8 +253,10 @@ def test_ctrl_c_says_how_to_go_on(signal, tmp_path):
         # Whoever starts the tests behind nohup has told its children to ignore Ctrl-C.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def kill():\n"
-        f"    while not (os.path.exists({str(output) + SUFFIX + '/answers'!r})\n"
-        f"               and os.path.getsize({str(output) + SUFFIX + '/answers'!r})): time.sleep(0.01)\n"
+        # Three answers: between the writing and the counting of the first there is a moment.
+        f"    kept = {str(output) + SUFFIX + '/answers'!r}\n"
+        "    while not (os.path.exists(kept) and open(kept, 'rb').read().count(b'\\n') > 2):\n"
+        "        time.sleep(0.01)\n"
         f"    os.kill(os.getpid(), signal.{signal})\n"
         "threading.Thread(target=kill, daemon=True).start()\n"
         f"sys.argv = {['x', *map(str, command[3:])]!r}\n"
