@@ -61,9 +61,8 @@ def round_head(
 
     def move(part: slice) -> None:
         scales = packed.scales[part].float().repeat_interleave(fmt.block_size, 1)
-        codes = packed.data[part].flatten(1)
+        codes = packed.data[part].view(scales.shape)
         _move(codes, weight[part].float() / scales, scales, directions)
-        packed.data[part] = codes.view_as(packed.data[part])
 
     for_each(_row_ranges(weight), move, workers)
     return packed

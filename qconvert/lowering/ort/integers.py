@@ -17,18 +17,17 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from qconvert.formats.channels import LARGEST, Channels, InputChannels, groups_in_a_part
+from qconvert.formats.channels import Channels, InputChannels, groups_in_a_part
 from qconvert.formats.recipe import ChannelFormat, Recipe
 from qconvert.formats.stored import joined_name
 from qconvert.lowering.initializers import Initializers
 from qconvert.lowering.ort.decoder import OnnxRuntimeLowering
 from qconvert.lowering.ort.graph import CONTRIB
+from qconvert.lowering.ort.residual import ONE_127TH, SMALLEST
 from qconvert.models.spec import DecoderSpec
 
 _ZERO_POINT = 128
 _SPLIT = (".gate_proj.weight", ".up_proj.weight")
-# A token of zeros has scale 0, by which nothing can be divided: any other scale will do.
-_SMALLEST = np.float32(1e-30)
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class IntegerLowering:
     def _quantise(self, value: ir.Value, name: str) -> _Quantised:
         if value not in self._quantised:  # gate_proj and up_proj read the same features
             largest = self._op("ReduceMax", [self._op("Abs", [value], name), self._axis()], name)
-            scale = self._op("Max", [largest, self._number("smallest_scale", _SMALLEST)], name)
+            scale = self._op("Max", [largest, self._number("smallest_scale", SMALLEST)], name)
             data = self._op(
                 "QuantizeLinear",
                 [self._op("Div", [value, scale], name), self._step(), self._zero_point()],
@@ -184,7 +183,7 @@ class IntegerLowering:
         return scale if other is None else self._op("Mul", [scale, other], name)
 
     def _step(self) -> ir.Value:
-        return self._number("one_127th", np.float32(1 / LARGEST))
+        return self._number("one_127th", ONE_127TH)
 
     def _zero_point(self) -> ir.Value:
         return self._number("activation_zero_point", np.uint8(_ZERO_POINT))

@@ -22,7 +22,7 @@ from qconvert.lowering.initializers import PackedValues
 from qconvert.lowering.ort.graph import OrtGraph
 
 _HEAD = "lm_head.weight"
-# A block of zeros has scale 0, by which nothing can be divided: any other scale will do.
+# Features of zeros have scale 0, by which nothing can be divided: any other scale will do.
 SMALLEST = np.float32(1e-30)
 ONE_127TH = np.float32(1 / 127)
 
