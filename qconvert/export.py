@@ -30,7 +30,7 @@ from qconvert.folder.artifact import ModelFolder, new_model_folder
 from qconvert.folder.companions import write_companions
 from qconvert.formats.folding import NO_FOLDING, Folding
 from qconvert.formats.layout import PackedWeight
-from qconvert.formats.recipe import Recipe
+from qconvert.formats.recipe import ChannelFormat, Recipe
 from qconvert.models.families import family_of, rope_tables, spec_of
 from qconvert.models.spec import DecoderSpec
 from qconvert.parallel import piece_workers
@@ -116,7 +116,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                 model = load_model(checkpoint)
             rounded = None
             if text is not None:
-                if choice.method == "awq":
+                if choice.method != "gptq":
                     # Nothing of it is kept, before or after a failure, so it need not wait for the hashes.
                     rounded = RoundedWeights(folder.output, {}, recipe)
                     leftovers.callback(rounded.remove)
@@ -197,7 +197,14 @@ def write_graph(
         kept = KeptWeights(model, recipe.kept)
         packed = kept if rounded is None else rounded
         initializers = Initializers(
-            weights, data, workers, folding, packed, balance=balance, order_of=kept.order
+            weights,
+            data,
+            workers,
+            folding,
+            packed,
+            balance=balance,
+            order_of=kept.order,
+            rounded_integers=isinstance(recipe.linear, ChannelFormat),
         )
         for name, scale in kv_scales.items():
             initializers.constant(name, scale.numpy())

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from qconvert.calibration.gptq.solve import inverse_factor, solve_groups
 from qconvert.calibration.steps import search_steps
+from qconvert.calibration.work import Factors, Rounded, Seen
 from qconvert.formats.blocks import assemble, pack
 from qconvert.formats.folding import LARGEST_FACTOR, FoldedInput, Folding
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
@@ -26,29 +26,8 @@ _ROWS = 128
 _SHARES = (0.9,)
 # Weights of one column of every group that are rounded at a time. Each operation on them is short, so that
 # fewer cost more a weight (7B's widths: 36 ns with a quarter of them, 23 with these; more gain little).
-_LANES = 1 << 16
+LANES = 1 << 16
 _SMALLEST = 1e-20
-
-Factors = dict[FoldedInput, torch.Tensor]
-
-
-class Seen(Protocol):
-    """What the inputs of a product are like; see ``statistics.InputStatistics``."""
-
-    @property
-    def products(self) -> Sequence[torch.Tensor]:
-        """Mean of x x^T inside each group, ``[groups, group, group]``, and in the rest, if there is one."""
-        ...
-
-    @property
-    def squares(self) -> torch.Tensor:
-        """Mean of x^2, ``[K]``."""
-        ...
-
-    @property
-    def sample(self) -> torch.Tensor:
-        """Some of the inputs, ``[n, K]``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +46,7 @@ class LayerWork:
     formats: Mapping[str, BlockFormat]
     rounds_inputs: bool = True
 
-    def done(self) -> tuple[Factors, dict[str, PackedWeight]]:
+    def done(self) -> Rounded:
         """The factors of the layer's inputs and its rounded weights.
 
         Raises:
@@ -79,7 +58,7 @@ class LayerWork:
         folding, rounded = Folding.of_inputs(factors), {}
         for found, seen in self.seen.items():
             columns = found.of_columns(factors[found])
-            uppers = [_upper_factors(run, part) for run, part in _cut(seen.products, columns)]
+            uppers = [upper_factors(run, part) for run, part in cut(seen.products, columns)]
             for name in found.readers:
                 rounded[name] = self._round(name, folding, uppers)
         return factors, rounded
@@ -90,7 +69,9 @@ class LayerWork:
         samples = [_some_rows(self.weights[name], name, folding) for name in found.readers]
         squares = seen.squares
         weight = torch.stack([rows.square().sum(0) * share for rows, share in samples]).sum(0)
-        size, width = (_of_rows(found, sums).clamp(min=_SMALLEST).sqrt().log() for sums in (squares, weight))
+        size, width = (
+            sums_of_rows(found, sums).clamp(min=_SMALLEST).sqrt().log() for sums in (squares, weight)
+        )
         trial = _Trial(samples, squares, seen.sample if self.rounds_inputs else None, fmt)
 
         def tried(pairs: Sequence[tuple[float, float]]) -> tuple[float, tuple[float, float]]:
@@ -107,7 +88,7 @@ class LayerWork:
     def _round(self, name: str, folding: Folding, uppers: Sequence[torch.Tensor]) -> PackedWeight:
         """One matrix of the folded model; each of ``uppers`` is ``solve_groups``'s for one run of groups."""
         weight, fmt = self.weights[name], self.formats[name]
-        step = max(64, _LANES // sum(len(upper) for upper in uppers))
+        step = max(64, LANES // sum(len(upper) for upper in uppers))
         pieces = [slice(start, start + step) for start in range(0, len(weight), step)]
 
         def rounded(rows: slice) -> PackedWeight:
@@ -116,7 +97,7 @@ class LayerWork:
                 raise NonFiniteWeightError(name)
             if fmt.bits == 8:
                 return pack(part, fmt)
-            runs = [solve_groups(columns, upper, fmt) for upper, columns in _cut(uppers, part)]
+            runs = [solve_groups(columns, upper, fmt) for upper, columns in cut(uppers, part)]
             codes, scales, zeros = (
                 torch.cat(side_by_side, dim=1) for side_by_side in zip(*runs, strict=True)
             )
@@ -175,7 +156,7 @@ def _some_rows(weight: torch.Tensor, name: str, folding: Folding) -> tuple[torch
     return rows, len(weight) / len(rows)
 
 
-def _of_rows(found: FoldedInput, sums: torch.Tensor) -> torch.Tensor:
+def sums_of_rows(found: FoldedInput, sums: torch.Tensor) -> torch.Tensor:
     """Sums of squares of columns as those of the divided rows: value heads have the mean of their queries."""
     return sums.view(found.heads, found.queries, -1).mean(1).flatten() if found.queries > 1 else sums
 
@@ -192,14 +173,14 @@ def _blocks(values: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
     return padded.view(*values.shape[:-1], -1, fmt.block_size)
 
 
-def _upper_factors(products: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+def upper_factors(products: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """``solve_groups``'s factors for the balanced inputs of one run of groups, ``[groups, size, size]``."""
     part = factors.view(products.shape[0], -1)
     balanced = products / part[:, :, None] / part[:, None, :]
     return torch.stack([inverse_factor(group) for group in balanced])
 
 
-def _cut(runs: Sequence[torch.Tensor], columns: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def cut(runs: Sequence[torch.Tensor], columns: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each run of groups, ``[groups, size, size]``, with its own of the columns ``[.., K]``."""
     start = 0
     for run in runs:

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qconvert.calibration.awq import balance_and_round
-from qconvert.calibration.gptq.rounding import round_weights, write_record
+from qconvert.calibration.gptq.rounding import round_weights
 from qconvert.calibration.gptq.store import RoundedWeights
+from qconvert.calibration.integers import compensate_and_round
 from qconvert.calibration.kv_scales import KVScales, scales_for
 from qconvert.calibration.observer import Observer, observe
+from qconvert.calibration.recording import write_record
 from qconvert.calibration.smoothing import folding_for
 from qconvert.calibration.text import CalibrationText
 from qconvert.folder.tensors import save_tensors
 from qconvert.formats.folding import NO_FOLDING, Folding
-from qconvert.formats.recipe import Recipe
+from qconvert.formats.recipe import ChannelFormat, Recipe
 from qconvert.formats.record import FACTORS_NAME, add_to_record, digest_of
 from qconvert.progress import Progress
 
@@ -63,24 +65,34 @@ def calibrate(
     Raises:
         QconvertError: a weight holds NaN or Inf.
     """
-    observer, balance, values = Observer(recipe, model.config.num_hidden_layers), NO_FOLDING, NO_FOLDING
-    looks_itself = recipe.calibration is not None and recipe.calibration.method == "awq"
+    observer, folding = Observer(recipe, model.config.num_hidden_layers), None
+    balance, values = NO_FOLDING, NO_FOLDING
+    method = None if recipe.calibration is None else recipe.calibration.method
     if rounded is not None and text is not None:
-        if looks_itself:
-            factors = balance_and_round(
-                model, recipe, text.sequences, rounded, progress=progress, watcher=observer
+        if method == "compensated":
+            assert isinstance(recipe.linear, ChannelFormat), "blocks are balanced before"
+            factors = compensate_and_round(
+                model, recipe.linear, text.sequences, rounded, observer=observer, progress=progress
             )
+            folding = Folding.of_inputs(factors)
+        else:
+            if method == "awq":
+                factors = balance_and_round(
+                    model, recipe, text.sequences, rounded, progress=progress, watcher=observer
+                )
+            else:
+                factors = round_weights(model, recipe, text.sequences, rounded, progress)
             divided = {found.divided: each.bfloat16() for found, each in factors.items()}
             save_tensors(divided, folder / FACTORS_NAME)
             balance = Folding.of_inputs(factors)
             # These divide what is in the KV cache, so every graph that reads or fills it needs them.
             values = Folding.of_inputs({f: each for f, each in factors.items() if f.of_values})
-        else:
-            round_weights(model, recipe, text.sequences, rounded, progress)
         write_record(folder, model, recipe, rounded)
-    if not looks_itself and not observer.idle:
+    if method in (None, "gptq") and not observer.idle:
         with progress.task("looking at activations", model.config.num_hidden_layers) as advance:
             observe(model, own_text().sequences, observer, advance)
     kv_scales = scales_for(observer.kv, values)
     add_to_record(folder, {name: digest_of(scale) for name, scale in kv_scales.items()})
-    return Calibrated(folding_for(recipe, model, observer) | values, balance, kv_scales)
+    if folding is None:
+        folding = folding_for(recipe, model, observer)
+    return Calibrated(folding | values, balance, kv_scales)

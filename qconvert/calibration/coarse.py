@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qconvert.calibration.statistics import EMBEDDING
-from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.blocks import pack
+from qconvert.formats.folding import Weights
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, for_each
 from qconvert.formats.recipe import BlockFormat, Recipe
 
@@ -69,7 +69,7 @@ def round_head(
 
 
 def head_in_halves(
-    weights: CheckpointWeights,
+    weights: Weights,
     config: PreTrainedConfig,
     recipe: Recipe,
     products: torch.Tensor,

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from qconvert.calibration.balance import Factors, LayerWork
+from qconvert.calibration.balance import LayerWork
+from qconvert.calibration.work import Rounded, Work
 from qconvert.formats.folding import FoldedInput
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
 from qconvert.formats.recipe import BlockFormat
@@ -128,12 +129,14 @@ class Helper:
         """Whether the next layer is rounded by the other process."""
         return self._process is not None and self._process.poll() is None
 
-    def done(self, work: LayerWork) -> tuple[Factors, dict[str, PackedWeight]]:
-        """``work.done()``, by the other process.
+    def done(self, work: Work) -> Rounded:
+        """``work.done()``, by the other process if it is the recipe awq's.
 
         Raises:
             NonFiniteWeightError: as there.
         """
+        if not isinstance(work, LayerWork):
+            return work.done()
         answer = self._ask(_request(work, self._shared)) if self.alive else None
         if answer is None:
             if self._stopped:

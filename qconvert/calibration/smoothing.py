@@ -6,7 +6,7 @@ per token, they leave few steps to the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qconvert.checkpoint.weights import CheckpointWeights
@@ -39,18 +39,24 @@ def smooth(model: PreTrainedModel, sizes: Mapping[FoldedInput, torch.Tensor], st
         sizes: of each input's columns, as ``observer.ColumnSizes`` finds them.
         strength: 0 to 1: how much goes from inputs into weights.
     """
-    import torch
-
     weights = CheckpointWeights(model)
     factors: dict[FoldedInput, torch.Tensor] = {}
     for found, size in sizes.items():
-        largest = torch.zeros_like(size)
+        factors[found] = factors_of_input(size, [weights[name] for name in found.readers], strength)
         for name in found.readers:
-            low, high = torch.aminmax(weights[name], dim=0)
-            largest = torch.maximum(largest, torch.maximum(high, -low).float())
             weights.release(name)
-        factors[found] = factors_for(size, largest, strength)
     return Folding.of_inputs(factors)
+
+
+def factors_of_input(size: torch.Tensor, readers: Sequence[torch.Tensor], strength: float) -> torch.Tensor:
+    """The same for one input ``[columns]`` and the matrices ``[N, columns]`` that read it."""
+    import torch
+
+    largest = torch.zeros_like(size)
+    for weight in readers:
+        low, high = torch.aminmax(weight, dim=0)
+        largest = torch.maximum(largest, torch.maximum(high, -low).float())
+    return factors_for(size, largest, strength)
 
 
 def factors_for(size: torch.Tensor, largest: torch.Tensor, strength: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from qconvert.checkpoint.weights import CheckpointWeights
+from qconvert.formats.folding import Weights
 from qconvert.models.families import family_of, spec_of
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class Product(torch.nn.Module):
         return torch.nn.functional.linear(inputs.to(self.weight.dtype), self.weight, self._bias)
 
 
-def layer_module(config: PreTrainedConfig, index: int, weights: CheckpointWeights) -> Any:
+def layer_module(config: PreTrainedConfig, index: int, weights: Weights) -> Any:
     """transformers' layer with each linear module a ``Product`` in ``product_dtype``."""
     with torch.device("meta"):
         decoder_layer = family_of(config).transformers_class("DecoderLayer")
@@ -176,9 +177,7 @@ def layer_module(config: PreTrainedConfig, index: int, weights: CheckpointWeight
     return module
 
 
-def final_norm(
-    config: PreTrainedConfig, weights: CheckpointWeights
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def final_norm(config: PreTrainedConfig, weights: Weights) -> Callable[[torch.Tensor], torch.Tensor]:
     """transformers' norm before the head, in float32."""
     norm: Any = family_of(config).transformers_class("RMSNorm")(config.hidden_size, config.rms_norm_eps)
     norm.weight = torch.nn.Parameter(weights["model.norm.weight"].float(), requires_grad=False)

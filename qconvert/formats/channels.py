@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _DATA, _SCALES = ".int8", ".int8_scales"
 _INPUTS_DATA, _INPUTS_SCALES = ".int8_inputs", ".int8_inputs_scales"
+_SPLIT = (".gate_proj.weight", ".up_proj.weight")
 LARGEST = 127  # -128 is not used, so that both signs have the same range
 
 
@@ -74,6 +75,14 @@ def groups_in_a_part(channels: int, fmt: ChannelFormat) -> int:
     """Into how many groups each of the MLP's parts is cut; 1 where the groups would differ in size."""
     groups = max(1, fmt.mlp_groups // fmt.mlp_parts)
     return groups if channels % (fmt.mlp_parts * groups * 16) == 0 else 1
+
+
+def channel_layout(name: str, channels: int, fmt: ChannelFormat) -> Channels | InputChannels:
+    """How a linear weight of the decoder is stored, by its name; ``channels``: of the MLP between."""
+    parts = len(channel_groups(channels, fmt.mlp_parts))
+    if name.endswith(".down_proj.weight") and parts > 1:
+        return InputChannels(parts * groups_in_a_part(channels, fmt))
+    return Channels(fmt.mlp_parts if name.endswith(_SPLIT) else 1)
 
 
 def unpack_int8_channels(data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

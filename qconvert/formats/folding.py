@@ -83,6 +83,13 @@ def value_input(layer: int, query_heads: int, kv_heads: int) -> FoldedInput:
     )
 
 
+def decoder_inputs(layer: int, query_heads: int, kv_heads: int) -> tuple[FoldedInput, ...]:
+    """All inputs of a layer, first those that divide a matrix: what reads a norm is balanced as it will be
+    rounded."""
+    attention, mlp, gated = folded_inputs(layer)
+    return gated, value_input(layer, query_heads, kv_heads), attention, mlp
+
+
 @dataclass(frozen=True)
 class Folding:
     """What is done to each tensor of the checkpoint. Factors are float32, one per row or column.

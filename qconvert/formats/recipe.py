@@ -59,6 +59,10 @@ class BlockFormat:
         return (high.clamp(min=0) - low.clamp(max=0)) / ((1 << self.bits) - 1)
 
 
+# How a text decides what weights are rounded to: ``calibration/gptq``, ``awq.py``, ``integers.py``.
+Method = Literal["gptq", "awq", "compensated"]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """On which text weights were rounded, and how: its name, SHA-256 of its token ids, their number."""
@@ -66,7 +70,7 @@ class Calibration:
     text: str
     sha256: str
     tokens: int
-    method: Literal["gptq", "awq"] = "gptq"
+    method: Method = "gptq"
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,9 @@ class Recipe:
     are computed from the upper halves of the head's weights, and again from all of them for that many of the
     likeliest tokens (``lowering/ort/shortlist.py``). With ``head_residual`` the head multiplies what rounding
     its input to 8 bits leaves as well (``lowering/ort/residual.py``). ``exceptions`` are
-    formats of single kinds of linear weights (``down_proj``). With a ``calibration``, 4-bit weights are
-    rounded on its text (``calibration/gptq``, or ``calibration/awq.py``, which folds factors into matrices as
-    well); all others, and without it all, are rounded to nearest. ``kv_cache`` is None
+    formats of single kinds of linear weights (``down_proj``). With a ``calibration``, 4-bit weights, or
+    those of integer products where ``linear`` is their format, are rounded on its text (see ``Method``); all
+    others, and without it all, are rounded to nearest. ``kv_cache`` is None
     where keys and values keep the activations' type. ``kept`` are matrices, by their names in the checkpoint,
     whose codes it gives.
     """

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
-from qconvert.formats.blocks import Blocks
+from qconvert.formats.channels import Channels, InputChannels
 from qconvert.formats.columns import Int4Columns
 from qconvert.formats.folding import NO_FOLDING, FoldedWeights, Folding, Weights
 from qconvert.formats.layout import (
@@ -65,15 +65,18 @@ class Initializers:
         *,
         balance: Folding = NO_FOLDING,
         order_of: Callable[[str], torch.Tensor] | None = None,
+        rounded_integers: bool = False,
     ) -> None:
         """``balance`` is the folding of the graph that is written first, ``folding`` that of ``folded``.
 
+        ``rounded_integers``: what ``rounded`` holds is for integer products, and else for all others.
         ``order_of`` gives the order of a matrix's columns, int32 ``[K]``, where ``rounded`` has it in one.
         """
         self._checkpoint = weights
         self._weights = FoldedWeights(weights, balance)
         self._folding, self._balance = folding, balance
-        self._rounded = rounded or {}  # packed in blocks already, by a calibration or in the checkpoint
+        self._rounded = rounded or {}  # packed already, by a calibration or in the checkpoint
+        self._rounded_integers = rounded_integers
         self._order_of = order_of
         self._workers = workers
         self._data = data
@@ -102,6 +105,7 @@ class Initializers:
             self._rounded,
             balance=self._balance,
             order_of=self._order_of,
+            rounded_integers=self._rounded_integers,
         )
         twin._weights = self._weights
         for name, value in self._by_name.items():
@@ -221,10 +225,11 @@ class Initializers:
         return layout.pieces([self._pack(name, layout) for name in names])
 
     def _pack(self, name: str, layout: Layout) -> PackedWeight:
-        if name in self._rounded and isinstance(layout, Blocks | Int4Columns):
+        for_integers = isinstance(layout, Channels | InputChannels)
+        if name in self._rounded and for_integers is self._rounded_integers:
             try:
                 packed = self._rounded[name]
-                return packed if isinstance(layout, Blocks) else layout.repack(packed)
+                return layout.repack(packed) if isinstance(layout, Int4Columns) else packed
             except NonFiniteWeightError as error:
                 raise _not_finite(name) from error
             finally:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from qconvert.checkpoint.load import Checkpoint
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
+from qconvert.formats.recipe import Method
 from qconvert.formats.record import read_factors
 from qconvert.models.families import spec_of
 from qconvert.progress import Progress
@@ -63,13 +64,13 @@ class Evidence:
 
     @property
     def method(self) -> str | None:
-        """How a calibration has rounded weights, "gptq" or "awq"; None where there was none.
+        """How a calibration has rounded weights, as ``recipe.Method`` names it; None where there was none.
 
         Raises:
             QconvertError: a method that this version does not know.
         """
         method = self.manifest.recipe.method
-        if method not in (None, "gptq", "awq"):
+        if method is not None and method not in get_args(Method):
             raise QconvertError(
                 f'there are no limits for weights that were rounded by "{method}"',
                 where=self.manifest.folder,
@@ -118,7 +119,7 @@ class Evidence:
     @cached_property
     def factors(self) -> dict[str, torch.Tensor]:
         """What the export says to have folded into its matrices before they were rounded."""
-        return read_factors(self.manifest.folder) if self.method == "awq" else {}
+        return read_factors(self.manifest.folder) if self.method in ("awq", "gptq") else {}
 
     @cached_property
     def prompts(self) -> ExportedWeights:

@@ -84,7 +84,7 @@ LIMITS = (
         "moved_steps",
         "the same of a matrix that a calibration has rounded, largest of each block, mean over the blocks",
         "checkpoint",
-        {BALANCED: 3.0, CALIBRATED: 5.0},
+        {"int8": 3.0, BALANCED: 3.0, CALIBRATED: 5.0},
         "GPTQ moves weights on purpose, single ones by up to 17 steps, where the inputs do not feel it. "
         "The sample's matrices have 2.1 at most, tiny random models 1.9; rows in each other's place have "
         "more than 5. In groups of balanced columns it moves them less: 1.4 on the sample, 1.8 at most on "
@@ -94,7 +94,7 @@ LIMITS = (
         "common_steps",
         "the same of a balanced matrix: how far a row or a column is off as a whole",
         "checkpoint",
-        {BALANCED: 0.75},
+        {"int8": 0.3, BALANCED: 0.75, CALIBRATED: 0.75},
         "A mean hides a factor that was folded into one matrix and not into the other: it makes a "
         "row or a column longer as a whole, by 1 step and more for twice the factor. Rounding leaves 0.42 at "
         "most on the sample and 0.36 on random models, in columns so small that they are rounded away.",
@@ -301,7 +301,7 @@ def limits_name(
 
     Args:
         precision: as in the manifest.
-        method: of its calibration, "gptq" or "awq", if it has one.
+        method: of its calibration, if it has one (``recipe.Method``).
         kv_dtype: of its KV cache.
         kept: whether its codes are the checkpoint's.
 
@@ -312,7 +312,9 @@ def limits_name(
         return KEPT
     if (precision, kv_dtype) == ("fp32", "int8"):
         return FP32_INT8_KV
-    return precision if method is None else {"gptq": CALIBRATED, "awq": BALANCED}[method]
+    if method is None:
+        return precision
+    return {"gptq": CALIBRATED, "awq": BALANCED, "compensated": "int8"}[method]
 
 
 def limits_table() -> str:

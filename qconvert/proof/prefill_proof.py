@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qconvert.checkpoint.reference import PromptWeights, Reference
-from qconvert.formats.stored import VOCABULARY
 from qconvert.models.decoder import lower_prompt
 from qconvert.proof.cases import CaseSet
 from qconvert.proof.exported_weights import ExportedWeights
@@ -52,12 +51,8 @@ def add_weights(
 ) -> WeightCheck:
     """The outcome of both graphs' weights; a fault of the second one's is named after its file.
 
-    Of what a calibration has ``moved`` only the embedding is in both: the rest of the second graph's matrices
-    are rounded to nearest.
+    ``moved``: what a calibration has rounded of those that are in the second graph.
     """
-    if moved is not None:
-        shared = {name: each for name, each in moved.digests.items() if name in VOCABULARY}
-        moved = replace(moved, digests=shared)
     other = check_weights(exported, model, limit, moved=moved)
     worse = not other.worst_steps <= check.worst_steps
     return replace(

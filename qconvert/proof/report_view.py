@@ -80,14 +80,12 @@ def _weights_line(report: Report) -> str:
     weights = report.weights
     if weights.faults:
         state = f"{len(weights.faults)} tensors are wrong"
-    elif weights.worst_tensor is None:
-        state = "all exact"
     else:
-        state = f"none off by over {weights.worst_steps:.3f} steps"
+        exact = weights.worst_tensor is None
+        state = "all exact" if exact else f"none off by over {weights.worst_steps:.3f} steps"
         if weights.moved_tensors:
-            state += (
-                f", {weights.moved_tensors} rounded on a text, by {weights.moved_steps:.1f} steps at most"
-            )
+            state = "" if exact else f"{state}, "
+            state += f"{weights.moved_tensors} rounded on a text, by {weights.moved_steps:.1f} steps at most"
     return f"weights: {weights.values / 1e6:,.1f}M in {weights.tensors} tensors, {state}"
 
 

@@ -14,7 +14,7 @@ For fp32 the second and third are one question. ``PROOFS`` is the list of what i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -22,6 +22,7 @@ from qconvert.checkpoint.load import Checkpoint
 from qconvert.checkpoint.reference import Reference
 from qconvert.errors import QconvertError
 from qconvert.formats.record import read_record
+from qconvert.formats.stored import VOCABULARY
 from qconvert.progress import Progress
 from qconvert.proof.adapter_check import check_adapters
 from qconvert.proof.companion_proof import prove_companions
@@ -158,7 +159,7 @@ def _moved(seen: Evidence) -> MovedWeights | None:
     if seen.method is None:
         return None
     limit = limit_value("moved_steps", limits_name(seen.manifest.precision, method=seen.method))
-    common = limit_value("common_steps", seen.limits) if seen.method == "awq" else None
+    common = limit_value("common_steps", limits_name(seen.manifest.precision, method=seen.method))
     return MovedWeights(read_record(seen.manifest.folder), limit, common)
 
 
@@ -173,6 +174,11 @@ def _wrong_prompt_weights(seen: Evidence) -> list[Failure]:
     assert path is not None
     limit = limit_value("weight_steps", seen.limits)
     model, moved = seen.reference.model, _moved(seen)
+    if moved is not None and seen.method != "compensated":
+        # Of what a calibration has moved only the embedding is in both: the matrices of the second graph are
+        # rounded to nearest, unless the first one has integer products too, and so the same matrices.
+        shared = {name: each for name, each in moved.digests.items() if name in VOCABULARY}
+        moved = replace(moved, digests=shared)
     return _with_faults(seen, add_weights(seen.weights, seen.prompts, path, model, limit, moved=moved))
 
 

@@ -60,12 +60,12 @@ class WeightCheck:
 class MovedWeights:
     """Weights that a calibration rounded on purpose: their digests, and how many steps they may be off.
 
-    ``limit_common`` is for a row or a column as a whole, where factors were folded; else None.
+    ``limit_common`` is for a row or a column as a whole.
     """
 
     digests: Mapping[str, str]
     limit_steps: float
-    limit_common: float | None = None
+    limit_common: float
 
 
 class _MovedTensor:
@@ -114,7 +114,7 @@ class _MovedTensor:
             return (
                 f"blocks are off by {self.steps:.3g} steps on average, {limits.limit_steps:g} at most are due"
             )
-        if limits.limit_common is not None and not self.common <= limits.limit_common:
+        if not self.common <= limits.limit_common:
             return (
                 f"a row or a column is off by {self.common:.3g} steps as a whole, "
                 f"{limits.limit_common:g} at most are due (a wrong factor?)"

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from qconvert.errors import QconvertError
 from qconvert.formats import shortlist
-from qconvert.formats.recipe import PROMPT_GROUPS, BlockFormat, Calibration, ChannelFormat, Kept, Recipe
+from qconvert.formats.recipe import (
+    PROMPT_GROUPS,
+    BlockFormat,
+    Calibration,
+    ChannelFormat,
+    Kept,
+    Method,
+    Recipe,
+)
 from qconvert.formats.stored import VOCABULARY
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.forecast import parameter_count
@@ -28,7 +35,7 @@ QUALITIES: Mapping[str, tuple[str, str | None]] = {
 }
 # Tokens of the calibration text that a recipe reads at most; twice as many gain awq nothing. Of a large model
 # awq reads half: reading would take twice as long as rounding (mean KL of the sample 0.185, with half 0.193).
-_TOKENS = {"awq": 4_096, "gptq": 16384}
+_TOKENS: Mapping[Method, int] = {"awq": 4_096, "compensated": 4_096, "gptq": 16384}
 _LARGE, _TOKENS_OF_LARGE = 3_000_000_000, 2_048
 _MIXED = "-mixed"
 _MIXED_BLOCK = 32  # weights in a block of a mixed recipe
@@ -50,8 +57,9 @@ class Wishes:
     Attributes:
         precision: of the weights.
         block_size: weights that share a scale.
-        recipe: one of ``RECIPES``. None: "gptq" where there is a calibration text; else "awq" for 4 bits of a
-            target that can be calibrated, if the checkpoint's tokenizer can read a text; else "rtn".
+        recipe: one of ``RECIPES``. None: "gptq" where there is a calibration text; else, if the checkpoint's
+            tokenizer can read a text, "awq" for 4 bits of a target that can be calibrated, and for integer
+            products what ``calibration/integers.py`` does; else "rtn".
         calibrate: the file of a calibration text, or "default" for the package's own.
         prefill: whether a second graph reads prompts.
         int8_kv_cache: whether keys and values are kept in 8 bits.
@@ -76,7 +84,7 @@ class Choice:
 
     recipe: Recipe
     name: str
-    method: Literal["awq", "gptq"] | None = None
+    method: Method | None = None
     large: bool = False
 
     @property
@@ -88,7 +96,7 @@ class Choice:
     def tokens(self) -> int:
         """How many of its tokens are read at most."""
         assert self.method is not None
-        return _TOKENS_OF_LARGE if self.large and self.method == "awq" else _TOKENS[self.method]
+        return _TOKENS_OF_LARGE if self.large and self.method != "gptq" else _TOKENS[self.method]
 
     def on_text(self, facts: Calibration) -> Recipe:
         """The recipe, with the text on which it was calibrated."""
@@ -146,8 +154,14 @@ def choose(
         recipe = _with_int8_kv_cache(recipe, target)
     if wishes.prefill:
         recipe = _with_prefill_graph(recipe, target, spec)
+    method = _method_of(name)
+    if isinstance(recipe.linear, ChannelFormat):
+        usual = "compensated" if reads_text else "rtn"
+        if wishes.recipe is None:
+            name = usual
+        method = "compensated" if name == "compensated" else None
     called = precision if name == usual else f"{precision}-{name}"
-    return Choice(recipe, called, _method_of(name), parameter_count(spec) > _LARGE)
+    return Choice(recipe, called, method, parameter_count(spec) > _LARGE)
 
 
 def _keep(
@@ -188,7 +202,7 @@ def _keep(
     return Choice(recipe, f"{precision}-kept")
 
 
-def _method_of(name: str) -> Literal["awq", "gptq"] | None:
+def _method_of(name: str) -> Method | None:
     return None if name == "rtn" else "awq" if name.startswith("awq") else "gptq"
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from qconvert.calibration import statistics
-from qconvert.calibration.awq import Walk, group_of
+from qconvert.calibration.awq import Balancing, group_of
 from qconvert.calibration.statistics import InputStatistics, Pass
 from qconvert.calibration.text import calibration_text
+from qconvert.calibration.walk import Walk
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.checkpoint.reference import Reference
 from qconvert.formats.blocks import pack, unpack
@@ -42,7 +43,7 @@ def sequences(model) -> list[list[int]]:
 
 def balanced(model, sequences, recipe: Recipe = RECIPE, helpers: int = 0):
     factors, rounded = {}, {}
-    for found, packed in Walk(model, recipe, sequences).rounded(helpers):
+    for found, packed in Walk(model, Balancing(recipe), sequences).rounded(helpers):
         factors |= found
         rounded |= packed
     return factors, rounded

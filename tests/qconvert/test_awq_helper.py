@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from qconvert.calibration import helper as helper_module
-from qconvert.calibration.awq import Walk, balance_and_round
+from qconvert.calibration.awq import Balancing, balance_and_round
 from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.calibration.helper import Helper, SharedTensors
+from qconvert.calibration.walk import Walk
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.errors import QconvertError
 from qconvert.formats.recipe import BlockFormat, Recipe
@@ -75,10 +76,8 @@ def test_two_processes_round_to_the_same_bits_as_one(model, recipe, started, mon
     alone = balanced(model, SEQUENCES, recipe)
     # Nothing is rounded in this process, so that nothing but the other one is tested.
     asked = []
-    monkeypatch.setattr("qconvert.calibration.awq.LayerWork.done", None)
-    monkeypatch.setattr(
-        "qconvert.calibration.awq.Walk._engines", lambda _, others: [each.done for each in others]
-    )
+    monkeypatch.setattr("qconvert.calibration.balance.LayerWork.done", None)
+    monkeypatch.setattr("qconvert.calibration.walk.engines_of", lambda others: [each.done for each in others])
     before = Helper._ask
     monkeypatch.setattr(Helper, "_ask", lambda self, given: asked.append(1) or before(self, given))
     assert same(balanced(model, SEQUENCES, recipe, helpers=1), alone)
@@ -140,7 +139,7 @@ def test_small_models_are_not_worth_a_process(model, tmp_path, started) -> None:
     store = RoundedWeights(tmp_path / "out", {}, RECIPE)
     balance_and_round(model, RECIPE, SEQUENCES, store, progress=Progress(quiet=True))
     assert started == []
-    assert Walk(model, RECIPE, SEQUENCES).weights == sum(
+    assert Walk(model, Balancing(RECIPE), SEQUENCES).weights == sum(
         parameter.numel() for name, parameter in model.named_parameters() if name.endswith("_proj.weight")
     )
 

@@ -15,8 +15,9 @@ import torch
 
 import qconvert.calibration.gptq.solve as solving
 import qconvert.export as flow
-from qconvert.calibration.awq import Walk
+from qconvert.calibration.awq import Balancing
 from qconvert.calibration.balance import LayerWork, _Trial
+from qconvert.calibration.walk import Walk
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.folder.tensors import save_tensors
 from qconvert.formats.blocks import unpack
@@ -126,9 +127,8 @@ def test_scales_are_positive_and_all_sixteen_codes_are_used(exporter: TensorRTEx
 def test_scales_are_solved_in_the_type_in_which_they_are_stored(tied: Path) -> None:
     """Else they are rounded after the codes were chosen for them, and are another grid."""
     fmt = BlockFormat(4, 32, symmetric=True, scale_dtype="bfloat16")
-    walk = Walk(
-        load_model(open_checkpoint(tied)), Recipe("int4", "bfloat16", fmt, None), [[*range(1, 33)]] * 2
-    )
+    recipe = Recipe("int4", "bfloat16", fmt, None)
+    walk = Walk(load_model(open_checkpoint(tied)), Balancing(recipe), [[*range(1, 33)]] * 2)
     columns = Int4Columns(32, "bfloat16")
     for _, rounded in walk.rounded(0):
         for packed in rounded.values():
@@ -142,7 +142,7 @@ def test_inputs_that_are_not_rounded_weigh_nothing_in_the_choice_of_factors(tied
     model = load_model(open_checkpoint(tied))
     fmt = BlockFormat(4, 32, symmetric=True, scale_dtype="bfloat16")
     for activations, rounded in (("float32", True), ("bfloat16", False)):
-        walk = Walk(model, Recipe("int4", activations, fmt, None), [[*range(1, 33)]] * 2)
+        walk = Walk(model, Balancing(Recipe("int4", activations, fmt, None)), [[*range(1, 33)]] * 2)
         assert walk._look(0, but=0).rounds_inputs is rounded
     generator = torch.Generator().manual_seed(0)
     inputs, rows = (torch.randn((40, 64), generator=generator) for _ in range(2))

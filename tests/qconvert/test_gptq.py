@@ -115,7 +115,7 @@ def test_a_layer_mends_what_the_layers_before_have_broken(narrow: bool) -> None:
     if narrow:
         missing = missing @ original.t()
     fmt = BlockFormat(8, 32, symmetric=False)
-    means = Means(squares(inputs), missing.t() @ inputs / len(true))
+    means = Means(squares(inputs), missing.t() @ inputs / len(true), damping=0.01)
     with ThreadPoolExecutor(2) as workers:
         packed = means.solve(matrices, fmt, workers)
     assert list(packed) == ["a", "b"]

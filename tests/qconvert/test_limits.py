@@ -40,9 +40,7 @@ def asked_of(recipe: Recipe) -> Iterator[str]:
     if column_of(recipe) != "fp32":  # there is no rounding that could cost anything
         yield from ("mean_rounding", "max_rounding")
     if recipe.calibration is not None:
-        yield "moved_steps"
-        if recipe.calibration.method == "awq":
-            yield "common_steps"
+        yield from ("moved_steps", "common_steps")
     if recipe.shortlist is not None:
         yield "second_step"
     if recipe.kv_dtype == "int8":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qconvert.calibration.statistics import Product, layer_module, window_mask
-from qconvert.checkpoint.weights import CheckpointWeights
+from qconvert.formats.folding import Weights
 from qconvert.models.families import spec_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Layer:
         linears: the seven linear modules by their names in the checkpoint's layer.
     """
 
-    def __init__(self, config: PreTrainedConfig, index: int, weights: CheckpointWeights, rope: Rope) -> None:
+    def __init__(self, config: PreTrainedConfig, index: int, weights: Weights, rope: Rope) -> None:
         module = layer_module(config, index, weights)
         self.linears: dict[str, Product] = {
             name: part for name, part in module.named_modules() if isinstance(part, Product)

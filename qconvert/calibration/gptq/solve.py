@@ -7,8 +7,9 @@ weights as the errors before have moved them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qconvert.calibration.steps import search_steps
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 # Share of the Hessian's mean diagonal that is added to the diagonal, against noise where tokens are few.
-DAMPING = 0.01
+DAMPING = 0.3
 # Columns of a whole matrix that are solved together; those to come are not touched before they are due.
 _CHUNK = 128
 # Of these, columns whose errors are spread at once, and one by one; block sizes are multiples of the latter.
@@ -31,6 +32,16 @@ _ROWS, _TURNS = 4096, 2
 
 # uint8 codes [N, K], float32 scales and zero points [N, blocks], as ``assemble`` takes them.
 Solution = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class _Range:
+    """What the codes of a block of each row may be: scale and zero point ``[G, N]``, the levels' ends."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    lowest: torch.Tensor
+    highest: torch.Tensor
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -84,19 +95,20 @@ class Means:
         squares: mean of x x^T, float32 ``[K, K]``, of which what is below the diagonal is not read.
         missing: mean of (t - x) x^T, likewise; or that of W (t - x) x^T for the weights W ``[N, K]`` of all
             matrices that read x, where N is less than K.
+        damping: see ``upper_triangle``.
 
     Attributes:
         finite: False where an input was NaN or Inf; then nothing can be solved.
     """
 
-    def __init__(self, squares: torch.Tensor, missing: torch.Tensor) -> None:
+    def __init__(self, squares: torch.Tensor, missing: torch.Tensor, damping: float = DAMPING) -> None:
         import math
 
         mean = float(squares.diagonal().mean())
         self.finite = math.isfinite(mean) and math.isfinite(float(missing.sum()))
         if self.finite:
             self._missing = missing
-            self._triangle = upper_triangle(squares)
+            self._triangle = upper_triangle(squares, damping)
 
     def solve(
         self, weights: Mapping[str, torch.Tensor], fmt: BlockFormat, workers: Executor
@@ -196,6 +208,27 @@ def solve_groups(weight: torch.Tensor, upper: torch.Tensor, fmt: BlockFormat) ->
     return codes, scales, zeros
 
 
+def solve_steps(steps: torch.Tensor, upper: torch.Tensor, largest: int) -> torch.Tensor:
+    """``solve_groups`` of weights whose scales are fixed.
+
+    Args:
+        steps: the weights in units of their scales, turned: float32 ``[G, K / G, N]``; overwritten.
+        upper: as there.
+        largest: of a code's magnitude.
+
+    Returns:
+        int8 codes ``[G, K / G, N]``.
+    """
+    import torch
+
+    groups, _, rows = steps.shape
+    scales, zeros = torch.ones((groups, rows)), torch.zeros((groups, rows))
+    fixed = _Range(scales, zeros, torch.tensor(float(-largest)), torch.tensor(float(largest)))
+    codes = torch.empty(steps.shape, dtype=torch.int8)
+    _round_columns(steps, upper, steps.shape[1], lambda *_: fixed, codes)
+    return codes
+
+
 def _solve_short(left: torch.Tensor, upper: torch.Tensor, fmt: BlockFormat) -> Solution:
     """``solve_groups`` of ``left`` [G, K, N], which is overwritten; results are turned likewise."""
     import torch
@@ -204,32 +237,55 @@ def _solve_short(left: torch.Tensor, upper: torch.Tensor, fmt: BlockFormat) -> S
     blocks = -(-size // fmt.block_size)
     codes = torch.empty((groups, size, rows), dtype=torch.uint8)
     scales, zeros = (torch.empty((groups, blocks, rows)) for _ in range(2))
+
+    def search(block: int, values: torch.Tensor, importance: torch.Tensor) -> _Range:
+        scale, zero, _ = search_steps(values, importance, fmt)
+        scales[:, block], zeros[:, block] = scale, zero
+        return _Range(scale, zero, -zero, top - zero)
+
+    _round_columns(left, upper, fmt.block_size, search, codes)
+    return codes, scales, zeros
+
+
+def _round_columns(
+    left: torch.Tensor,
+    upper: torch.Tensor,
+    block_size: int,
+    search: Callable[[int, torch.Tensor, torch.Tensor], _Range],
+    codes: torch.Tensor,
+) -> None:
+    """The columns of ``left`` [G, K, N], which is overwritten, become ``codes`` one after the other.
+
+    ``search`` gives the range of a block by its number, its columns when they are due, and their importance.
+    """
+    import torch
+
+    groups, size, rows = left.shape
     diagonal = upper.diagonal(dim1=1, dim2=2)
     importance, shares = diagonal.square().reciprocal(), upper / diagonal[:, :, None]
     for first in range(0, size, _RUNS):
         last = min(first + _RUNS, size)
         errors = torch.empty((groups, last - first, rows))
         for start in range(first, last, _RUN):
-            block, stop = start // fmt.block_size, min(start + _RUN, last)
-            if start % fmt.block_size == 0:  # its columns are up to date: blocks are multiples of runs
-                inside = slice(start, min(start + fmt.block_size, size))
-                scale, zero, _ = search_steps(left[:, inside], importance[:, inside], fmt)
-                scales[:, block], zeros[:, block] = scale, zero
-                inverse, lowest, highest = scale.reciprocal(), -zero, top - zero
+            block, stop = start // block_size, min(start + _RUN, last)
+            if start % block_size == 0:  # its columns are up to date: blocks are multiples of runs
+                inside = slice(start, min(start + block_size, size))
+                found = search(block, left[:, inside], importance[:, inside])
+                inverse = found.scale.reciprocal()
             levels = torch.empty((groups, stop - start, rows))
             for column in range(start, stop):
                 values, level = left[:, column], levels[:, column - start]
-                torch.clamp(torch.mul(values, inverse, out=level).round_(), lowest, highest, out=level)
+                torch.mul(values, inverse, out=level).round_()
+                torch.clamp(level, found.lowest, found.highest, out=level)
                 error = errors[:, column - first]
-                torch.addcmul(values, level, scale, value=-1, out=error)
+                torch.addcmul(values, level, found.scale, value=-1, out=error)
                 due = shares[:, column, column + 1 : stop, None]
                 left[:, column + 1 : stop].addcmul_(due, error[:, None], value=-1)
-            codes[:, start:stop] = levels.add_(zero[:, None])
+            codes[:, start:stop] = levels.add_(found.zero[:, None])
             _spread(
                 left[:, stop:last], shares[:, start:stop, stop:last], errors[:, start - first : stop - first]
             )
         _spread(left[:, last:], shares[:, first:last, last:], errors)
-    return codes, scales, zeros
 
 
 def _spread(left: torch.Tensor, shares: torch.Tensor, errors: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from qconvert.calibration.gptq.solve import Means
 from qconvert.calibration.statistics import EMBEDDING, final_norm, product_dtype
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.blocks import pack, unpack
+from qconvert.formats.folding import FoldedWeights, Folding
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
 from qconvert.formats.recipe import BlockFormat, Recipe
 from qconvert.models.families import family_of
@@ -40,16 +41,22 @@ class Walk:
     Args:
         model: the checkpoint, of any type; nothing of it is changed.
         recipe: with a format for every linear weight.
+        folding: of the weights that are rounded (``equalise.py``).
         sequences: token ids, all of one length.
         workers: threads that share the work (see ``parallel.piece_workers``); how many there are changes
             no bit of what they do.
     """
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, sequences: Sequence[Sequence[int]], workers: Executor
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        folding: Folding,
+        sequences: Sequence[Sequence[int]],
+        workers: Executor,
     ) -> None:
         self._config = model.config
-        self._weights = CheckpointWeights(model)
+        self._weights = FoldedWeights(CheckpointWeights(model), folding)
         self._recipe = recipe
         self._workers = workers
         tokens = torch.tensor(sequences)

@@ -17,17 +17,16 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from qconvert.formats.channels import Channels, InputChannels, groups_in_a_part
+from qconvert.formats.channels import channel_layout, groups_in_a_part
 from qconvert.formats.recipe import ChannelFormat, Recipe
 from qconvert.formats.stored import joined_name
-from qconvert.lowering.initializers import Initializers
+from qconvert.lowering.initializers import Initializers, PackedValues
 from qconvert.lowering.ort.decoder import OnnxRuntimeLowering
 from qconvert.lowering.ort.graph import CONTRIB
 from qconvert.lowering.ort.residual import ONE_127TH, SMALLEST
 from qconvert.models.spec import DecoderSpec
 
 _ZERO_POINT = 128
-_SPLIT = (".gate_proj.weight", ".up_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,9 @@ class IntegerLowering:
             assert len(weights) == 1, "only down_proj has its input in parts"
             assert not biases, "only down_proj has its input in parts"
             return self._sum_of_parts(hidden, weights[0])
-        parts = self._fmt.mlp_parts if weights[0].endswith(_SPLIT) else 1
         name = joined_name(weights)
         data = self._quantise(hidden.parts[0], name)
-        packed = self._initializers.packed(weights, Channels(parts))
+        packed = self._packed(weights)
         products = tuple(
             self._product(data, weight, scales, name)
             for weight, scales in zip(packed.all("data"), packed.all("scales"))
@@ -129,8 +127,12 @@ class IntegerLowering:
 
     # Helpers of the verbs.
 
+    def _packed(self, weights: Sequence[str]) -> PackedValues:
+        layout = channel_layout(weights[0], self._spec.intermediate_size, self._fmt)
+        return self._initializers.packed(weights, layout)
+
     def _sum_of_parts(self, hidden: Activation, weight: str) -> Activation:
-        packed = self._initializers.packed([weight], InputChannels(len(hidden.parts) * self._groups))
+        packed = self._packed([weight])
         groups = (group for part in hidden.parts for group in self._quantise_groups(part, weight))
         total: ir.Value | None = None
         for data, matrix, scales in zip(groups, packed.all("data"), packed.all("scales"), strict=True):
