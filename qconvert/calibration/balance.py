@@ -69,9 +69,7 @@ class LayerWork:
         samples = [_some_rows(self.weights[name], name, folding) for name in found.readers]
         squares = seen.squares
         weight = torch.stack([rows.square().sum(0) * share for rows, share in samples]).sum(0)
-        size, width = (
-            sums_of_rows(found, sums).clamp(min=_SMALLEST).sqrt().log() for sums in (squares, weight)
-        )
+        size, width = (found.of_rows(sums).clamp(min=_SMALLEST).sqrt().log() for sums in (squares, weight))
         trial = _Trial(samples, squares, seen.sample if self.rounds_inputs else None, fmt)
 
         def tried(pairs: Sequence[tuple[float, float]]) -> tuple[float, tuple[float, float]]:
@@ -154,11 +152,6 @@ def _some_rows(weight: torch.Tensor, name: str, folding: Folding) -> tuple[torch
     if name in folding.divided:
         rows = rows / folding.divided[name][::step, None]
     return rows, len(weight) / len(rows)
-
-
-def sums_of_rows(found: FoldedInput, sums: torch.Tensor) -> torch.Tensor:
-    """Sums of squares of columns as those of the divided rows: value heads have the mean of their queries."""
-    return sums.view(found.heads, found.queries, -1).mean(1).flatten() if found.queries > 1 else sums
 
 
 def _geometric(logarithms: torch.Tensor) -> torch.Tensor:

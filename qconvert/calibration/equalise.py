@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 
-from qconvert.calibration.balance import sums_of_rows
 from qconvert.calibration.smoothing import factors_for
 from qconvert.calibration.work import Factors
 from qconvert.formats.folding import FoldedInput, FoldedWeights, Folding, Weights, decoder_inputs
@@ -48,4 +47,4 @@ def _size(weights: FoldedWeights, name: str, found: FoldedInput) -> torch.Tensor
     weights.release(name)
     if not bool(torch.isfinite(total).all()):
         raise NonFiniteWeightError(name)
-    return sums_of_rows(found, total).sqrt()
+    return found.of_rows(total).sqrt()

@@ -51,6 +51,12 @@ class FoldedInput:
             return factors
         return factors.view(self.heads, 1, -1).expand(-1, self.queries, -1).reshape(-1)
 
+    def of_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the readers' columns for the divided rows: value heads have the mean of their queries."""
+        if self.queries == 1:
+            return sums
+        return sums.view(self.heads, self.queries, -1).mean(1).flatten()
+
 
 def folded_inputs(layer: int) -> tuple[FoldedInput, ...]:
     """The inputs of a layer that integer products fold, that of ``up_proj`` before that of ``down_proj``,

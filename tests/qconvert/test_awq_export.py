@@ -24,6 +24,7 @@ from tests.qconvert.mutants import Exporter, overwrite, reseal, stored_at
 from tests.tiny import make_tiny_checkpoint
 
 LAYER = "model.layers.1"
+FOLDS = pytest.mark.parametrize("recipe", ["awq", "gptq"])
 BOTH = {"prefill": True, "int8_kv_cache": True}
 
 
@@ -147,9 +148,9 @@ def changed(name: str, factor: float) -> Callable[[dict[str, torch.Tensor]], Non
 
 
 @pytest.fixture
-def recorded(exporter: Exporter) -> Callable[[Callable[[dict[str, torch.Tensor]], Any]], Path]:
+def recorded(exporter: Exporter, recipe: str) -> Callable[[Callable[[dict[str, torch.Tensor]], Any]], Path]:
     """A folder whose record of factors is another; the manifest says that it is right."""
-    folder = exporter.export("int4", recipe="awq")
+    folder = exporter.export("int4", recipe=recipe)
     true = read_factors(folder)
 
     def write(change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
@@ -162,6 +163,7 @@ def recorded(exporter: Exporter) -> Callable[[Callable[[dict[str, torch.Tensor]]
     return write
 
 
+@FOLDS
 def test_another_factor_in_the_record_is_noticed(exporter: Exporter, recorded: Any) -> None:
     """A mean over blocks did not see that a single row and column were twice as long."""
     assert exporter.verify(recorded(lambda factors: None)).passed
@@ -172,6 +174,7 @@ def test_another_factor_in_the_record_is_noticed(exporter: Exporter, recorded: A
             assert any(name in fault.tensor for fault in report.weights.faults), (name, factor)
 
 
+@FOLDS
 def test_factors_that_are_none_are_refused(exporter: Exporter, recorded: Any) -> None:
     changes: list[Callable[[dict[str, torch.Tensor]], Any]] = [
         lambda factors: factors.popitem(),
@@ -219,17 +222,19 @@ MISPLACED = {
 }
 
 
+@FOLDS
 @pytest.mark.parametrize("change", MISPLACED.values(), ids=MISPLACED)
 def test_factors_folded_into_the_wrong_place_are_noticed(
-    exporter: Exporter, change: Callable[..., None]
+    exporter: Exporter, change: Callable[..., None], recipe: str
 ) -> None:
-    report = exporter.verify(exporter.export_with_recipe("awq", "write_graph", folded_wrongly(change)))
+    report = exporter.verify(exporter.export_with_recipe(recipe, "write_graph", folded_wrongly(change)))
     assert not report.passed
     assert report.weights.faults
 
 
+@FOLDS
 def test_a_search_that_clips_far_weights_is_beyond_the_limit(
-    exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+    exporter: Exporter, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     true = qconvert.calibration.gptq.solve.search_steps
 
@@ -238,13 +243,14 @@ def test_a_search_that_clips_far_weights_is_beyond_the_limit(
         return scales / 4, zeros, errors
 
     monkeypatch.setattr(qconvert.calibration.gptq.solve, "search_steps", clipping)
-    report = exporter.verify(exporter.export("int4", recipe="awq"))
+    report = exporter.verify(exporter.export("int4", recipe=recipe))
     assert not report.passed
     assert len(report.weights.faults) > 15
 
 
-def test_one_changed_weight_is_noticed(exporter: Exporter) -> None:
-    folder = exporter.export("int4", recipe="awq")
+@FOLDS
+def test_one_changed_weight_is_noticed(exporter: Exporter, recipe: str) -> None:
+    folder = exporter.export("int4", recipe=recipe)
     name = f"{LAYER}.mlp.up_proj.weight"
     data, offset, _ = stored_at(folder, f"{name}.q4")
     overwrite(folder, f"{name}.q4", 5, bytes([data.read_bytes()[offset + 5] ^ 1]))
