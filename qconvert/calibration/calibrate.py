@@ -74,19 +74,22 @@ def calibrate(
             factors = compensate_and_round(
                 model, recipe.linear, text.sequences, rounded, observer=observer, progress=progress
             )
-            folding = Folding.of_inputs(factors)
+        elif method == "awq":
+            factors = balance_and_round(
+                model, recipe, text.sequences, rounded, progress=progress, watcher=observer
+            )
         else:
-            if method == "awq":
-                factors = balance_and_round(
-                    model, recipe, text.sequences, rounded, progress=progress, watcher=observer
-                )
-            else:
-                factors = round_weights(model, recipe, text.sequences, rounded, progress)
-            divided = {found.divided: each.bfloat16() for found, each in factors.items()}
+            factors = round_weights(model, recipe, text.sequences, rounded, progress)
+        # These divide what is in the KV cache, so every graph that reads or fills it needs them.
+        of_values = {found: each for found, each in factors.items() if found.of_values}
+        values = Folding.of_inputs(of_values)
+        if method == "compensated":  # the proof finds all others in what they have divided
+            folding, kept = Folding.of_inputs(factors), of_values
+        else:
+            balance, kept = Folding.of_inputs(factors), factors
+        if kept:
+            divided = {found.divided: each.bfloat16() for found, each in kept.items()}
             save_tensors(divided, folder / FACTORS_NAME)
-            balance = Folding.of_inputs(factors)
-            # These divide what is in the KV cache, so every graph that reads or fills it needs them.
-            values = Folding.of_inputs({f: each for f, each in factors.items() if f.of_values})
         write_record(folder, model, recipe, rounded)
     if method in (None, "gptq") and not observer.idle:
         with progress.task("looking at activations", model.config.num_hidden_layers) as advance:

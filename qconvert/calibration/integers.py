@@ -20,7 +20,7 @@ from qconvert.calibration.gptq.rounding import not_finite
 from qconvert.calibration.gptq.solve import solve_steps
 from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.calibration.observer import Observer
-from qconvert.calibration.smoothing import factors_of_input
+from qconvert.calibration.smoothing import factors_for, factors_of_input
 from qconvert.calibration.walk import Walk
 from qconvert.calibration.work import Factors, Rounded, Seen
 from qconvert.formats.channels import LARGEST, Channels, InputChannels, channel_groups, channel_layout
@@ -122,17 +122,27 @@ class ChannelWork:
     def done(self) -> Rounded:
         """See ``work.Work``."""
         factors = Factors()
-        if self.smoothing is not None:
-            for found, size in self.sizes.items():
-                readers = [self.weights[name] for name in found.readers]
-                factors[found] = factors_of_input(size, readers, self.smoothing)
+        for found, seen in self.seen.items() if self.smoothing is not None else ():
+            factors[found] = self._factors(found, seen, Folding.of_inputs(factors))
         folding, rounded = Folding.of_inputs(factors), {}
         for found, seen in self.seen.items():
-            columns = factors.get(found, torch.ones(len(seen.squares)))
+            columns = found.of_columns(factors[found]) if factors else torch.ones(len(seen.squares))
             uppers = [upper_factors(run, part) for run, part in cut(seen.products, columns)]
             for name in found.readers:
                 rounded[name] = self._round(name, folding, uppers)
         return factors, rounded
+
+    def _factors(self, found: FoldedInput, seen: Seen, folding: Folding) -> torch.Tensor:
+        """Of one input, whose readers are folded by ``folding`` already."""
+        assert self.smoothing is not None
+        readers = [folding.apply(name, self.weights[name]) for name in found.readers]
+        if not found.of_values:
+            return factors_of_input(self.sizes[found], readers, self.smoothing)
+        # Of values a record is kept, since they are in the KV cache: short factors.
+        size, weight = (
+            found.of_rows(sums).sqrt() for sums in (seen.squares, readers[0].float().square().sum(0))
+        )
+        return factors_for(size, weight, self.smoothing).bfloat16().float()
 
     def _round(self, name: str, folding: Folding, uppers: Sequence[torch.Tensor]) -> PackedWeight:
         """One matrix of the folded model, with what ``upper_factors`` gives for each run of groups."""

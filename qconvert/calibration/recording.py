@@ -24,12 +24,13 @@ def write_record(folder: Path, model: PreTrainedModel, recipe: Recipe, store: Ro
     """``rounding.json``: for each weight that was rounded on purpose, the digest of what it stands for."""
     columns = {name: tensor.shape[-1] for name, tensor in model.named_parameters()}
     channels: int = model.config.intermediate_size
+    solves_all = recipe.calibration is not None and recipe.calibration.method == "gptq"
 
     def digest(name: str) -> str | None:
         if isinstance(recipe.linear, ChannelFormat):
             return _digest(_of_channels(name, store[name], channels, recipe.linear))
         fmt = recipe.head if name in VOCABULARY else recipe.format_of(name)
-        if fmt is None or (fmt.bits != 4 and not fmt.halves):
+        if fmt is None or not (fmt.halves or fmt.bits == 4 or (solves_all and name not in VOCABULARY)):
             return None
         return _digest(_of_blocks(store[name], fmt, columns[name]))
 

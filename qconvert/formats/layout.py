@@ -93,7 +93,10 @@ class Layout(Protocol):
 
 
 class Rounding(Protocol):
-    """How coarse stored values are: blocks of ``block_size`` weights along K share a step."""
+    """How coarse stored values are: blocks of ``block_size`` weights along K share a step of ``bits``."""
+
+    @property
+    def bits(self) -> int: ...
 
     @property
     def block_size(self) -> int: ...

@@ -119,7 +119,7 @@ class Evidence:
     @cached_property
     def factors(self) -> dict[str, torch.Tensor]:
         """What the export says to have folded into its matrices before they were rounded."""
-        return read_factors(self.manifest.folder) if self.method in ("awq", "gptq") else {}
+        return read_factors(self.manifest.folder) if self.method is not None else {}
 
     @cached_property
     def prompts(self) -> ExportedWeights:

@@ -160,7 +160,8 @@ def _moved(seen: Evidence) -> MovedWeights | None:
         return None
     limit = limit_value("moved_steps", limits_name(seen.manifest.precision, method=seen.method))
     common = limit_value("common_steps", limits_name(seen.manifest.precision, method=seen.method))
-    return MovedWeights(read_record(seen.manifest.folder), limit, common)
+    bits = 8 if seen.method == "compensated" else 4
+    return MovedWeights(read_record(seen.manifest.folder), limit, common, bits)
 
 
 def _wrong_adapters(seen: Evidence) -> list[Failure]:

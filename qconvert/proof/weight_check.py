@@ -60,18 +60,25 @@ class WeightCheck:
 class MovedWeights:
     """Weights that a calibration rounded on purpose: their digests, and how many steps they may be off.
 
-    ``limit_common`` is for a row or a column as a whole.
+    ``limit_common`` is for a row or a column as a whole. Steps are those of ``bits``, also where a matrix
+    among them has more: what it makes up for is what the others leave. Embedding and head leave nothing.
     """
 
     digests: Mapping[str, str]
     limit_steps: float
     limit_common: float
+    bits: int
+
+    def finer(self, name: str, fmt: Rounding) -> float:
+        """How many steps of a tensor are one in which the limits are told."""
+        return 1.0 if name in VOCABULARY else ((1 << fmt.bits) - 1) / ((1 << self.bits) - 1)
 
 
 class _MovedTensor:
     """What is asked of one of them, piece by piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, finer: float) -> None:
+        self._finer = finer
         self._digest = Digest()
         self._total, self._blocks, self._rows = 0.0, 0, 0
         self._of_rows = 0.0
@@ -94,7 +101,7 @@ class _MovedTensor:
     @property
     def steps(self) -> float:
         """Mean over the blocks of the largest error in each."""
-        return self._total / self._blocks
+        return self._total / self._blocks / self._finer
 
     @property
     def common(self) -> float:
@@ -107,17 +114,19 @@ class _MovedTensor:
         assert isinstance(self._crossed, torch.Tensor)
         assert isinstance(self._squares, torch.Tensor)
         columns = self._crossed.abs() / (self._squares * self._rows).clamp(min=_TINY).sqrt()
-        return max(self._of_rows, float(columns.max()))
+        return max(self._of_rows, float(columns.max())) / self._finer
 
     def fault(self, digest: str, limits: MovedWeights) -> str | None:
         if not self.steps <= limits.limit_steps:
             return (
                 f"blocks are off by {self.steps:.3g} steps on average, {limits.limit_steps:g} at most are due"
             )
-        if not self.common <= limits.limit_common:
+        # What makes up for the others' errors does so with whole columns.
+        common = limits.limit_common * (2 if self._finer > 1 else 1)
+        if not self.common <= common:
             return (
                 f"a row or a column is off by {self.common:.3g} steps as a whole, "
-                f"{limits.limit_common:g} at most are due (a wrong factor?)"
+                f"{common:g} at most are due (a wrong factor?)"
             )
         if self._digest.text != digest:
             return "not the weights that the calibration has rounded"
@@ -155,28 +164,29 @@ def check_weights(
     names, moved_steps, common_steps = list(exported), [0.0], [0.0]
     for name in names:
         tensor, fault = checkpoint[name], None
-        movement = _MovedTensor() if moved is not None and name in moved.digests else None
+        rounding, movement = exported.rounding_of(name), None
+        if moved is not None and name in moved.digests and rounding is not None:
+            movement = _MovedTensor(moved.finer(name, rounding))
         rows = max(1, PIECE // max(1, tensor[0].numel()))
         for start in range(0, tensor.shape[0], rows):
             true = exported.folding.apply(name, tensor[start : start + rows], start)
             stored = exported.stored_rows(name, slice(start, start + rows))
-            fmt = exported.rounding_of(name)
-            if fmt is not None and exact and (name not in VOCABULARY or name in codes):
+            if rounding is not None and exact and (name not in VOCABULARY or name in codes):
                 fault = fault or _code_fault(true.float(), stored, exported.code_rounding(name), start)
                 continue
-            if fmt is None:
+            if rounding is None:
                 if name not in exported.recovered:  # such a norm is checked by the matrices that follow it
                     fault = fault or _cast_fault(true, stored, exported.dtype_of(name), start)
                 continue
             if movement is not None:
-                movement.add(true.float(), stored, fmt)
+                movement.add(true.float(), stored, rounding)
                 continue
-            steps = error_in_steps(true.float(), stored, fmt) / (1 + exported.scale_rounding(name))
+            steps = error_in_steps(true.float(), stored, rounding) / (1 + exported.scale_rounding(name))
             largest = float(steps.max())  # NaN if there is one
             if not largest <= worst and not math.isnan(worst):
                 worst, worst_tensor = largest, name
             if not largest <= limit_steps:
-                fault = fault or _rounding_fault(steps, fmt, start, limit_steps)
+                fault = fault or _rounding_fault(steps, rounding, start, limit_steps)
         if movement is not None and moved is not None:
             fault = movement.fault(moved.digests[name], moved)
             moved_steps.append(movement.steps)

@@ -60,8 +60,8 @@ def test_the_command_publishes_a_verified_folder_and_nothing_else(
     assert stated["exceptions"]["down_proj"]["bits"] == bits
     assert stated["exceptions"]["down_proj"]["block_size"] == block_size
     rounded = json.loads((folder / RECORD_NAME).read_text())["float32_sha256"]
-    # Three layers of seven matrices; down_proj is not rounded on purpose where it has 8 bits.
-    assert len(rounded) == (18 if recipe == "gptq-mixed" else 21)
+    # Three layers of seven matrices: down_proj makes up for the others, where it has 8 bits as well.
+    assert len(rounded) == 21
 
 
 @GPTQ

@@ -15,6 +15,7 @@ import torch
 
 from qconvert.calibration.gptq.solve import inverse_factor, solve_steps
 from qconvert.calibration.integers import ChannelWork, group_of
+from qconvert.folder.tensors import save_tensors
 from qconvert.formats.channels import (
     Channels,
     InputChannels,
@@ -23,7 +24,7 @@ from qconvert.formats.channels import (
 )
 from qconvert.formats.folding import FoldedInput
 from qconvert.formats.layout import NonFiniteWeightError
-from qconvert.formats.record import RECORD_NAME, read_record
+from qconvert.formats.record import FACTORS_NAME, RECORD_NAME, read_factors, read_record
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.building import run
 from tests.qconvert.mutants import Exporter, overwrite, reseal, stored_at
@@ -212,6 +213,26 @@ def test_a_norm_that_is_divided_by_something_else_is_noticed(
     report = exporter.verify(folder)
     assert not report.passed
     assert report.weights.faults
+
+
+@pytest.mark.parametrize("factor", [None, 0.5, 2.0])
+def test_factors_of_values_are_recorded(exporter: Exporter, factor: float | None) -> None:
+    """They divide what is in the KV cache; those of the other inputs are found in what they divide."""
+    folder = exporter.export("int8")
+    factors = read_factors(folder)
+    assert set(factors) == {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(3)}
+    if factor is None:
+        (folder / FACTORS_NAME).unlink()
+        manifest = json.loads((folder / "qconvert.json").read_text())
+        manifest["files"] = [each for each in manifest["files"] if each["path"] != FACTORS_NAME]
+        (folder / "qconvert.json").write_text(json.dumps(manifest))
+    else:
+        factors[f"{LAYER}.self_attn.v_proj.weight"][3] *= factor
+        save_tensors({name: each.bfloat16() for name, each in factors.items()}, folder / FACTORS_NAME)
+    reseal(folder)
+    report = exporter.verify(folder)
+    assert not report.passed
+    assert any("self_attn.v_proj" in fault.tensor for fault in report.weights.faults)
 
 
 def test_a_scale_of_another_channel_is_noticed(exporter: Exporter) -> None:

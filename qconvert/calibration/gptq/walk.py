@@ -83,7 +83,7 @@ class Walk:
         for stage in STAGES:
             full_names = {name: f"model.layers.{index}.{name}.weight" for name in stage.names}
             fmt = self._format(full_names)
-            solves = known is None and fmt.bits == 4
+            solves = known is None
             weights = self._checked(full_names) if known is None else {}
             # Outputs are fewer where a product leads from something wider back to the residual stream.
             narrow = sum(map(len, weights.values())) < true.linears[stage.names[0]].weight.shape[1]
