@@ -1,7 +1,8 @@
 """Time and memory of `qconvert export` beside onnxruntime-genai's builder, on the same checkpoint, in turn.
 
 Both turn a checkpoint of a Qwen2.5 shape (random bf16 weights) into a 4-bit ONNX model for the CPU, without
-verification. With --optimum also optimum-cli beside qconvert, both in fp32. Each program runs in a process
+verification. With --optimum also optimum-cli beside qconvert, both in fp32. With --own qconvert alone, in the
+recipes that calibrate: these need a checkpoint with a tokenizer. Each program runs in a process
 of its own; the programs take turns, so that a slow spell of the machine hits all of them.
 """
 
@@ -19,12 +20,17 @@ from benchmarks.measured import Run, run_measured
 from benchmarks.report import conditions, conditions_text, publish, spread, summary, table
 from benchmarks.shapes import SHAPES
 
+OWN = ("int4", "int4 --prefill int8 --kv-cache int8", "int8", "int4 --recipe gptq")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def programs(arguments: argparse.Namespace, checkpoint: Path) -> dict[str, list[str]]:
     """Command lines by program, without the output folder at their end."""
     export = [sys.executable, "-m", "qconvert.cli", "export", str(checkpoint), "--no-verify"]
+    if arguments.own is not None:
+        return {
+            options: [*export, "--precision", *options.split(), "--output"] for options in arguments.options
+        }
     # Rounded to nearest, as the other programs round.
     export += ["--precision", arguments.precision, "--recipe", "rtn", "--output"]
     if arguments.optimum:
@@ -71,6 +77,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny shape, one run: does it work at all?")
     parser.add_argument("--optimum", action="store_true", help="beside optimum-cli, fp32")
     parser.add_argument(
+        "--own", type=Path, metavar="CHECKPOINT", help="qconvert's recipes on this checkpoint"
+    )
+    parser.add_argument(
+        "--options", nargs="+", default=OWN, help="with --own: options of each export after --precision"
+    )
+    parser.add_argument(
         "--builder-python",
         default=sys.executable,
         help="an environment with onnxruntime-genai (default: this one)",
@@ -92,6 +104,12 @@ def parse() -> argparse.Namespace:
         arguments.shape, arguments.runs = arguments.shape or "tiny", 1
     arguments.shape = arguments.shape or ("0.5b" if arguments.optimum else "1.5b")
     arguments.precision = "fp32" if arguments.optimum else "int4"
+    if arguments.own is not None:
+        arguments.own, arguments.shape, arguments.precision = (
+            arguments.own.absolute(),
+            arguments.own.name,
+            "several",
+        )
     return arguments
 
 
@@ -99,10 +117,12 @@ def main() -> None:
     arguments = parse()
     work = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / f"random-{arguments.shape}"
-    # In a process of its own: see run_measured.
-    make = [sys.executable, "-m", "benchmarks.make_random", arguments.shape, str(checkpoint)]
-    run_measured(make, work / "make_random.log", cwd=REPOSITORY)
+    checkpoint = arguments.own
+    if checkpoint is None:
+        checkpoint = work / f"random-{arguments.shape}"
+        # In a process of its own: see run_measured.
+        make = [sys.executable, "-m", "benchmarks.make_random", arguments.shape, str(checkpoint)]
+        run_measured(make, work / "make_random.log", cwd=REPOSITORY)
     read_once(checkpoint)
     commands = programs(arguments, checkpoint)
     facts = conditions({name: command[0] for name, command in commands.items()})
@@ -120,10 +140,9 @@ def main() -> None:
         for name, runs in results.items()
     ]
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    title = (
-        f"Qwen2.5-{arguments.shape.upper()} shape, random bf16 weights ({size / 1e9:.2f} GB), to "
-        f"{arguments.precision}; median (range) of {arguments.runs}, in turn."
-    )
+    shape = arguments.shape
+    source = shape if arguments.own else f"Qwen2.5-{shape.upper()} shape, random bf16 weights"
+    title = f"{source} ({size / 1e9:.2f} GB), to {arguments.precision}; median (range) of {arguments.runs}, in turn."
     header = ["program", "seconds", "CPU seconds", "peak resident GB", "written GB"]
     text = f"{title}\n\n{table(header, rows)}\n\n{conditions_text(facts)}"
     result: dict[str, Any] = {
