@@ -89,7 +89,8 @@ LIMITS = (
         "The sample's matrices have 2.1 at most, tiny random models 1.9; rows in each other's place have "
         "more than 5. In groups of balanced columns it moves them less: 1.4 on the sample, 1.8 at most on "
         "random models; so it is in int8. Matrices of 8 bits that make up for those of 4 are measured in "
-        "steps of 4 bits. A single wrong weight is found all the same: what was solved is recorded bit by bit.",
+        "steps of 4 bits. A single wrong weight is found all the same: what was solved is recorded bit by "
+        "bit.",
     ),
     Limit(
         "common_steps",
@@ -99,8 +100,8 @@ LIMITS = (
         "A mean hides a factor that was folded into one matrix and not into the other: it makes a "
         "row or a column longer as a whole, by 1 step and more for twice the factor. Rounding leaves 0.42 at "
         "most on the sample and 0.36 on random models, in columns so small that they are rounded away; "
-        "gptq 0.46, int8 0.15. Matrices of 8 bits that make up for those of 4 do so with whole columns, by 0.96 on the "
-        "sample: their limit is twice as large.",
+        "gptq 0.46, int8 0.15. Matrices of 8 bits that make up for those of 4 do so with whole columns, by "
+        "0.96 on the sample: their limit is twice as large.",
     ),
     Limit(
         "kv_above",
