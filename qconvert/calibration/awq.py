@@ -88,6 +88,8 @@ def balance_and_round(
 class Balancing:
     """``walk.Plan`` of a recipe that has a format for every linear weight."""
 
+    rounds_long = True
+
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
 

@@ -84,6 +84,8 @@ class Compensating:
         observer: of the walk.
     """
 
+    rounds_long = False
+
     def __init__(self, fmt: ChannelFormat, channels: int, observer: Observer) -> None:
         self._fmt, self._channels, self._observer = fmt, channels, observer
 

@@ -85,7 +85,7 @@ class Walk:
                 ahead.acquire()
                 if stopped.is_set():
                     raise InterruptedError
-                return self._look(index, but=len(engines))
+                return self._look(index, but=len(engines) if self._plan.rounds_long else 0)
 
             def layer(index: int) -> Rounded:
                 work, engine = looks.pop(index).result(), idle.get()

@@ -51,7 +51,14 @@ class Work(Protocol):
 
 
 class Plan(Protocol):
-    """How a recipe rounds the layers of a walk."""
+    """How a recipe rounds the layers of a walk.
+
+    Attributes:
+        rounds_long: whether rounding a layer takes about as long as reading it does, so that who rounds is
+            to have a core of its own.
+    """
+
+    rounds_long: bool
 
     def group(self, name: str, columns: int) -> int:
         """Columns of a matrix's input whose products with one another are wanted."""

@@ -21,7 +21,7 @@ KEPT = "kept"
 # The column for fp32 with an int8 KV cache: only the cache rounds. In other precisions weights cost more.
 FP32_INT8_KV = "fp32, int8 KV"
 COLUMNS = (*PRECISIONS, BALANCED, CALIBRATED, KEPT, FP32_INT8_KV)
-# Where fewer positions are compared, one token decides over a share, a perplexity or a mean.
+# With fewer positions one token decides over a share, a perplexity or a mean.
 ENOUGH_FOR_SHARES = 100
 ENOUGH_FOR_MEANS = 20
 
@@ -88,9 +88,8 @@ LIMITS = (
         "GPTQ moves weights on purpose, single ones by up to 17 steps, where the inputs do not feel it. "
         "The sample's matrices have 2.1 at most, tiny random models 1.9; rows in each other's place have "
         "more than 5. In groups of balanced columns it moves them less: 1.4 on the sample, 1.8 at most on "
-        "random models; so it is in int8. Matrices of 8 bits that make up for those of 4 are measured in "
-        "steps of 4 bits. A single wrong weight is found all the same: what was solved is recorded bit by "
-        "bit.",
+        "random models, as in int8. Matrices of 8 bits that make up for those of 4: in steps of 4 bits. A "
+        "single wrong weight is found all the same: what was solved is recorded bit by bit.",
     ),
     Limit(
         "common_steps",
@@ -99,9 +98,8 @@ LIMITS = (
         {"int8": 0.3, BALANCED: 0.75, CALIBRATED: 0.75},
         "A mean hides a factor that was folded into one matrix and not into the other: it makes a "
         "row or a column longer as a whole, by 1 step and more for twice the factor. Rounding leaves 0.42 at "
-        "most on the sample and 0.36 on random models, in columns so small that they are rounded away; "
-        "gptq 0.46, int8 0.15. Matrices of 8 bits that make up for those of 4 do so with whole columns, by "
-        "0.96 on the sample: their limit is twice as large.",
+        "most on the sample and 0.36 on random models, in columns so small that they are rounded away; gptq "
+        "0.46, int8 0.15; 8 bits that make up for 4 0.96, and twice the limit is theirs.",
     ),
     Limit(
         "kv_above",
@@ -305,7 +303,7 @@ def limits_name(
 
     Args:
         precision: as in the manifest.
-        method: of its calibration, if it has one (``recipe.Method``).
+        method: of its calibration, if any (``recipe.Method``).
         kv_dtype: of its KV cache.
         kept: whether its codes are the checkpoint's.
 
@@ -316,9 +314,7 @@ def limits_name(
         return KEPT
     if (precision, kv_dtype) == ("fp32", "int8"):
         return FP32_INT8_KV
-    if method is None:
-        return precision
-    return {"gptq": CALIBRATED, "awq": BALANCED, "compensated": "int8"}[method]
+    return {None: precision, "gptq": CALIBRATED, "awq": BALANCED, "compensated": "int8"}[method]
 
 
 def limits_table() -> str:

@@ -100,9 +100,11 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
         assert (tmp_path / "t.safetensors").stat().st_mode == beside.stat().st_mode
 
 
-def test_a_limit_to_the_size_of_files(tied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp32"])
+def test_a_limit_to_the_size_of_files(tied: Path, tmp_path: Path, precision: str) -> None:
+    command = ["export", str(tied), "-q", "--output", str(tmp_path / "m"), "--precision", precision]
     done = subprocess.run(
-        [sys.executable, "-m", "qconvert.cli", "export", str(tied), "-q", "--output", str(tmp_path / "m")],
+        [sys.executable, "-m", "qconvert.cli", *command],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),

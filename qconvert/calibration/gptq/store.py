@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ class RoundedWeights(Mapping[str, PackedWeight]):
         for folder in stores_beside(self._output, "rounded"):
             # Only files of layers are deleted: the folder stays if it holds anything else.
             remove_files(folder, [file.name for file in folder.iterdir() if _PART_FILE.fullmatch(file.name)])
+            with suppress(OSError):  # a full disk may have left it without a first file
+                folder.rmdir()
 
     def __getitem__(self, name: str) -> PackedWeight:
         file = self._file_of(name)
