@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qconvert.calibration.gptq.solve import inverse_factor, solve_groups
+from qconvert.calibration.gptq.solve import DAMPING_OF_GROUPS, inverse_factor, solve_groups
 from qconvert.calibration.steps import search_steps
 from qconvert.calibration.work import Factors, Rounded, Seen
 from qconvert.formats.blocks import assemble, pack
@@ -166,11 +166,13 @@ def _blocks(values: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
     return padded.view(*values.shape[:-1], -1, fmt.block_size)
 
 
-def upper_factors(products: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+def upper_factors(
+    products: torch.Tensor, factors: torch.Tensor, damping: float = DAMPING_OF_GROUPS
+) -> torch.Tensor:
     """``solve_groups``'s factors for the balanced inputs of one run of groups, ``[groups, size, size]``."""
     part = factors.view(products.shape[0], -1)
     balanced = products / part[:, :, None] / part[:, None, :]
-    return torch.stack([inverse_factor(group) for group in balanced])
+    return torch.stack([inverse_factor(group, damping) for group in balanced])
 
 
 def cut(runs: Sequence[torch.Tensor], columns: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -17,7 +17,7 @@ import torch
 
 from qconvert.calibration.balance import LANES, cut, upper_factors
 from qconvert.calibration.gptq.rounding import not_finite
-from qconvert.calibration.gptq.solve import solve_steps
+from qconvert.calibration.gptq.solve import DAMPING, solve_steps
 from qconvert.calibration.gptq.store import RoundedWeights
 from qconvert.calibration.observer import Observer
 from qconvert.calibration.smoothing import factors_for, factors_of_input
@@ -129,7 +129,7 @@ class ChannelWork:
         folding, rounded = Folding.of_inputs(factors), {}
         for found, seen in self.seen.items():
             columns = found.of_columns(factors[found]) if factors else torch.ones(len(seen.squares))
-            uppers = [upper_factors(run, part) for run, part in cut(seen.products, columns)]
+            uppers = [upper_factors(run, part, DAMPING) for run, part in cut(seen.products, columns)]
             for name in found.readers:
                 rounded[name] = self._round(name, folding, uppers)
         return factors, rounded

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from qconvert.calibration.gptq import moments
-from qconvert.calibration.gptq.solve import Means, inverse_factor, solve, solve_groups, upper_triangle
+from qconvert.calibration.gptq.solve import (
+    DAMPING,
+    Means,
+    inverse_factor,
+    solve,
+    solve_groups,
+    upper_triangle,
+)
 from qconvert.calibration.steps import search_steps
 from qconvert.formats.blocks import assemble, pack, unpack
 from qconvert.formats.recipe import BlockFormat
@@ -126,7 +133,7 @@ def test_a_layer_mends_what_the_layers_before_have_broken(narrow: bool) -> None:
 
 def test_the_triangle_is_the_inverse_of_the_inverse_factor() -> None:
     hessian = squares(correlated_inputs(96))
-    product = upper_triangle(hessian.triu()) @ inverse_factor(hessian.clone())
+    product = upper_triangle(hessian.triu()) @ inverse_factor(hessian.clone(), DAMPING)
     torch.testing.assert_close(product, torch.eye(96), atol=2e-4, rtol=0)
 
 
@@ -137,7 +144,7 @@ def test_a_matrix_of_several_chunks_is_solved_as_by_the_inverse() -> None:
         BlockFormat(4, 32, symmetric=False),
         weight(24, 384),
     )
-    upper = inverse_factor(hessian.clone())
+    upper = inverse_factor(hessian.clone(), DAMPING)
     handed_on = unpack(assemble(*solve_groups(original, upper[None], fmt), fmt), fmt, 384)
     at_once = rounded(original, hessian, fmt)
     assert float((handed_on - at_once).abs().ge(1e-4).float().mean()) < 0.1  # between two steps, either way
