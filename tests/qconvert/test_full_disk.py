@@ -100,9 +100,9 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
         assert (tmp_path / "t.safetensors").stat().st_mode == beside.stat().st_mode
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4", "fp32"])
-def test_a_limit_to_the_size_of_files(tied: Path, tmp_path: Path, precision: str) -> None:
-    command = ["export", str(tied), "-q", "--output", str(tmp_path / "m"), "--precision", precision]
+@pytest.mark.parametrize("options", ["int8", "int4", "int4 --recipe gptq", "fp32"])
+def test_a_limit_to_the_size_of_files(tied: Path, tmp_path: Path, options: str) -> None:
+    command = ["export", str(tied), "-q", "--output", str(tmp_path / "m"), "--precision", *options.split()]
     done = subprocess.run(
         [sys.executable, "-m", "qconvert.cli", *command],
         capture_output=True,

@@ -58,7 +58,12 @@ class RoundedWeights(Mapping[str, PackedWeight]):
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f"{index}.unfinished"
-        save_tensors(tensors, unfinished)
+        try:
+            save_tensors(tensors, unfinished)
+        except OSError:
+            with suppress(OSError):  # without a first layer there is nothing to go on from
+                self.folder.rmdir()
+            raise
         unfinished.replace(self._file(index))
 
     def remove(self) -> None:
@@ -66,8 +71,6 @@ class RoundedWeights(Mapping[str, PackedWeight]):
         for folder in stores_beside(self._output, "rounded"):
             # Only files of layers are deleted: the folder stays if it holds anything else.
             remove_files(folder, [file.name for file in folder.iterdir() if _PART_FILE.fullmatch(file.name)])
-            with suppress(OSError):  # a full disk may have left it without a first file
-                folder.rmdir()
 
     def __getitem__(self, name: str) -> PackedWeight:
         file = self._file_of(name)
