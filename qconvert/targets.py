@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qconvert.errors import QconvertError
 from qconvert.formats.recipe import ChannelFormat, Recipe
+from qconvert.formats.stored import BY_GROUPS
 from qconvert.models.decoder import lower_decoder, lower_prompt
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.forecast import kv_bytes_per_token
@@ -124,6 +125,8 @@ class OnnxRuntimeTarget:
         return graphs
 
     def facts(self, spec: DecoderSpec, recipe: Recipe) -> dict[str, Any]:
+        from qconvert.lowering.ort.grouped import chooses_attention
+
         returned = "present" if recipe.kv_cache is None else "new"  # lowering/rounded_kv.py
         prefill = {
             "prefill": {
@@ -140,6 +143,7 @@ class OnnxRuntimeTarget:
                     "attention_mask",
                     "past_key_values.{layer}.{key|value}",
                     "logits_start",
+                    *([BY_GROUPS] if chooses_attention(spec, recipe) else []),
                 ],
                 "outputs": ["logits", "present.{layer}.{key|value}"],
                 **(prefill if recipe.prefill is not None else {}),

@@ -35,6 +35,8 @@ LAYOUTS: tuple[Callable[[Arrays, str, int], Stored | None], ...] = (
 # Initializers from which a finished graph's shortlist can be read.
 SHORTLIST_RANGES = "shortlist_ranges"  # int64 [-1, ranges, tokens of the vocabulary in each]
 SHORTLIST_SIZE = "shortlist_size"  # int64 [tokens chosen in each range]
+# Input with the default false: attention of one token by groups (lowering/ort/grouped.py).
+BY_GROUPS = "attend_by_groups"
 # Embedding and head: the tensors that are looked up or multiplied by the vocabulary.
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 # Begins the names of orders of inputs, int32 [features], in which a checkpoint's matrices are stored.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -15,6 +16,15 @@ class Nodes:
     def __init__(self) -> None:
         self.all: list[ir.Node] = []
         self._labels: Counter[str] = Counter()
+
+    @contextmanager
+    def apart(self) -> Iterator[list[ir.Node]]:
+        """What is made meanwhile goes into a list of its own: the nodes of a graph within this one."""
+        around, self.all = self.all, []
+        try:
+            yield self.all
+        finally:
+            self.all = around
 
     def op(
         self,

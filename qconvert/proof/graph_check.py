@@ -19,6 +19,7 @@ import onnx_ir as ir
 from qconvert.formats.graph_file import load_graph
 from qconvert.formats.stored import ORDER_PREFIX, kv_scale_name
 from qconvert.models.spec import DecoderSpec
+from qconvert.proof.groups_check import WHOLE, branch_faults
 from qconvert.proof.weight_check import WeightFault
 from qrun.folder.manifest import Manifest
 
@@ -87,6 +88,8 @@ def _check(path: Path, due: _Due) -> Iterator[WeightFault]:
             yield from _cache_faults(node, where, due)
         if node.op_type == "MatMulNBits":
             yield from _residual_faults(node, where)
+        if node.op_type == "If":
+            yield from branch_faults(node, _layer(node))
 
 
 def _value(node: ir.Node, name: str) -> Any:
@@ -118,8 +121,10 @@ def _cache_faults(node: ir.Node, where: str, due: _Due) -> Iterator[WeightFault]
             yield WeightFault(where, f"reads {found}, due is {name}")
     for index, part in ((1, "key"), (2, "value")):
         output = node.outputs[index] if index < len(node.outputs) else None
-        if output is not None and output.is_graph_output() and output.name != f"present.{layer}.{part}":
-            yield WeightFault(where, f"writes {output.name}, due is present.{layer}.{part}")
+        if output is not None and output.is_graph_output():
+            name = str(output.name).removesuffix(WHOLE)  # of a branch
+            if name != f"present.{layer}.{part}":
+                yield WeightFault(where, f"writes {name}, due is present.{layer}.{part}")
 
 
 def _residual_faults(node: ir.Node, where: str) -> Iterator[WeightFault]:
@@ -210,6 +215,22 @@ def _inputs_of(place: str, spec: DecoderSpec) -> int:
     return spec.query_size if "o_proj" in place else spec.hidden_size
 
 
+def _of_attention(name: str) -> bool:
+    return "/self_attn/attention/" in name
+
+
+def _dense(node: ir.Node, due: _Due) -> _Allowed:
+    scale = (float(due.spec.head_size**-0.5),) if _of_attention(str(node.name)) else (ABSENT,)
+    return {"transB": (1,), "alpha": scale}
+
+
+def _scatter(node: ir.Node, due: _Due) -> _Allowed:
+    """A cache is written into, logits of a second step are added."""
+    if _of_attention(str(node.name)):
+        return {"axis": (2,), "reduction": (ABSENT,)}
+    return {"axis": (1, -1), "reduction": ("add",)}
+
+
 def _look_up(node: ir.Node, due: _Due) -> _Allowed:
     width, blocks = _shape(node.inputs[0])[-1], _shape(node.inputs[2])[-1]
     hidden = due.spec.hidden_size
@@ -236,13 +257,15 @@ def _columns(node: ir.Node, due: _Due) -> _Allowed:
 
 
 def _cast(node: ir.Node, due: _Due) -> _Allowed:
-    """Codes, scales and logits become float32, lengths int32; 16 bits are for exports of 16 bits."""
+    """Codes, scales and logits become float32, lengths int32, a choice is counted; 16 bits are for 16 bits."""
     types = [ir.DataType.FLOAT, ir.DataType.INT32]
     if due.half:
         types += [ir.DataType.FLOAT16, ir.DataType.BFLOAT16]
     value = node.inputs[0]
     if value is not None and value.dtype == ir.DataType.FLOAT:
         types = types[2:]  # features are not counted
+    if value is not None and value.dtype == ir.DataType.BOOL:
+        types = [ir.DataType.INT64]
     return {"to": tuple(int(dtype) for dtype in types)}
 
 
@@ -273,14 +296,16 @@ _ATTRIBUTES: dict[tuple[str, str], _Allowed | Callable[[ir.Node, _Due], _Allowed
     ("", "RMSNormalization"): _norm,
     ("", "ReduceSum"): {"keepdims": (0,)},
     ("", "Reshape"): {"allowzero": (ABSENT, 0, 1)},
-    ("", "ScatterElements"): {"axis": (1, -1), "reduction": ("add",)},
-    ("", "Shape"): {"start": (ABSENT, 0, 1), "end": (ABSENT, 1, 2)},
+    ("", "If"): {f"{name}_branch": ("a graph",) for name in ("then", "else")},
+    ("", "ScatterElements"): _scatter,
+    ("", "Shape"): {"start": (ABSENT, 0, 1, 2), "end": (ABSENT, 1, 2, 3)},
     ("", "SimplifiedLayerNormalization"): _norm,
+    ("", "Softmax"): {"axis": (-1,)},
     ("", "Split"): {"axis": (-1, 0, 2), "num_outputs": (ABSENT, 2, 4, 8)},
     ("", "TensorScatter"): {"axis": (2,)},
     ("", "TopK"): {"axis": (-1,), "sorted": (0,)},
     ("", "Transpose"): {"perm": ((1, 0), (0, 2, 1, 3))},
-    (_CONTRIB, "FusedMatMul"): {"transB": (1,)},
+    (_CONTRIB, "FusedMatMul"): _dense,
     (_CONTRIB, "GatherBlockQuantized"): _look_up,
     (_CONTRIB, "GroupQueryAttention"): _group_query_attention,
     (_CONTRIB, "MatMulIntegerToFloat"): _NONE,

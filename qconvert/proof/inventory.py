@@ -21,7 +21,7 @@ from qconvert.formats.channels import groups_in_a_part
 from qconvert.formats.graph_file import load_graph
 from qconvert.formats.recipe import ChannelFormat
 from qconvert.formats.shortlist import Shortlist
-from qconvert.formats.stored import ORDER_PREFIX, joined_name, kv_scale_name
+from qconvert.formats.stored import BY_GROUPS, ORDER_PREFIX, joined_name, kv_scale_name
 from qconvert.models.decoder import lower_decoder
 from qconvert.models.recorder import tensor_groups
 from qconvert.models.spec import DecoderSpec
@@ -103,6 +103,24 @@ _CONSTANTS: dict[str, Callable[[_Due], Any]] = {
     "kv_zero_point": lambda due: 0,
     "kv_start": lambda due: [0],
     "kv_axis": lambda due: [2],
+    # Attention of one token by groups.
+    BY_GROUPS: lambda due: False,
+    "by_groups_axes": lambda due: [1],
+    "by_groups_first": lambda due: 0,
+    "by_groups_step": lambda due: 1,
+    "by_groups_shown": lambda due: 0,
+    "by_groups_hidden": lambda due: np.finfo(np.float32).min / 2,
+    "by_groups_heads": lambda due: [1, 2],
+    "by_groups_row": lambda due: [1, 2],
+    "by_groups_shape": lambda due: [1, due.spec.num_key_value_heads, 1, due.spec.head_size],
+    "by_groups_token": lambda due: [0, due.spec.num_key_value_heads, 1, due.spec.head_size],
+    "by_groups_queries": lambda due: [
+        0,
+        due.spec.num_key_value_heads,
+        due.spec.num_attention_heads // due.spec.num_key_value_heads,
+        due.spec.head_size,
+    ],
+    "by_groups_context": lambda due: [0, 1, due.spec.query_size],
     # A cache of one length, for TensorRT.
     "attention_scale": lambda due: np.float32(due.spec.head_size**-0.5),
     "first": lambda due: 0,

@@ -45,7 +45,16 @@ EXACT = frozenset(
             "Sigmoid",
             "SimplifiedLayerNormalization",
         ),
-        *("SkipSimplifiedLayerNormalization", "Slice", "Split", "Squeeze", "Sub", "TensorScatter", "TopK"),
+        *(
+            "SkipSimplifiedLayerNormalization",
+            "Slice",
+            "Softmax",
+            "Split",
+            "Squeeze",
+            "Sub",
+            "TensorScatter",
+            "TopK",
+        ),
         *("Transpose", "Unsqueeze", "Where"),
     }
 )

@@ -2,7 +2,7 @@
 
 Few positions are enough, for an operator that errs does so at every token. The twin reads two texts of
 different lengths side by side, as a batch is read, and their last tokens one by one, so that its cache is
-read as well; a graph for prompts is followed by the graph that decodes. What is left between a graph and its
+read as well, by either way of attention; a graph for prompts is followed by the graph that decodes. What is left between a graph and its
 twin is rounding alone, and has its own limits.
 """
 
@@ -98,8 +98,10 @@ def _read_side_by_side(twin: TwinSession, texts: list[NDArray[np.int64]]) -> lis
     pieces = [[text[: len(text) - steps] for text in texts]]
     pieces += [[text[len(text) - left :][:1] for text in texts] for left in range(steps, 0, -1)]
     rows: list[list[NDArray[np.float32]]] = [[] for _ in texts]
-    for piece in pieces:
-        for row, found in zip(rows, twin.advance(piece, cache, filled)):
+    for index, piece in enumerate(pieces):
+        # Every second step goes by groups, so that either way reads what the other has written.
+        by_groups = twin.has_groups and index % 2 == 1
+        for row, found in zip(rows, twin.advance(piece, cache, filled, by_groups=by_groups)):
             row.append(found)
         filled = [before + len(new) for before, new in zip(filled, piece)]
     return [np.concatenate(row) for row in rows]

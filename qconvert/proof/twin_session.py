@@ -11,9 +11,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qconvert.errors import QconvertError
+from qconvert.formats.stored import BY_GROUPS
 from qrun.folder.external_data import DATA_FOLDER, with_data_from_root
 from qrun.folder.manifest import Manifest
 from qrun.machine import usable_cores
+
+# Places at the end of a cache that attention by groups must not see, and what stands in them.
+_BEYOND = 3
+_STALE = 7.0
 
 
 class TwinSession:
@@ -57,7 +62,8 @@ class TwinSession:
         self._heads, self._head_size = facts.num_key_value_heads, facts.head_size
         self._layers = facts.num_hidden_layers
         self.outputs = [output.name for output in self._inference.get_outputs()]
-        self._inputs = {entry.name for entry in self._inference.get_inputs()}
+        defaults = self._inference.get_overridable_initializers()
+        self.has_groups = any(entry.name == BY_GROUPS for entry in defaults)
 
     def empty_cache(self, rows: int = 1) -> dict[str, NDArray[np.float32]]:
         """Keys and values ``[rows, kv_heads, length, head_size]`` of no token yet, by "{layer}.{part}"."""
@@ -73,10 +79,13 @@ class TwinSession:
         sequences: Sequence[NDArray[np.int64]],
         cache: dict[str, NDArray[np.float32]],
         filled: Sequence[int],
+        *,
+        by_groups: bool = False,
     ) -> dict[str, NDArray[np.float32]]:
         """All outputs for the next tokens of every row, ``filled`` others of which came before.
 
-        Shorter rows are filled up after their last token; logits are for every place.
+        Shorter rows are filled up after their last token; logits are for every place. ``by_groups`` is for
+        one token of each row: the cache then gets places that no row has filled, with numbers in them.
         """
         new = max(map(len, sequences))
         padded = np.zeros((len(sequences), new), dtype=np.int64)
@@ -89,21 +98,30 @@ class TwinSession:
         else:
             totals = np.array([before + len(tokens) for before, tokens in zip(filled, sequences)])
             given["attention_mask"] = (np.arange(max(filled) + new) < totals[:, None]).astype(np.int64)
+        if by_groups:
+            given[BY_GROUPS] = np.array(True)
+            places = ((0, 0), (0, 0), (0, 1 + _BEYOND), (0, 0))
+            cache = {name: np.pad(array, places, constant_values=_STALE) for name, array in cache.items()}
         given |= {f"past_key_values.{name}": array for name, array in cache.items()}
         try:
             values = self._inference.run(None, given)
         except Exception as error:  # as above
             raise self._failed("run", error, self._folder) from error
-        return dict(zip(self.outputs, values))
+        found = dict(zip(self.outputs, values))
+        if by_groups:
+            found |= {f"present.{name}": found[f"present.{name}"][:, :, :-_BEYOND] for name in cache}
+        return found
 
     def advance(
         self,
         sequences: Sequence[NDArray[np.int64]],
         cache: dict[str, NDArray[np.float32]],
         filled: Sequence[int],
+        *,
+        by_groups: bool = False,
     ) -> list[NDArray[np.float32]]:
         """Logits ``[new, vocab]`` of every row; the cache takes up the new tokens."""
-        found = self.run(sequences, cache, filled)
+        found = self.run(sequences, cache, filled, by_groups=by_groups)
         cache.update({name: found[f"present.{name}"] for name in cache})
         return [rows[: len(tokens)] for rows, tokens in zip(found["logits"], sequences)]
 

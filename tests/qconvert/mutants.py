@@ -100,9 +100,26 @@ def edit_graph(folder: Path, edit: Callable[[ir.Graph], None], name: str = "mode
     reseal(folder)
 
 
+def attentions(graph: ir.Graph) -> list[ir.Node]:
+    """All nodes of ``GroupQueryAttention``, also those in branches."""
+    everywhere = ir.traversal.RecursiveGraphIterator(graph)
+    return [node for node in everywhere if node.op_type == "GroupQueryAttention"]
+
+
+def outer(graph: ir.Graph, node: ir.Node) -> ir.Node:
+    """The node of the graph itself that a node is, or in whose branch it stands."""
+    if node.graph is graph:
+        return node
+    for around in graph:
+        for attribute in around.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH and node.graph is attribute.as_graph():
+                return around
+    raise AssertionError(f"{node.name} stands in no graph of this one")
+
+
 def swap_key_heads(graph: ir.Graph) -> None:
     """Let the first layer's attention find the keys of key/value heads 0 and 1 in each other's place."""
-    (attention, *_) = (node for node in graph if node.op_type == "GroupQueryAttention")
+    attention = attentions(graph)[0]
     packed = attention.inputs[0]
     queries, head_size = 64, 16  # the tiny model's: 4 query heads, 2 key/value heads of 16
     order = np.arange(queries + 4 * head_size)
@@ -114,7 +131,7 @@ def swap_key_heads(graph: ir.Graph) -> None:
     graph.register_initializer(value)
     gather = ir.node("Gather", [packed, value], {"axis": 2}, name="swapped")
     gather.outputs[0].name = "swapped"
-    graph.insert_before(attention, gather)
+    graph.insert_before(outer(graph, attention), gather)
     attention.replace_input_with(0, gather.outputs[0])
 
 

@@ -20,7 +20,7 @@ from qconvert.errors import QconvertError
 from qconvert.formats.stored import kv_scale_name
 from qconvert.models.families import rope_tables
 from qconvert.proof.report import Report
-from tests.qconvert.mutants import Exporter, edit_graph
+from tests.qconvert.mutants import Exporter, attentions, edit_graph
 from tests.tiny import make_tiny_checkpoint
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -182,7 +182,7 @@ def test_a_wrong_scale_is_named(exporter: Exporter, precision: str, part: str, f
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_scales_that_the_graph_exchanges_show_in_the_logits(exporter: Exporter, precision: str) -> None:
     def exchange(graph: ir.Graph) -> None:
-        (attention, *_) = (node for node in graph if node.op_type == "GroupQueryAttention")
+        attention = attentions(graph)[0]
         key, value = attention.inputs[12], attention.inputs[13]
         attention.replace_input_with(12, value)
         attention.replace_input_with(13, key)

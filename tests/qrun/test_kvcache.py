@@ -33,13 +33,15 @@ def fill(cache: FakeKVCache, count: int) -> None:
     ("needed", "current", "limit", "expected"),
     [
         (1, 0, 4096, MINIMUM_CAPACITY),
-        (257, 256, 4096, 512),
-        (2000, 256, 4096, 2000),
-        (3000, 2048, 4096, 4096),
+        (300, 0, 4096, 300),
+        (257, 256, 4096, 321),
+        (2001, 2000, 4096, 2251),
+        (3000, 2048, 4096, 3256),
+        (4000, 3999, 4096, 4096),
         (10, 0, 64, 64),
     ],
 )
-def test_capacity_doubles_suffices_and_stays_within_the_context(needed, current, limit, expected):
+def test_capacity_grows_by_an_eighth_suffices_and_stays_within_the_context(needed, current, limit, expected):
     assert next_capacity(needed, current, limit) == expected
 
 
@@ -118,11 +120,11 @@ def test_two_caches_are_not_promised_the_same_memory(monkeypatch):
     assert second.capacity == 1000
 
 
-def test_where_doubling_does_not_fit_what_is_needed_still_may(monkeypatch):
+def test_where_room_to_spare_does_not_fit_what_is_needed_still_may(monkeypatch):
     cache = cache_of()
     fill(cache, 1000)
     per_token = cache.manifest.kv.bytes_per_token
-    monkeypatch.setattr(ledger, "available_memory", lambda: per_token * 1500)
+    monkeypatch.setattr(ledger, "available_memory", lambda: per_token * 1100)
     fill(cache, 1)
     assert cache.capacity == 1001
     assert cache.ids[0, :1001].tolist() == list(range(1001))

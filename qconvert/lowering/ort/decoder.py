@@ -22,6 +22,7 @@ from qconvert.formats.stored import joined_name, kv_scale_name, layout_of
 from qconvert.lowering.initializers import Initializers, PackedValues
 from qconvert.lowering.ort import residual, shortlist
 from qconvert.lowering.ort.graph import CONTRIB, IR_TYPES, IR_VERSION, OPSET, OrtGraph, value
+from qconvert.lowering.ort.grouped import GroupedAttention, chooses_attention, has_groups
 from qconvert.lowering.ort.rounded_kv import RoundedKV
 from qconvert.models.spec import DecoderSpec
 
@@ -64,7 +65,7 @@ class OnnxRuntimeLowering:
         self._present = self._kv_values("present", "total_sequence")
         self._logits: ir.Value | None = None
         self._logits_start = self._constant("logits_start", [0])
-        self._total_minus_one, self._total = self._sequence_lengths()
+        last, self._total_minus_one, self._total = self._sequence_lengths()
         self._cos, self._sin = (
             initializers.table(name, torch.from_numpy(table).to(self._dtype))
             for name, table in zip(("cos_cache", "sin_cache"), rope)
@@ -77,6 +78,11 @@ class OnnxRuntimeLowering:
                 inputs=(self._input_ids, self._mask),
                 lengths=(self._total_minus_one, self._total),
                 rope=(self._cos, self._sin),
+            )
+        self._grouped: GroupedAttention | None = None
+        if not prompts and chooses_attention(spec, recipe):
+            self._grouped = GroupedAttention(
+                self.graph, spec, past=self._past[0], last=last, rope=(self._cos, self._sin)
             )
 
     # The verbs.
@@ -168,7 +174,7 @@ class OnnxRuntimeLowering:
         past, present = self._past[2 * layer : 2 * layer + 2], self._present[2 * layer : 2 * layer + 2]
         if self._rounded_kv is not None:
             return self._rounded_kv.attention(qkv, past, layer, attributes)
-        context = ir.Value(name=f"{name}.context")
+        context = ir.Value(name=f"{name}.context", type=ir.TensorType(self.graph.dtype))
         inputs = [qkv, None, None, *past, self._total_minus_one, self._total, self._cos, self._sin]
         if self._recipe.kv_cache is not None:
             attributes |= {
@@ -178,9 +184,17 @@ class OnnxRuntimeLowering:
             }
             scales = [self._initializers.given(kv_scale_name(layer, part)) for part in ("key", "value")]
             inputs += [None, None, None, *scales]
-        self.graph.nodes.add(
-            "GroupQueryAttention", inputs, [context, *present], attributes, domain=CONTRIB, name=name
-        )
+
+        def whole(outputs: list[ir.Value]) -> None:
+            self.graph.nodes.add(
+                "GroupQueryAttention", inputs, outputs, attributes, domain=CONTRIB, name=name
+            )
+
+        outputs = [context, *present]
+        if self._grouped is not None and has_groups(spec, layer):
+            self._grouped.either(qkv, past, layer, whole, outputs)
+        else:
+            whole(outputs)
         return context
 
     def gated_silu(self, gate: ir.Value, up: ir.Value) -> ir.Value:
@@ -223,6 +237,8 @@ class OnnxRuntimeLowering:
         outputs = self._present if self._rounded_kv is None else self._rounded_kv.codes
         if self._logits is not None:
             inputs, outputs = [*inputs, self._logits_start], [self._logits, *outputs]
+            if self._grouped is not None:
+                inputs.append(self._grouped.wanted)
         graph = ir.Graph(
             inputs,
             outputs,
@@ -275,14 +291,14 @@ class OnnxRuntimeLowering:
         ]
         return self._op("Concat", products, {"axis": -1}, name="lm_head.weight")
 
-    def _sequence_lengths(self) -> tuple[ir.Value, ir.Value]:
-        """Inputs of GroupQueryAttention: each row's tokens less one ``[batch]``, and those of the longest."""
+    def _sequence_lengths(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Each row's tokens less one ``[batch]``, int64 and int32, and those of the longest, int32."""
         axis = self._constant("mask_axis", [1])
         rows = self._op("ReduceSum", [self._mask, axis], {"keepdims": 0})
         less_one = self._op("Sub", [rows, self._constant("one", [1])])
         longest = self._op("Gather", [self._op("Shape", [self._mask]), self._constant("mask_axis_scalar", 1)])
         to_int32 = {"to": ir.DataType.INT32}
-        return self._op("Cast", [less_one], to_int32), self._op("Cast", [longest], to_int32)
+        return less_one, self._op("Cast", [less_one], to_int32), self._op("Cast", [longest], to_int32)
 
     def _kv_values(self, prefix: str, length: str) -> list[ir.Value]:
         spec = self._spec

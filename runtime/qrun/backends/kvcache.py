@@ -20,13 +20,17 @@ from qrun.folder.manifest import Manifest, forecast_bytes
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Growing by doubling costs at most one copy of every entry; below 256 tokens a copy is not worth saving.
+# Below 256 tokens a copy is not worth saving. After that a cache grows by an eighth: a step over 8,000
+# tokens reads them all, and once in 1,000 steps they are copied as well. Twice as long a cache would need twice
+# the memory, and attention by groups multiplies it to its end (``ort/attention.py``).
 MINIMUM_CAPACITY = 256
+_LEAST_GROWTH = 64
 
 
 def next_capacity(needed: int, current: int, limit: int) -> int:
-    """The capacity to grow to: doubled, at least ``needed``, never above ``limit`` (all in tokens)."""
-    return min(limit, max(needed, 2 * current, MINIMUM_CAPACITY))
+    """The capacity to grow to: with some room to spare, never above ``limit`` (all in tokens)."""
+    spare = max(_LEAST_GROWTH, current // 8) if current else 0
+    return min(limit, max(needed + spare, MINIMUM_CAPACITY))
 
 
 class KVCache(ABC):
@@ -118,8 +122,12 @@ class KVCache(ABC):
             found = self._shown[first, count] = self._show(first, count)
         return found
 
-    def reserve(self, new_tokens: int) -> None:
+    def reserve(self, new_tokens: int, *, spare: bool = True) -> None:
         """Make room for ``new_tokens`` more in every row; what is cached stays.
+
+        Args:
+            new_tokens: how many.
+            spare: where buffers have to grow, let them grow by more than these.
 
         Raises:
             QrunError: past the context length, or more memory than the machine has left.
@@ -129,7 +137,13 @@ class KVCache(ABC):
             return
         self.check_limit(needed)
         with LEDGER.lock:
-            self.pool._grow(needed)
+            self.pool._grow(needed, spare=spare)
+
+    def fit(self, tokens: int) -> None:
+        """Before ``tokens`` in a row: give back what is beyond them, where the capacity decides on kernels.
+
+        So the last bits of an answer do not depend on what the cache has held before.
+        """
 
     def check_limit(self, needed: int) -> None:
         """Refuse ``needed`` tokens in a row.
@@ -175,11 +189,12 @@ class KVCache(ABC):
         """
         raise self._not_apart()
 
-    def _grow(self, needed: int) -> None:
-        capacity = next_capacity(needed, self.capacity, self.limit)
+    def _grow(self, needed: int, *, spare: bool) -> None:
+        current = self.capacity if spare else 0
+        capacity = next_capacity(needed, current, self.limit)
         free = LEDGER.free_bytes(self) if self.in_host_memory else None
         if free is not None and forecast_bytes(self.manifest, capacity, self.batch) > free:
-            capacity = needed  # what is needed may fit where twice as much does not
+            capacity = needed  # what is needed may fit where room to spare does not
         cost = forecast_bytes(self.manifest, capacity, self.batch)
         while free is not None and cost > free and LEDGER.give_way():
             free = LEDGER.free_bytes(self)

@@ -236,17 +236,23 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence) -> Event:
         row = len(self._decoding)
+        try:
+            kept = self._keep(sequence, row)
+            self._slots.prepare(row, len(sequence.prompt_ids), sequence.room)
+        except QrunError as error:
+            return Failed(error)
+        return sequence.begin(kept)
+
+    def _keep(self, sequence: Sequence, row: int) -> int:
+        """Keep what a row has of a prompt already; returns how many tokens that are."""
         if sequence.is_scored:
             self._slots.trim(row, 0)
-            return sequence.begin(0)
+            return 0
         pieces = None if self._reuses_all else self._pieces
         kept = self._slots.keep(row, sequence.prompt_ids, pieces)
         if self._prefixes is not None and pieces is not None:
-            try:
-                kept = self._prefixes.restore(self._slots, row, sequence.prompt_ids, pieces)
-            except QrunError as error:
-                return Failed(error)
-        return sequence.begin(kept)
+            kept = self._prefixes.restore(self._slots, row, sequence.prompt_ids, pieces)
+        return kept
 
     def _choose(self, sequence: Sequence, logits: NDArray[np.float32], events: Events) -> bool:
         """Choose a sequence's next token; returns whether the sequence goes on."""

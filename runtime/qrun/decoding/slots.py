@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qrun.backends.kvcache import KVCache
 from qrun.backends.session import LogitsFor, Session
-from qrun.decoding.pieces import Pieces
+from qrun.decoding.pieces import GRAIN, Pieces
 
 
 class Slots:
@@ -69,6 +69,20 @@ class Slots:
         held.extend(token_ids)
         found: NDArray[np.float32] = output[0, -1] if logits == "last" else output[0]
         return found
+
+    def prepare(self, row: int, prompt: int, answer: int) -> None:
+        """Make room in a row for a prompt, and for the first tokens of its answer, before it is read.
+
+        So a cache is as long as it has to be: one that grows from piece to piece is copied over and over.
+
+        Raises:
+            QrunError: too little memory.
+        """
+        begun = min(answer, max(GRAIN, prompt // 16))
+        total = min(prompt + begun, self.cache.limit)
+        cache = self._rows(row, 1)
+        cache.fit(total)
+        cache.reserve(max(0, total - len(self.token_ids[row])), spare=False)
 
     def reads_last_apart(self, new: int) -> bool:
         """Whether the last of ``new`` tokens may be fed by ``step`` too: see ``Session``."""

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qconvert.formats.stored import kv_scale_name
-from tests.qconvert.mutants import reseal
+from tests.qconvert.mutants import attentions, reseal
 from tests.qconvert.planted.edits import (
     LAYER,
     DoesNotApplyError,
@@ -121,9 +121,7 @@ def part_of_bias(part: str, change: Change) -> Plant:
 
 
 def _heads(folder: Path) -> tuple[int, int]:
-    node = next(
-        node for node in ir.load(folder / "model.onnx").graph if node.op_type == "GroupQueryAttention"
-    )
+    node = attentions(ir.load(folder / "model.onnx").graph)[0]
     return node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()
 
 
@@ -228,6 +226,8 @@ def _without_record(folder: Path) -> None:
 CONSTANTS: dict[str, Plant] = {
     "logits end at position 4,096": in_bytes("positions_end", to(4096)),
     "the last position's logits by default": in_bytes("logits_start", to(-1)),
+    "attention by groups by default": in_bytes("attend_by_groups", to(True)),
+    "by groups: what is hidden is only a little less likely": in_bytes("by_groups_hidden", to(-20)),
     "activations in 120ths": in_bytes("one_127th", to(1 / 120)),
     "activations in 130ths": in_bytes("one_127th", to(1 / 130)),
     "activations about 127": in_bytes("activation_zero_point", to(127)),

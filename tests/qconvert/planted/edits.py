@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from tests.qconvert.mutants import reseal
+from tests.qconvert.mutants import outer, reseal
 
 # Errors are planted in this layer, unless a kind says otherwise.
 LAYER = 1
@@ -140,7 +140,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def nodes(graph: ir.Graph, op_type: str, place: str = f"layers.{LAYER}/") -> list[ir.Node]:
     """All nodes of one kind in one place, at least one."""
-    found = [node for node in graph if node.op_type == op_type and place in str(node.name)]
+    everywhere = ir.traversal.RecursiveGraphIterator(graph)
+    found = [node for node in everywhere if node.op_type == op_type and place in str(node.name)]
     if not found:
         raise DoesNotApplyError
     return found
@@ -216,7 +217,7 @@ def behind(
     casts = {"half": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16, "int": ir.DataType.INT32}
 
     def plant(graph: ir.Graph) -> None:
-        value = first = node_of(graph, op_type, place).outputs[output]
+        value = first = outer(graph, node_of(graph, op_type, place)).outputs[output]
         readers = list(first.uses())
         for kind, number in made:
             inputs: list[ir.Value | None] = [value]

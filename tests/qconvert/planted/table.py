@@ -46,8 +46,14 @@ KINDS: dict[str, Plant] = {
 }
 MISSED = "MISSED"
 ABSENT = "-"
-# Large enough for logits in two steps; a head of its own, so that neither matrix stands for the other.
-_TINY: dict[str, Any] = {"vocab_size": 4096, "tie_word_embeddings": False}
+# Large enough for logits in two steps; a head of its own, so that neither matrix stands for the other; enough
+# query heads to a key/value head for attention by groups.
+_TINY: dict[str, Any] = {
+    "vocab_size": 4096,
+    "tie_word_embeddings": False,
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class Values:
         self.runtime = runtime
         self._starts = {name: np.array([start], dtype=np.int64) for name, start in _POSITIONS.items()}
         self._positions = {name: self.value(array) for name, array in self._starts.items()}
+        self._booleans = [np.array(on) for on in (False, True)]
+        self._flags = [self.value(array) for array in self._booleans]
 
     def value(self, array: NDArray[Any]) -> Any:
         """A value over an array in the machine's memory, which the caller keeps."""
@@ -47,6 +49,10 @@ class Values:
     def positions(self, logits: str) -> Any:
         """The first position whose logits are wanted, for "last", "all" or "none"."""
         return self._positions[logits]
+
+    def flag(self, *, on: bool) -> Any:
+        """A bool scalar."""
+        return self._flags[on]
 
     def allocate(self, array: NDArray[Any]) -> Any:
         """A value on the session's device: on the CPU it shares the array's memory."""
