@@ -257,7 +257,7 @@ def _columns(node: ir.Node, due: _Due) -> _Allowed:
 
 
 def _cast(node: ir.Node, due: _Due) -> _Allowed:
-    """Codes, scales and logits become float32, lengths int32, a choice is counted; 16 bits are for 16 bits."""
+    """Codes, scales and logits become float32, lengths int32; 16 bits are for exports of 16 bits."""
     types = [ir.DataType.FLOAT, ir.DataType.INT32]
     if due.half:
         types += [ir.DataType.FLOAT16, ir.DataType.BFLOAT16]
@@ -265,7 +265,7 @@ def _cast(node: ir.Node, due: _Due) -> _Allowed:
     if value is not None and value.dtype == ir.DataType.FLOAT:
         types = types[2:]  # features are not counted
     if value is not None and value.dtype == ir.DataType.BOOL:
-        types = [ir.DataType.INT64]
+        types = [ir.DataType.INT64]  # a choice is counted
     return {"to": tuple(int(dtype) for dtype in types)}
 
 

@@ -9,7 +9,6 @@ constants are checked like those of every operator (``graph_check``, ``inventory
 from __future__ import annotations
 
 from collections.abc import Iterator
-from os.path import commonprefix
 
 import onnx_ir as ir
 
@@ -52,7 +51,7 @@ def branch_faults(node: ir.Node, layer: int) -> Iterator[WeightFault]:
         yield WeightFault(where, f"{len(found)} outputs by groups, due are {len(due)}")
     for index, (one, other) in enumerate(zip(found, due)):
         if one != other:
-            same = len(commonprefix((one, other)))
+            same = next((at for at, pair in enumerate(zip(one, other)) if len(set(pair)) > 1), 0)
             here, there = (text[max(0, same - _SHOWN) : same + _SHOWN] for text in (one, other))
             yield WeightFault(where, f"output {index} by groups is ..{here}.., due is ..{there}..")
 

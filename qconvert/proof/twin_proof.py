@@ -2,8 +2,8 @@
 
 Few positions are enough, for an operator that errs does so at every token. The twin reads two texts of
 different lengths side by side, as a batch is read, and their last tokens one by one, so that its cache is
-read as well, by either way of attention; a graph for prompts is followed by the graph that decodes. What is left between a graph and its
-twin is rounding alone, and has its own limits.
+read as well, by either way of attention; a graph for prompts is followed by the graph that decodes. What is
+left between a graph and its twin is rounding alone, and has its own limits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""If these fail, attention by groups gives other answers than the kernel's, or is asked for where it must not be."""
+"""If these fail, attention by groups gives other answers than the kernel, or is used where it must not be."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qrun.sampling.params import SamplingParams
 
 # Four query heads to a key/value head.
 GROUPS = {"max_position_embeddings": 1024, "hidden_size": 128, "num_attention_heads": 8}
-TOKENS = np.random.default_rng(3).integers(0, 256, (1, 420), dtype=np.int64)
+TOKENS = np.random.default_rng(3).integers(0, 256, (1, 620), dtype=np.int64)
 
 
 def always(*_: int) -> bool:
@@ -25,7 +25,7 @@ def never(*_: int) -> bool:
 
 
 def stepped(session, rows, steps: int):
-    """Logits of the last ``steps`` tokens of every row, fed one by one behind prompts of their own lengths."""
+    """Logits of the last ``steps`` tokens of every row, fed one by one, and what the cache holds then."""
     cache = session.new_cache(len(rows))
     for row, tokens in enumerate(rows):
         session.forward(tokens[None, :-steps], cache.rows(row, 1), "none")
@@ -39,7 +39,7 @@ def stepped(session, rows, steps: int):
 
 def test_both_ways_give_the_same_logits_and_the_same_cache(exporter, monkeypatch) -> None:
     session = open_session(exporter(**GROUPS), threads=2)
-    rows = [TOKENS[0, :400]]
+    rows = [TOKENS[0, :560]]
     monkeypatch.setattr(ort_cache, "pays_by_groups", never)
     whole, states = stepped(session, rows, 24)
     monkeypatch.setattr(ort_cache, "pays_by_groups", always)
@@ -67,10 +67,10 @@ def test_a_long_row_goes_by_groups_and_what_else_there_is_does_not(exporter, mon
     session = open_session(exporter(**GROUPS), threads=2)
     runs = asked(session, monkeypatch)
     cache = session.new_cache()
-    session.forward(TOKENS[:, :400], cache)
-    session.forward(TOKENS[:, 400:401], cache)  # the cache grows for it, by an eighth
-    session.forward(TOKENS[:, 401:405], cache)  # several tokens
-    session.forward(TOKENS[:, 405:406], cache)
+    session.forward(TOKENS[:, :560], cache)
+    session.forward(TOKENS[:, 560:561], cache)  # the cache grows for it, by an eighth
+    session.forward(TOKENS[:, 561:565], cache)  # several tokens
+    session.forward(TOKENS[:, 565:566], cache)
     cache.trim(100)
     session.forward(TOKENS[:, 100:101], cache)  # short now, in a long cache
     assert runs == [False, True, False, True, False]
@@ -80,7 +80,7 @@ def test_a_row_among_others_gets_the_same_bits_in_any_company(exporter, monkeypa
     """Its attention depends on nobody's length, so it is the kernel's."""
     session = open_session(exporter(**GROUPS), threads=2)
     runs = asked(session, monkeypatch)
-    rows = [TOKENS[0, :400], TOKENS[0, :300]]
+    rows = [TOKENS[0, :560], TOKENS[0, :300]]
     together, _ = stepped(session, rows, 4)
     beside_a_short_one, _ = stepped(session, [rows[0], TOKENS[0, :20]], 4)
     np.testing.assert_array_equal(together[0], beside_a_short_one[0])
@@ -92,7 +92,7 @@ def test_an_answer_does_not_depend_on_what_the_cache_has_held(exporter, monkeypa
     session = open_session(exporter(**GROUPS), threads=2)
     runs = asked(session, monkeypatch)
     params = SamplingParams(max_tokens=20)
-    prompt, long = TOKENS[0, :300].tolist(), np.arange(900) % 250
+    prompt, long = TOKENS[0, :520].tolist(), np.arange(900) % 250
     fresh, used = Context(session), Context(session)
     answers = [[event for event in generate(fresh, prompt, params) if isinstance(event, Token)]]
     by_itself = list(runs)
@@ -108,7 +108,7 @@ def test_an_answer_does_not_depend_on_what_the_cache_has_held(exporter, monkeypa
 
 @pytest.mark.parametrize(
     ("tokens", "places", "pays"),
-    [(255, 256, False), (256, 256, True), (1000, 1250, True), (1000, 1251, False)],
+    [(511, 512, False), (512, 512, True), (1000, 1250, True), (1000, 1251, False)],
 )
 def test_it_pays_for_long_rows_in_a_cache_that_is_nearly_full(tokens, places, pays) -> None:
     assert pays_by_groups(tokens, places) is pays
@@ -124,7 +124,7 @@ def test_graphs_without_a_choice_have_no_such_input(exporter, options) -> None:
     session = open_session(folder, threads=2)
     inputs = session.manifest.raw["graph"]["inputs"]
     assert BY_GROUPS not in inputs
-    rows = [TOKENS[0, :400]]
+    rows = [TOKENS[0, :560]]
     logits, _ = stepped(session, rows, 2)
     assert np.isfinite(logits).all()
 

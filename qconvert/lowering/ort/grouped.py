@@ -8,9 +8,10 @@ seven. So each layer has both ways, and the caller chooses by the input ``attend
         then  past with the new token written in, scores = q · keys^T + bias, softmax(scores) · values
         else  GroupQueryAttention
 
-The input is an initializer with the default false, so that other programs get ``GroupQueryAttention``. Whoever
-sets it gives one token to each row, and a cache that holds finite numbers up to its end and has room for the
-new token: present has the length of past. All of the cache is multiplied, so it pays where most of it is filled.
+The input is an initializer with the default false, so that other programs get ``GroupQueryAttention``.
+Whoever sets it gives one token to each row, and a cache that holds finite numbers up to its end and has room
+for the new token: present has the length of past. All of the cache is multiplied, so it pays where most of it
+is filled.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from qconvert.lowering.ort.graph import CONTRIB, OrtGraph
 from qconvert.models.spec import DecoderSpec
 
 # With fewer query heads to a key/value head one product for all of them takes as long, or longer: with two
-# 1.6 times, with three 1.2, with four 0.9, with six 0.8, with seven 0.7 times as long as one by one, behind 2,000
-# tokens in a cache that is full to eight ninths.
+# 1.6 times, with three 1.2, with four 0.9, with six 0.8, with seven 0.7 times as long as one by one, behind
+# 2,000 tokens in a cache that is full to eight ninths.
 _LEAST_GROUP = 4
 # Less would overflow where scores are below zero.
 _HIDDEN = np.finfo(np.float32).min / 2

@@ -7,6 +7,7 @@ knows lengths and policy; a backend supplies the memory by overriding ``_realloc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Below 256 tokens a copy is not worth saving. After that a cache grows by an eighth: a step over 8,000
-# tokens reads them all, and once in 1,000 steps they are copied as well. Twice as long a cache would need twice
-# the memory, and attention by groups multiplies it to its end (``ort/attention.py``).
+# tokens reads them all, and once in 1,000 steps they are copied as well. Twice as long a cache would need
+# twice the memory, and attention by groups multiplies it to its end (``ort/attention.py``).
 MINIMUM_CAPACITY = 256
 _LEAST_GROWTH = 64
 
@@ -52,6 +53,8 @@ class KVCache(ABC):
 
     # Whether its memory is the machine's and not a GPU's.
     in_host_memory = True
+    # Whether the capacity decides by which kernels it is read.
+    chooses_by_capacity = False
 
     def __init__(
         self, manifest: Manifest, batch: int = 1, *, pool: Self | None = None, first: int = 0
@@ -140,10 +143,17 @@ class KVCache(ABC):
             self.pool._grow(needed, spare=spare)
 
     def fit(self, tokens: int) -> None:
-        """Before ``tokens`` in a row: give back what is beyond them, where the capacity decides on kernels.
+        """Before there are ``tokens`` in a row: give back what lies beyond, where it decides on kernels.
 
         So the last bits of an answer do not depend on what the cache has held before.
         """
+        wanted = max(tokens, MINIMUM_CAPACITY)
+        if not self.chooses_by_capacity or self.capacity <= wanted:
+            return
+        with LEDGER.lock, suppress(MemoryError):  # without room for both, the longer one stays
+            self._reallocate(wanted)
+            self._capacity = wanted
+            self._touched[:] = self.lengths
 
     def check_limit(self, needed: int) -> None:
         """Refuse ``needed`` tokens in a row.

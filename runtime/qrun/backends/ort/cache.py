@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.backends.kvcache import MINIMUM_CAPACITY, KVCache
-from qrun.backends.ledger import LEDGER
+from qrun.backends.kvcache import KVCache
 from qrun.backends.ort.attention import BY_GROUPS, pays_by_groups
 from qrun.backends.ort.values import Buffer, Values
 
@@ -105,7 +103,7 @@ class InPlaceKVCache(OrtKVCache):
         # A row among others gets the same bits in any company, so its attention must not depend on theirs.
         alone = values.on_cpu and self.pool.batch == 1
         defaults = inference.get_overridable_initializers() if alone else []
-        self._chooses = any(entry.name == BY_GROUPS for entry in defaults)
+        self.chooses_by_capacity = any(entry.name == BY_GROUPS for entry in defaults)
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -116,7 +114,7 @@ class InPlaceKVCache(OrtKVCache):
         if self._bound_buffers is not self.buffers:
             self.bind_buffers(self._binding)
             self._bound_buffers = self.buffers
-        if self._chooses:
+        if self.chooses_by_capacity:
             pays = new == 1 and pays_by_groups(self.length + 1, self.capacity)
             self._binding.bind_ortvalue_input(BY_GROUPS, self.values.flag(on=pays))
         return super().bind(new, logits)
@@ -149,14 +147,6 @@ class InPlaceKVCache(OrtKVCache):
         for buffer, each in zip(self.buffers, states):
             buffer.write(self._first + row, start, each)
         target.advance(length)
-
-    def fit(self, tokens: int) -> None:
-        wanted = max(tokens, MINIMUM_CAPACITY)
-        if self._chooses and self.capacity > wanted:
-            with LEDGER.lock, suppress(MemoryError):  # without room for both, the longer one stays
-                self._reallocate(wanted)
-                self._capacity = wanted
-                self._touched[:] = self.lengths
 
     def _reallocate(self, capacity: int) -> None:
         facts = self.manifest.model
