@@ -14,7 +14,7 @@ key/value head at once, where one token is added (``BY_GROUPS``, docs/model-fold
 
 from __future__ import annotations
 
-_MOST_SCORE_BYTES = 64 << 20
+_MOST_SCORE_BYTES = 128 << 20
 _LEAST_TOKENS = 64  # matrix products of fewer are slow
 
 # The input that asks for attention by groups; graphs without it have one way only.
