@@ -8,9 +8,12 @@ import pytest
 from qrun.backends import kvcache, ledger
 from qrun.backends.kvcache import MINIMUM_CAPACITY, next_capacity
 from qrun.backends.ledger import Ledger
+from qrun.decoding.generate import Context, generate
+from qrun.decoding.slots import Slots
 from qrun.errors import QrunError
 from qrun.folder.manifest import forecast_bytes
-from tests.fakes import FakeKVCache, fake_manifest
+from qrun.sampling.params import SamplingParams
+from tests.fakes import FakeKVCache, FakeSession, fake_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +138,67 @@ def test_a_machine_that_does_not_tell_its_memory_is_believed_to_have_enough(monk
     cache = cache_of()
     cache.reserve(4000)
     assert cache.capacity == 4000
+
+
+def test_room_without_spare_is_exactly_what_is_needed():
+    cache = cache_of()
+    fill(cache, 300)
+    cache.reserve(700, spare=False)
+    assert cache.capacity == 1000
+    assert cache.ids[0, :300].tolist() == list(range(300))
+
+
+def test_only_a_cache_whose_capacity_decides_is_cut_to_fit():
+    cache = cache_of()
+    fill(cache, 300)
+    cache.reserve(1700, spare=False)
+    cache.fit(400)
+    assert cache.capacity == 2000
+    cache.chooses_by_capacity = True
+    cache.fit(400)
+    assert cache.capacity == 400
+    assert cache.ids[0, :300].tolist() == list(range(300))
+    cache.fit(1000)  # there is no room that could be given back
+    assert cache.capacity == 400
+
+
+def test_a_cache_that_cannot_be_cut_stays_as_it_is(monkeypatch):
+    cache = cache_of()
+    cache.chooses_by_capacity = True
+    fill(cache, 2000)
+    cache.trim(300)
+
+    def full(capacity: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "_reallocate", full)
+    cache.fit(400)
+    assert cache.capacity == 2000
+    assert cache.ids[0, :300].tolist() == list(range(300))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "held", "capacity"),
+    [
+        (1000, 10, 0, 1010),
+        (1000, 4000, 0, 1064),
+        (3200, 4000, 0, 3400),
+        (4090, 100, 0, 4096),
+        (10, 1, 0, 256),
+    ],
+)
+def test_a_row_has_room_for_a_prompt_and_the_first_of_its_answer(prompt, answer, held, capacity):
+    slots = Slots(FakeSession(len, fake_manifest(context_length=4096)))
+    slots.prepare(0, prompt, answer)
+    assert slots.cache.capacity == capacity
+    assert slots.cache.length == held
+
+
+def test_a_prompt_that_memory_has_no_room_for_is_refused_before_any_of_it_is_read(monkeypatch):
+    session = FakeSession(len, fake_manifest(context_length=4096))
+    per_token = session.manifest.kv.bytes_per_token
+    monkeypatch.setattr(ledger, "available_memory", lambda: per_token * 999)
+    context = Context(session)
+    with pytest.raises(QrunError, match=r"a KV cache of 1,0\d\d tokens needs"):
+        list(generate(context, list(range(40)) * 25, SamplingParams(max_tokens=20)))
+    assert context.cache.length == 0
