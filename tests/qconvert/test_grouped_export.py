@@ -11,14 +11,12 @@ from qconvert.proof import graph_check
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.mutants import Exporter, edit_graph
 from tests.qconvert.planted.edits import Edit
-from tests.qconvert.planted.operators import WIRING, scale_by_groups
+from tests.qconvert.planted.groups import GROUPS
 from tests.tiny import make_tiny_checkpoint
 
 INPUT = "attend_by_groups"
 # With the two ways exchanged ONNX Runtime does not run the graph at all.
-BY_GROUPS = {
-    kind: edit for kind, edit in WIRING.items() if kind.startswith("by groups: ") and "exchanged" not in kind
-}
+RUNNING = {kind: edit for kind, edit in GROUPS.items() if "exchanged" not in kind}
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +55,7 @@ def _any(node: ir.Node) -> dict[str, tuple[object, ...]]:
     return {name: (graph_check._value(node, name),) for name in node.attributes}
 
 
-@pytest.mark.parametrize(
-    "edit", [*BY_GROUPS.values(), scale_by_groups], ids=[*BY_GROUPS, "scale of attention by groups 5% off"]
-)
+@pytest.mark.parametrize("edit", list(RUNNING.values()), ids=list(RUNNING))
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_what_it_computes_is_compared_with_pytorch_too(
     exporter: Exporter, monkeypatch: pytest.MonkeyPatch, precision: str, edit: Edit

@@ -98,9 +98,8 @@ def of_next_layer(op_type: str, index: int) -> Edit:
 
 
 def presents_exchanged(graph: ir.Graph) -> None:
-    one, other = (
-        outer(graph, node_of(graph, ATTENTION, f"layers.{layer}/")).outputs[1] for layer in (LAYER, LAYER + 1)
-    )
+    places = (f"layers.{layer}/" for layer in (LAYER, LAYER + 1))
+    one, other = (outer(graph, node_of(graph, ATTENTION, place)).outputs[1] for place in places)
     one.name, other.name = f"{other.name}", f"{one.name}"
     order = [value.name for value in graph.outputs]
     mine, others = order.index(one.name), order.index(other.name)
@@ -220,8 +219,7 @@ def second_step(op_type: str) -> Edit:
 
     def plant(graph: ir.Graph) -> None:
         node = node_of(graph, "ScatterElements", "lm_head")
-        found = node.inputs[2]
-        node.replace_input_with(2, insert(graph, op_type, [found, found]))
+        node.replace_input_with(2, insert(graph, op_type, [node.inputs[2]] * 2))
 
     return plant
 
@@ -271,61 +269,6 @@ def without_positions_of_keys(graph: ir.Graph) -> None:
             attention.replace_input_with(index, constant(graph, f"planted_{table.name}", rows, rows.dtype))
 
 
-def branch(graph: ir.Graph) -> ir.Graph:
-    """Attention by groups of the first layer that has it."""
-    return node_of(graph, "If", "").attributes["then_branch"].as_graph()
-
-
-def scale_by_groups(graph: ir.Graph) -> None:
-    node = node_of(branch(graph), "FusedMatMul", "")
-    node.attributes["alpha"] = ir.AttrFloat32("alpha", node.attributes["alpha"].as_float() * 1.05)
-
-
-def exchanged_by_groups(op_type: str, index: int, other: str, other_index: int) -> Edit:
-    """An input of a node of the branch reads what another one's reads."""
-
-    def plant(graph: ir.Graph) -> None:
-        node, source = node_of(branch(graph), op_type, ""), node_of(branch(graph), other, "")
-        node.replace_input_with(index, source.inputs[other_index])
-
-    return plant
-
-
-def bias_left_out_by_groups(graph: ir.Graph) -> None:
-    """Places of the cache that no token has filled are attended to."""
-    node = node_of(branch(graph), "Add", "")
-    scores = node.inputs[0]
-    assert scores is not None
-    use_instead(node.outputs[0], scores)
-
-
-def written_elsewhere_by_groups(graph: ir.Graph) -> None:
-    """The new token's keys and values go one place too far back."""
-    places = node_of(graph, "Expand", "attend_by_groups").outputs[0]
-    earlier = insert(graph, "Sub", [places, initializer(graph, "one")])
-    use_instead(places, earlier, but=earlier)
-
-
-def one_place_less_by_groups(graph: ir.Graph) -> None:
-    """The newest token does not see itself."""
-    node = node_of(graph, "LessOrEqual", "attend_by_groups")
-    node.op_type = "Less"
-
-
-def keys_of_another_layer_by_groups(graph: ir.Graph) -> None:
-    mine = node_of(branch(graph), "ScatterElements", "")
-    before = mine.inputs[0]
-    others = [value for value in graph.inputs if str(value.name).endswith(".key") and value is not before]
-    mine.replace_input_with(0, others[0])
-
-
-def branches_exchanged(graph: ir.Graph) -> None:
-    node = node_of(graph, "If", "")
-    one, other = (node.attributes[f"{name}_branch"].as_graph() for name in ("then", "else"))
-    node.attributes["then_branch"] = ir.AttrGraph("then_branch", other)
-    node.attributes["else_branch"] = ir.AttrGraph("else_branch", one)
-
-
 ATTRIBUTES: dict[str, Edit] = {
     "attention scale 5% off in one layer": times(ATTENTION, "scale", 1.05),
     "soft cap of 5 in one layer": set_float(ATTENTION, "softcap", 5.0),
@@ -343,7 +286,6 @@ ATTRIBUTES: dict[str, Edit] = {
     "another number of query heads": set_int(ATTENTION, "num_heads", 1),
     "a product 2% too strong by its alpha": set_float("FusedMatMul", "alpha", 1.02),
     "8-bit cache with one scale a layer": cache_of_one_scale,
-    "scale of attention by groups 5% off": scale_by_groups,
     "second step for the unlikeliest tokens": the_unlikeliest,
     "second step in place of the first": no_sum,
 }
@@ -382,12 +324,6 @@ WIRING: dict[str, Edit] = {
     "rows one token short": rows_one_short,
     "logits one position late": logits_one_position_late,
     "the embedding as head": head_of_the_embedding,
-    "by groups: keys in place of values": exchanged_by_groups("MatMul", 1, "FusedMatMul", 1),
-    "by groups: scores not cut off": bias_left_out_by_groups,
-    "by groups: another layer's past keys": keys_of_another_layer_by_groups,
-    "by groups: written one place too early": written_elsewhere_by_groups,
-    "by groups: the newest token is not seen": one_place_less_by_groups,
-    "by groups: the two ways exchanged": branches_exchanged,
     "second step twice": second_step("Add"),
     "second step left out": second_step("Sub"),
     "second step with the first position's states": second_step_of_the_first_position,

@@ -17,6 +17,7 @@ from qrun.errors import QrunError
 from tests.qconvert.planted.content import CACHE, CONSTANTS, STORED
 from tests.qconvert.planted.edits import DoesNotApplyError, Plant, in_graph
 from tests.qconvert.planted.files import FILES
+from tests.qconvert.planted.groups import GROUPS
 from tests.qconvert.planted.heads import HEADS
 from tests.qconvert.planted.operators import ATTRIBUTES, WIRING
 from tests.qconvert.planted.prompts import PROMPTS
@@ -36,7 +37,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "Qwen3 int4, prefill, int8 cache": {"precision": "int4", "prefill": True, "int8_kv_cache": True},
 }
 KINDS: dict[str, Plant] = {
-    **{kind: in_graph(edit) for kind, edit in (ATTRIBUTES | WIRING).items()},
+    **{kind: in_graph(edit) for kind, edit in (ATTRIBUTES | WIRING | GROUPS).items()},
     **CONSTANTS,
     **STORED,
     **CACHE,
