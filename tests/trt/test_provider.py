@@ -147,9 +147,10 @@ def test_a_node_that_lands_on_the_cpu_is_an_error_that_names_it(
 ) -> None:
     node = types.SimpleNamespace(name="/model/layers.1/self_attn/TensorScatter", op_type="TensorScatter")
     shape = types.SimpleNamespace(name="/model/mask/Unsqueeze", op_type="Unsqueeze")
+    of_lengths = types.SimpleNamespace(name="/attend_by_groups/Range", op_type="Range")
     assigned = [
         types.SimpleNamespace(ep_name="TensorrtExecutionProvider", get_nodes=list),
-        types.SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: [node, shape]),
+        types.SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: [node, shape, of_lengths]),
     ]
     monkeypatch.setitem(ort._PROVIDERS, "tensorrt", "CPUExecutionProvider")
     monkeypatch.setattr(ProviderSession, "providers", lambda self, device: ["CPUExecutionProvider"])

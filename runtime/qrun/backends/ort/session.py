@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.backends.kvcache import KVCache
-from qrun.backends.ort.attention import most_tokens
+from qrun.backends.ort.attention import BY_GROUPS, most_tokens
 from qrun.backends.ort.cache import GrowingKVCache, InPlaceKVCache, OrtKVCache
 from qrun.backends.ort.prefill import PrefillGraph
 from qrun.backends.ort.values import Values
@@ -43,6 +43,8 @@ _UPDATE = (
 )
 # Operators on int64 shapes and lengths, which ONNX Runtime rightly keeps on the CPU beside any device.
 _SHAPE_OPERATORS = frozenset({"Shape", "Gather", "ReduceSum", "Sub", "Cast", "Slice", "Squeeze", "Unsqueeze"})
+# What attention by groups makes of lengths, once for all layers; a GPU is never asked for it.
+_OF_LENGTHS = f"/{BY_GROUPS}/"
 
 
 class OrtSession:
@@ -241,5 +243,5 @@ def nodes_on_cpu(inference: Any) -> list[str]:
         for subgraph in inference.get_provider_graph_assignment_info()
         if subgraph.ep_name == "CPUExecutionProvider"
         for node in subgraph.get_nodes()
-        if node.op_type not in _SHAPE_OPERATORS
+        if node.op_type not in _SHAPE_OPERATORS and not node.name.startswith(_OF_LENGTHS)
     ]
