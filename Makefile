@@ -143,7 +143,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-interop: $(INTEROP_VENV)/.ready $(EXPORTS)/fp32/qconvert.json $(EXPORTS)/int8/qconvert.json
+interop: $(INTEROP_VENV)/.ready $(EXPORTS)/fp32/qconvert.json $(EXPORTS)/int8/qconvert.json $(EXPORTS)/groups/model/qconvert.json
 	QCONVERT_INTEROP=$(EXPORTS) $(INTEROP_VENV)/bin/pytest tests/interop
 
 benchmark: $(BENCH_VENV)/.ready $(INTEROP_VENV)/.ready
@@ -237,6 +237,12 @@ $(DEMO)/sample-model.json $(SAMPLE)/sample-model.json: | $(VENV)/.ready
 
 $(DEMO_EXPORT)/qconvert.json: $(DEMO)/sample-model.json $(SOURCES)
 	$(VENV)/bin/qconvert export $(DEMO) --output $(DEMO_EXPORT) --force
+
+# A model with two ways of attention, which the sample's few heads do not have.
+$(EXPORTS)/groups/model/qconvert.json: $(VENV)/.ready $(SOURCES) tests/tiny.py
+	$(VENV)/bin/python -c "from pathlib import Path; from tests.tiny import make_tiny_checkpoint; \
+	    make_tiny_checkpoint(Path('$(EXPORTS)/groups/tiny'), max_position_embeddings=1024, hidden_size=128, num_attention_heads=8)"
+	$(VENV)/bin/qconvert export $(EXPORTS)/groups/tiny --precision fp32 --output $(EXPORTS)/groups/model --force
 
 $(EXPORTS)/%/qconvert.json: $(SAMPLE)/sample-model.json $(SOURCES)
 	$(VENV)/bin/qconvert export $(SAMPLE) --precision $* --output $(EXPORTS)/$* --force
