@@ -39,7 +39,10 @@ def branch_faults(node: ir.Node, layer: int) -> Iterator[WeightFault]:
     names = [value.name for value in node.outputs]
     if names[1:] != [f"present.{layer}.key", f"present.{layer}.value"]:
         yield WeightFault(where, f"writes {', '.join(map(str, names[1:]))}, due are present.{layer}'s")
-    by_groups, whole = (node.attributes[f"{name}_branch"].as_graph() for name in ("then", "else"))
+    branches = [node.attributes.get(f"{name}_branch") for name in ("then", "else")]
+    if None in branches:
+        return  # an attribute that is not there is a fault already
+    by_groups, whole = (branch.as_graph() for branch in branches if branch is not None)
     kernels = [each for each in whole if each.op_type == "GroupQueryAttention"]
     if len(kernels) != 1 or len(list(whole)) != 1 or list(whole.outputs) != list(kernels[0].outputs):
         yield WeightFault(where, "one of its ways is not GroupQueryAttention alone")

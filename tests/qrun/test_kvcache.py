@@ -143,7 +143,7 @@ def test_a_machine_that_does_not_tell_its_memory_is_believed_to_have_enough(monk
 def test_room_without_spare_is_exactly_what_is_needed():
     cache = cache_of()
     fill(cache, 300)
-    cache.reserve(700, spare=False)
+    cache.reserve(700, spare=0)
     assert cache.capacity == 1000
     assert cache.ids[0, :300].tolist() == list(range(300))
 
@@ -151,7 +151,7 @@ def test_room_without_spare_is_exactly_what_is_needed():
 def test_only_a_cache_whose_capacity_decides_is_cut_to_fit():
     cache = cache_of()
     fill(cache, 300)
-    cache.reserve(1700, spare=False)
+    cache.reserve(1700, spare=0)
     cache.fit(400)
     assert cache.capacity == 2000
     cache.chooses_by_capacity = True
@@ -202,3 +202,14 @@ def test_a_prompt_that_memory_has_no_room_for_is_refused_before_any_of_it_is_rea
     with pytest.raises(QrunError, match=r"a KV cache of 1,0\d\d tokens needs"):
         list(generate(context, list(range(40)) * 25, SamplingParams(max_tokens=20)))
     assert context.cache.length == 0
+
+
+def test_a_prompt_that_fits_is_read_where_there_is_no_room_for_the_answers_beginning(monkeypatch):
+    session = FakeSession(len, fake_manifest(context_length=4096))
+    slots = Slots(session)
+    per_token = session.manifest.kv.bytes_per_token
+    monkeypatch.setattr(ledger, "available_memory", lambda: per_token * 1010)
+    slots.prepare(0, 1000, 500)
+    assert slots.cache.capacity == 1000
+    slots.prepare(0, 1000, 500)  # once more: what is there suffices
+    assert slots.cache.capacity == 1000

@@ -28,9 +28,10 @@ MINIMUM_CAPACITY = 256
 _LEAST_GROWTH = 64
 
 
-def next_capacity(needed: int, current: int, limit: int) -> int:
+def next_capacity(needed: int, current: int, limit: int, spare: int | None = None) -> int:
     """The capacity to grow to: with some room to spare, never above ``limit`` (all in tokens)."""
-    spare = max(_LEAST_GROWTH, current // 8) if current else 0
+    if spare is None:
+        spare = max(_LEAST_GROWTH, current // 8) if current else 0
     return min(limit, max(needed + spare, MINIMUM_CAPACITY))
 
 
@@ -125,18 +126,19 @@ class KVCache(ABC):
             found = self._shown[first, count] = self._show(first, count)
         return found
 
-    def reserve(self, new_tokens: int, *, spare: bool = True) -> None:
+    def reserve(self, new_tokens: int, *, spare: int | None = None) -> None:
         """Make room for ``new_tokens`` more in every row; what is cached stays.
 
         Args:
             new_tokens: how many.
-            spare: where buffers have to grow, let them grow by more than these.
+            spare: room for so many beyond these, if there is memory for it; by default buffers that have to
+                grow get room for an eighth more.
 
         Raises:
             QrunError: past the context length, or more memory than the machine has left.
         """
         needed = self.length + new_tokens
-        if needed <= self.capacity:
+        if min(needed + (spare or 0), self.limit) <= self.capacity and needed <= self.capacity:
             return
         self.check_limit(needed)
         with LEDGER.lock:
@@ -199,12 +201,13 @@ class KVCache(ABC):
         """
         raise self._not_apart()
 
-    def _grow(self, needed: int, *, spare: bool) -> None:
-        current = self.capacity if spare else 0
-        capacity = next_capacity(needed, current, self.limit)
+    def _grow(self, needed: int, *, spare: int | None) -> None:
+        capacity = next_capacity(needed, self.capacity, self.limit, spare)
         free = LEDGER.free_bytes(self) if self.in_host_memory else None
         if free is not None and forecast_bytes(self.manifest, capacity, self.batch) > free:
             capacity = needed  # what is needed may fit where room to spare does not
+            if capacity <= self.capacity:
+                return
         cost = forecast_bytes(self.manifest, capacity, self.batch)
         while free is not None and cost > free and LEDGER.give_way():
             free = LEDGER.free_bytes(self)

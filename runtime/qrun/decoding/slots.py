@@ -79,10 +79,9 @@ class Slots:
             QrunError: too little memory.
         """
         begun = min(answer, max(GRAIN, prompt // 16))
-        total = min(prompt + begun, self.cache.limit)
         cache = self._rows(row, 1)
-        cache.fit(total)
-        cache.reserve(max(0, total - len(self.token_ids[row])), spare=False)
+        cache.fit(min(prompt + begun, cache.limit))
+        cache.reserve(prompt - len(self.token_ids[row]), spare=begun)
 
     def reads_last_apart(self, new: int) -> bool:
         """Whether the last of ``new`` tokens may be fed by ``step`` too: see ``Session``."""

@@ -90,7 +90,7 @@ class StaticKVCache(OrtKVCache):
         self._buffers: list[NDArray[Any]] = []
         self._wanted: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
-    def reserve(self, new_tokens: int, *, spare: bool = True) -> None:
+    def reserve(self, new_tokens: int, *, spare: int | None = None) -> None:
         fits = self.length + new_tokens <= self.limit
         super().reserve(self.limit - self.length if fits and not self.capacity else new_tokens)
 

@@ -37,7 +37,7 @@ class TrtKVCache(KVCache):
         self.buffers: dict[str, DeviceBuffer] = {}
         self._closing = weakref.finalize(self, _close, self.buffers)
 
-    def reserve(self, new_tokens: int, *, spare: bool = True) -> None:
+    def reserve(self, new_tokens: int, *, spare: int | None = None) -> None:
         self.check_limit(self.length + new_tokens)
         if not self.capacity:
             self._reallocate(self.limit)
