@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -37,9 +37,16 @@ def subject_of(tmp_path_factory: pytest.TempPathFactory) -> SubjectOf:
 
 @pytest.fixture(scope="module")
 def made(subject_of: SubjectOf, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The export of a column, made when it is first asked for."""
+    """The export of a column, made when it is first asked for; it passes its proof with nothing planted."""
     root = tmp_path_factory.mktemp("made")
-    return cache(lambda column: subject_of(column).export(column, root / column.replace(" ", "-")))
+    return cache(lambda column: subject_of(column).passing_export(column, root / column.replace(" ", "-")))
+
+
+class Doomed(Subject):
+    """A checkpoint whose exports all fail."""
+
+    def failures(self, folder: Path) -> Iterator[tuple[str, str]]:
+        yield "logits on every path", str(folder)
 
 
 def documented() -> dict[str, dict[str, str]]:
@@ -65,8 +72,14 @@ def test_the_documented_table_has_every_kind_and_column_and_nothing_was_missed()
 
 @pytest.mark.planted
 @pytest.mark.parametrize("column", COLUMNS)
-def test_an_export_with_nothing_planted_passes(subject_of: SubjectOf, made: Made, column: str) -> None:
-    assert not list(subject_of(column).failures(made(column)))
+def test_an_export_with_nothing_planted_passes(made: Made, column: str) -> None:
+    made(column)
+
+
+def test_nothing_is_planted_into_an_export_that_fails_without(subject_of: SubjectOf, tmp_path: Path) -> None:
+    subject = Doomed(subject_of("int8").checkpoint, subject_of("int8").reference)
+    with pytest.raises(AssertionError, match="int8, nothing planted"):
+        subject.passing_export("int8", tmp_path / "m")
 
 
 def _one_column(kind: str) -> str:
