@@ -20,6 +20,7 @@ from qconvert.recipes.choose import RECIPES
 from qconvert.targets import DEFAULT_TARGET, TARGETS
 from qrun.cli.group import CommandGroup
 from qrun.cli.terminal import complain
+from qrun.machine import keep_freed_memory
 
 if TYPE_CHECKING:
     from qconvert.tensorrt.backends import BackendName
@@ -43,6 +44,7 @@ class _Group(CommandGroup):
     def invoke(self, ctx: click.Context) -> Any:
         # SIGTERM cleans up as Ctrl-C does; the exit code is the one that shells use for this signal.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        keep_freed_memory()
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:

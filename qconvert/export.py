@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qconvert.calibration.awq import helpers_worth
 from qconvert.calibration.calibrate import calibrate
 from qconvert.calibration.gptq.store import RoundedWeights
+from qconvert.calibration.helper import helpers
 from qconvert.calibration.kv_scales import KVScales
 from qconvert.calibration.observer import TOKENS
 from qconvert.calibration.text import CalibrationText, calibration_text, reads_text
@@ -111,6 +113,8 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
         new_model_folder(output, force=options.force, needed_bytes=needed) as folder,
         ExitStack() as leftovers,
     ):
+        count = helpers_worth(parameter_count(spec)) if choice.method == "awq" else 0
+        others = leftovers.enter_context(helpers(count))
         with hashed_meanwhile(checkpoint.weight_files) as hashes:
             with progress.task("loading the checkpoint"):
                 model = load_model(checkpoint)
@@ -133,6 +137,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                 own_text=lambda: read_text(None, TOKENS),
                 folder=folder.path,
                 progress=progress,
+                helpers=others,
             )
             with progress.task("writing the graph", parameter_count(spec)) as advance:
                 write_graph(
@@ -146,6 +151,7 @@ def export(source: str, options: ExportOptions, progress: Progress) -> Exported:
                     rounded=rounded,
                     kv_scales=calibrated.kv_scales,
                     advance=advance,
+                    hashed=folder.note_hash,
                 )
             write_companions(checkpoint, spec, folder.path, for_genai=target.read_by_genai)
             facts = describe(checkpoint, spec, recipe, target, hashes.result())
@@ -180,10 +186,12 @@ def write_graph(
     advance: Any = None,
     rounded: Mapping[str, PackedWeight] | None = None,
     balance: Folding = NO_FOLDING,
+    hashed: Callable[[Path, str], None] | None = None,
 ) -> None:
     """Lower the decoder and write the target's graphs and ``model.onnx.data``.
 
-    ``folding`` is that of integer products, ``balance`` that of all others.
+    ``folding`` is that of integer products, ``balance`` that of all others; ``hashed`` is told the SHA-256 of
+    each data file.
     """
     import onnx_ir
 
@@ -192,7 +200,7 @@ def write_graph(
     from qconvert.lowering.data_file import DATA_NAME, DataFile
     from qconvert.lowering.initializers import Initializers
 
-    with DataFile(folder / DATA_NAME) as data, piece_workers() as workers:
+    with DataFile(folder / DATA_NAME, hashed) as data, piece_workers() as workers:
         weights = CheckpointWeights(model, advance)
         kept = KeptWeights(model, recipe.kept)
         packed = kept if rounded is None else rounded

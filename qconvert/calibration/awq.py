@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from qconvert.calibration.balance import LayerWork
 from qconvert.calibration.gptq.rounding import not_finite
 from qconvert.calibration.gptq.store import HEAD, RoundedWeights
+from qconvert.calibration.helper import Helper
 from qconvert.calibration.statistics import Watcher
 from qconvert.calibration.walk import Walk
 from qconvert.calibration.work import Factors, Seen
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 # Columns that make up for one another's errors: whole blocks of about this many.
 GROUP = 256
-# Another process takes two seconds to start: what this many weights take to be rounded.
+# Another process takes two seconds to start: what about this many weights take to be rounded.
 _WORTH_A_PROCESS = 50_000_000
 _MOST_PROCESSES = 7
 
@@ -47,7 +48,7 @@ def balance_and_round(
     *,
     progress: Progress,
     watcher: Watcher | None = None,
-    helpers: int | None = None,
+    helpers: Sequence[Helper] = (),
 ) -> Factors:
     """Round every linear weight of the decoder into ``store``; the factors that were folded into them before.
 
@@ -60,8 +61,8 @@ def balance_and_round(
         store: gets each layer as soon as it is rounded.
         progress: is told of each layer.
         watcher: looks at every layer of the text too.
-        helpers: processes beside this one; None: one for each further core, where the model is worth it.
-            The result is the same to the bit.
+        helpers: processes beside this one (see ``helpers_worth``), which are ended here. The result is the
+            same to the bit.
 
     Raises:
         QconvertError: a weight holds NaN or Inf.
@@ -69,8 +70,6 @@ def balance_and_round(
     store.remove()
     walk = Walk(model, Balancing(recipe), sequences, watcher)
     factors = Factors()
-    if helpers is None:
-        helpers = min(usable_cores() - 1, _MOST_PROCESSES) if walk.weights >= _WORTH_A_PROCESS else 0
     with progress.task("balancing and rounding the weights", walk.layers) as advance:
         try:
             with closing(walk.rounded(helpers)) as layers:
@@ -83,6 +82,11 @@ def balance_and_round(
         except NonFiniteWeightError as error:
             raise not_finite(error) from error
     return factors
+
+
+def helpers_worth(parameters: int) -> int:
+    """Processes beside this one that a model of this size is worth: one for each further core, or none."""
+    return min(usable_cores() - 1, _MOST_PROCESSES) if parameters >= _WORTH_A_PROCESS else 0
 
 
 class Balancing:

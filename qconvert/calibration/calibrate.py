@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qconvert.calibration.awq import balance_and_round
 from qconvert.calibration.gptq.rounding import round_weights
 from qconvert.calibration.gptq.store import RoundedWeights
+from qconvert.calibration.helper import Helper
 from qconvert.calibration.integers import compensate_and_round
 from qconvert.calibration.kv_scales import KVScales, scales_for
 from qconvert.calibration.observer import Observer, observe
@@ -50,6 +51,7 @@ def calibrate(
     own_text: Callable[[], CalibrationText],
     folder: Path,
     progress: Progress,
+    helpers: Sequence[Helper] = (),
 ) -> Calibrated:
     """Look at the model on a text, and round its weights where the recipe does that on a text.
 
@@ -61,6 +63,7 @@ def calibrate(
         own_text: the package's text, for a recipe that asks for more than its pass through ``text`` shows.
         folder: gets the records of what was rounded, with which the proof compares what was stored.
         progress: is told of each layer.
+        helpers: processes that round layers too, for the recipe awq.
 
     Raises:
         QconvertError: a weight holds NaN or Inf.
@@ -76,7 +79,13 @@ def calibrate(
             )
         elif method == "awq":
             factors = balance_and_round(
-                model, recipe, text.sequences, rounded, progress=progress, watcher=observer
+                model,
+                recipe,
+                text.sequences,
+                rounded,
+                progress=progress,
+                watcher=observer,
+                helpers=helpers,
             )
         else:
             factors = round_weights(model, recipe, text.sequences, rounded, progress)

@@ -13,8 +13,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from qconvert.calibration.work import Rounded, Work
 from qconvert.formats.folding import FoldedInput
 from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
 from qconvert.formats.recipe import BlockFormat
+from qrun.machine import keep_freed_memory
 
 _ALIGNED = 64
 _START = (
@@ -111,12 +112,17 @@ class Helper:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """``stop``, and give back the memory that both have; it may have been done before."""
         self.stop()
         process, self._process = self._process, None
         if process is not None:
             process.communicate()
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
+            del self._descriptor, self._shared
 
     def stop(self) -> None:
         """End the process, whatever it does; who waits for it gets an ``InterruptedError``."""
@@ -165,6 +171,13 @@ class Helper:
         except OSError:
             return None
         return json.loads(line) if line.endswith(b"\n") else None
+
+
+@contextmanager
+def helpers(count: int) -> Iterator[list[Helper]]:
+    """This many processes. They take two seconds to be ready, so that it pays to start them early."""
+    with ExitStack() as processes:
+        yield [processes.enter_context(Helper()) for _ in range(count)]
 
 
 def _request(work: LayerWork, shared: SharedTensors) -> dict[str, Any]:
@@ -216,6 +229,7 @@ def answer(request: Mapping[str, Any], shared: SharedTensors) -> dict[str, Any]:
 def main(descriptor: int) -> None:
     """Answer requests until there are no more: the other side has closed the pipe, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the one that has started this ends it
+    keep_freed_memory()
     torch.set_num_threads(1)
     shared = SharedTensors(descriptor)
     with torch.no_grad():

@@ -65,7 +65,7 @@ def compensate_and_round(
     factors = Factors()
     with progress.task("smoothing and rounding the weights", walk.layers) as advance:
         try:
-            with closing(walk.rounded(0)) as layers:
+            with closing(walk.rounded()) as layers:
                 for index, (found, rounded) in enumerate(layers):
                     store.add_layer(index, rounded)
                     factors |= found

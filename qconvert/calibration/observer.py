@@ -19,7 +19,7 @@ from qconvert.parallel import all_threads
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Tokens of the text, spread over it: as many as the recipe awq reads.
+# Tokens of the text, spread over it.
 TOKENS = 4096
 
 

@@ -22,7 +22,7 @@ SEPARATOR = "\n=====\n"
 _SEED = 20240608
 _RANDOM_LENGTH = 256
 _RANDOM_SEQUENCES = 8
-# Rounding reads up to 16,384 tokens of both of the package's texts, the other calibrations a quarter of that.
+# Rounding reads up to 16,384 tokens of both of the package's texts, the other calibrations less.
 _SEQUENCE_TOKENS = 512
 _MOST_TOKENS = 32 * _SEQUENCE_TOKENS
 # Sequences are short enough to come from as many places of the text.

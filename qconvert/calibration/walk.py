@@ -56,25 +56,20 @@ class Walk:
         self._pass = Pass(model, sequences, watcher)
         self.layers = self._spec.num_hidden_layers
 
-    @property
-    def weights(self) -> int:
-        """How many there are to be rounded."""
-        names = [name for found in self._inputs(0) for name in found.readers]
-        rows_and_columns = [self._weights.shape(name) for name in names]
-        return self.layers * sum(rows * columns for rows, columns in rows_and_columns)
-
-    def rounded(self, helpers: int) -> Generator[Rounded, None, None]:
+    def rounded(self, helpers: Sequence[Helper] = ()) -> Generator[Rounded, None, None]:
         """Each layer, in order.
 
         Args:
-            helpers: processes beside this one; only the recipe awq's work can be given to them.
+            helpers: processes beside this one, which are ended here; only the recipe awq's work can be given
+                to them.
 
         Raises:
             NonFiniteWeightError: NaN or Inf in a weight, or in what the layers before make of it.
         """
         with ExitStack() as processes, single_threads():
-            others = [processes.enter_context(Helper()) for _ in range(helpers)]
-            engines = engines_of(others)
+            for helper in helpers:
+                processes.callback(helper.end)
+            engines = engines_of(helpers)
             idle: SimpleQueue[Engine] = SimpleQueue()
             for engine in engines:
                 idle.put(engine)
@@ -106,7 +101,7 @@ class Walk:
                         yield layers.popleft().result()
                 finally:
                     stopped.set()
-                    for helper in others:
+                    for helper in helpers:
                         helper.stop()
                     for future in layers:
                         future.cancel()

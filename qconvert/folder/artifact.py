@@ -59,10 +59,13 @@ class ModelFolder:
         header = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
         self.write_json(MANIFEST_NAME, {**header, **facts, "files": entries})
 
+    def note_hash(self, path: Path, sha256: str) -> None:
+        """What is in a file that is complete, for the manifest: whoever wrote it has hashed it."""
+        self._hashes[_state(path)] = sha256
+
     def _hash(self, path: Path) -> str:
         """SHA-256 of a file, computed once for the same content (the manifest is written twice)."""
-        status = path.stat()
-        key = (path.name, status.st_size, status.st_mtime_ns)
+        key = _state(path)
         if key not in self._hashes:
             self._hashes[key] = sha256_of(path)
         return self._hashes[key]
@@ -129,6 +132,12 @@ class ModelFolder:
         except (KeyboardInterrupt, SystemExit):  # of Ctrl-C and SIGTERM: nobody could find what is left
             remove_files(self.path, ours)
             raise
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    """What changes with a file's content."""
+    status = path.stat()
+    return path.name, status.st_size, status.st_mtime_ns
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from qconvert.formats.layout import (
     as_tensor,
     for_each,
     is_finite,
+    nibbles,
     row_ranges,
 )
 from qconvert.formats.recipe import HIGHEST_HALVES, LOWEST_HALVES, BlockFormat
@@ -270,17 +271,15 @@ def unpack(packed: PackedWeight, fmt: BlockFormat, columns: int) -> torch.Tensor
     import torch
 
     def codes(data: torch.Tensor) -> torch.Tensor:
-        if fmt.bits == 8:
-            return data.to(torch.float32)
-        return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).to(torch.float32)
+        return (data if fmt.bits == 8 else nibbles(data)).to(torch.float32)
 
     rows, blocks = packed.scales.shape
-    zeros = (
-        torch.full((rows, blocks), float(1 << (fmt.bits - 1)))
-        if packed.zero_points is None
-        else codes(packed.zero_points)[:, :blocks]
-    )
-    values = (codes(packed.data) - zeros.unsqueeze(-1)) * packed.scales.float().unsqueeze(-1)
+    values = codes(packed.data)
+    if packed.zero_points is None:
+        values -= 1 << (fmt.bits - 1)
+    else:
+        values -= codes(packed.zero_points)[:, :blocks].unsqueeze(-1)
+    values *= packed.scales.float().unsqueeze(-1)
     if packed.residuals is not None:
         values += packed.residuals.unsqueeze(-1)
     return values.reshape(rows, -1)[:, :columns]

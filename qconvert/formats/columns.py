@@ -17,6 +17,7 @@ from qconvert.formats.layout import (
     Part,
     as_tensor,
     for_each,
+    nibbles,
     row_ranges,
 )
 from qconvert.formats.recipe import BlockFormat
@@ -52,8 +53,8 @@ class Int4Columns:
         """
         import torch
 
-        nibbles = torch.stack((packed.data & 15, packed.data >> 4), -1).flatten(1)
-        signed = (nibbles ^ 8).t().contiguous()  # of a code about 8 the same number about 0, in four bits
+        codes = nibbles(packed.data).flatten(1)
+        signed = (codes ^ 8).t().contiguous()  # of a code about 8 the same number about 0, in four bits
         scales = packed.scales.t().to(getattr(torch, self.scale_dtype)).contiguous()
         if not bool(torch.isfinite(scales).all()):
             raise NonFiniteWeightError
@@ -150,8 +151,8 @@ def pack_int4_columns(
         # The block holds zeros, or values too small for the scale's type: any scale stores zeros.
         steps.masked_fill_(steps == 0, 1.0)
         codes = (values / steps.float().unsqueeze(-1)).round_().clamp_(-_LARGEST, _LARGEST)
-        nibbles = codes.to(torch.int8).flatten(1).t().contiguous().view(torch.uint8) & 15
-        data[:, part.start // 2 : part.stop // 2] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+        low = codes.to(torch.int8).flatten(1).t().contiguous().view(torch.uint8) & 15
+        data[:, part.start // 2 : part.stop // 2] = low[:, 0::2] | (low[:, 1::2] << 4)
         scales[:, part] = steps.t()
 
     for_each(_even(row_ranges(weight), rows), pack_rows, workers)
@@ -162,8 +163,8 @@ def unpack_int4_columns(data: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
     """The float32 weight ``[N, K]`` that packed columns stand for."""
     import torch
 
-    nibbles = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).to(torch.int8)
-    values = torch.where(nibbles > _LARGEST, nibbles - 16, nibbles).float()
+    codes = nibbles(data).to(torch.int8)
+    values = torch.where(codes > _LARGEST, codes - 16, codes).float()
     block_size = values.shape[0] // scales.shape[0]
     return (values * scales.float().repeat_interleave(block_size, 0)).t()
 

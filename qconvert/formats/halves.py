@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.formats.blocks import SCALES, Blocks, StoredBlocks
-from qconvert.formats.layout import Arrays, PackedWeight, Part, as_tensor, row_ranges
+from qconvert.formats.layout import Arrays, PackedWeight, Part, as_tensor, nibbles, row_ranges
 from qconvert.formats.recipe import BlockFormat
 
 if TYPE_CHECKING:
@@ -36,14 +36,8 @@ def split_codes(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def join_codes(upper: torch.Tensor, lower: torch.Tensor | None) -> torch.Tensor:
     """The codes uint8 ``[.., n]``; without lower halves, the codes of the coarse matrix."""
-    codes = (_nibbles(upper) << 4) - _ROUNDING
-    return codes + (_ROUNDING if lower is None else _nibbles(lower))
-
-
-def _nibbles(packed: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    codes = (nibbles(upper) << 4) - _ROUNDING
+    return codes + (_ROUNDING if lower is None else nibbles(lower))
 
 
 class Halves(Blocks):

@@ -29,7 +29,7 @@ class Digest:
         self._hash = hashlib.sha256()
 
     def add(self, rows: torch.Tensor) -> None:
-        self._hash.update(rows.contiguous().numpy().tobytes())
+        self._hash.update(rows.contiguous().numpy().data)
 
     @property
     def text(self) -> str:

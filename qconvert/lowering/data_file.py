@@ -5,8 +5,10 @@ It is written while the graph is described, so that no more than one packed tens
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +37,42 @@ DTYPES = {
 }
 
 
+# What is told when a file is complete: its path and its SHA-256 in hexadecimal.
+Told = Callable[[Path, str], None]
+
+
 class DataFile:
     """An ONNX external data file that is written from front to back.
 
-    Use as a context manager; ``add`` returns an initializer that points into the file.
+    Use as a context manager; ``add`` returns an initializer that points into the file. Another thread hashes
+    what is written, so that nobody has to read gigabytes again for it.
+
+    Args:
+        path: of the file.
+        told: is called on the way out, unless by an error.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, told: Told | None = None) -> None:
         self.path = path
         self.size = 0  # in bytes
+        self._told = told
+        self._digest = hashlib.sha256()
+        self._hashes = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._hashing: Future[None] | None = None
         self._file = path.open("wb", buffering=0)
 
     def __enter__(self) -> DataFile:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        self._hashes.shutdown()
         self._file.close()
+        if self._told is not None and error is None:
+            self._told(self.path, self._digest.hexdigest())
 
     def beside(self, name: str) -> DataFile:
         """Another data file in the same folder."""
-        return DataFile(self.path.with_name(name))
+        return DataFile(self.path.with_name(name), self._told)
 
     def add(
         self, name: str, tensors: Iterable[torch.Tensor], shape: Iterable[int], dtype: ir.DataType
@@ -108,8 +126,12 @@ class DataFile:
     def _write_all(self, content: memoryview) -> None:
         # The system may write less than it was given, and says only when asked again that the disk is full.
         # NumPy's tofile does not ask again, and tells "N requested and M written" without the reason.
-        while content:
-            content = content[self._file.write(content) :]
+        rest = content
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        if self._hashing is not None:
+            self._hashing.result()  # so that at most two pieces are in memory
+        self._hashing = self._hashes.submit(self._digest.update, content)
 
 
 def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:

@@ -17,6 +17,7 @@ import torch
 from qconvert.errors import QconvertError
 from qconvert.folder.artifact import check_replaceable, new_model_folder, remove_files
 from qconvert.lowering.data_file import DataFile
+from qrun.folder.entry import sha256_of
 from qrun.folder.manifest import MANIFEST_NAME
 
 
@@ -150,6 +151,44 @@ def test_a_disk_that_fills_up_while_writing_is_one_clear_message(tmp_path: Path)
 def test_the_data_file_notices_a_full_device() -> None:
     with DataFile(Path("/dev/full")) as data, pytest.raises(OSError, match=r"space|requested"):
         data.add("w", [torch.zeros(1 << 16)], (1 << 16,), ir.DataType.FLOAT)
+
+
+def write_some(path: Path, told: dict[str, str]) -> None:
+    with DataFile(path, lambda path, digest: told.update({path.name: digest})) as data:
+        data.add("w", [torch.arange(9.0), torch.ones(3)], (12,), ir.DataType.FLOAT)
+        data.add("v", [torch.ones(5, dtype=torch.bfloat16)], (5,), ir.DataType.BFLOAT16)
+        with data.beside("other") as other:
+            other.add("w", [torch.arange(4)], (4,), ir.DataType.INT64)
+
+
+def test_a_data_file_tells_its_hash_and_that_of_others_beside_it(tmp_path: Path) -> None:
+    told: dict[str, str] = {}
+    write_some(tmp_path / "data", told)
+    assert told == {name: sha256_of(tmp_path / name) for name in ("data", "other")}
+
+
+def test_a_data_file_that_fails_tells_nothing(tmp_path: Path) -> None:
+    told: dict[str, str] = {}
+    with (
+        pytest.raises(ZeroDivisionError),
+        DataFile(tmp_path / "data", lambda path, digest: told.update({path.name: digest})),
+    ):
+        raise ZeroDivisionError
+    assert told == {}
+
+
+def test_a_hash_that_was_noted_is_for_the_content_that_the_file_had(tmp_path: Path) -> None:
+    def listed() -> str:
+        folder.write_manifest({})
+        return str(json.loads((folder.path / MANIFEST_NAME).read_text())["files"][0]["sha256"])
+
+    with new_model_folder(tmp_path / "model", force=False, needed_bytes=0) as folder:
+        file = folder.path / "weights"
+        file.write_text("old")
+        folder.note_hash(file, "of the old")
+        assert listed() == "of the old"
+        file.write_text("newer")
+        assert listed() == sha256_of(file)
 
 
 def test_an_unwritable_parent_is_one_clear_message(tmp_path: Path) -> None:

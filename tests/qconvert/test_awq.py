@@ -12,6 +12,7 @@ import torch
 
 from qconvert.calibration import statistics
 from qconvert.calibration.awq import Balancing, group_of
+from qconvert.calibration.helper import helpers
 from qconvert.calibration.statistics import InputStatistics, Pass
 from qconvert.calibration.text import calibration_text
 from qconvert.calibration.walk import Walk
@@ -41,11 +42,12 @@ def sequences(model) -> list[list[int]]:
     return torch.randint(0, model.config.vocab_size, (6, 64), generator=generator).tolist()
 
 
-def balanced(model, sequences, recipe: Recipe = RECIPE, helpers: int = 0):
+def balanced(model, sequences, recipe: Recipe = RECIPE, processes: int = 0):
     factors, rounded = {}, {}
-    for found, packed in Walk(model, Balancing(recipe), sequences).rounded(helpers):
-        factors |= found
-        rounded |= packed
+    with helpers(processes) as others:
+        for found, packed in Walk(model, Balancing(recipe), sequences).rounded(others):
+            factors |= found
+            rounded |= packed
     return factors, rounded
 
 

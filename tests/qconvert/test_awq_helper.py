@@ -9,13 +9,15 @@ import psutil
 import pytest
 import torch
 
+from qconvert import export as export_module
+from qconvert.calibration import awq
 from qconvert.calibration import helper as helper_module
-from qconvert.calibration.awq import Balancing, balance_and_round
+from qconvert.calibration.awq import balance_and_round, helpers_worth
 from qconvert.calibration.gptq.store import RoundedWeights
-from qconvert.calibration.helper import Helper, SharedTensors
-from qconvert.calibration.walk import Walk
+from qconvert.calibration.helper import Helper, SharedTensors, helpers
 from qconvert.checkpoint.load import load_model, open_checkpoint
 from qconvert.errors import QconvertError
+from qconvert.export import ExportOptions, export
 from qconvert.formats.recipe import BlockFormat, Recipe
 from qconvert.progress import Progress
 from tests.qconvert.test_awq import RECIPE, balanced
@@ -80,7 +82,7 @@ def test_two_processes_round_to_the_same_bits_as_one(model, recipe, started, mon
     monkeypatch.setattr("qconvert.calibration.walk.engines_of", lambda others: [each.done for each in others])
     before = Helper._ask
     monkeypatch.setattr(Helper, "_ask", lambda self, given: asked.append(1) or before(self, given))
-    assert same(balanced(model, SEQUENCES, recipe, helpers=1), alone)
+    assert same(balanced(model, SEQUENCES, recipe, processes=1), alone)
     assert len(asked) == model.config.num_hidden_layers
     assert not any(helper.alive for helper in started)
 
@@ -94,7 +96,7 @@ def test_a_helper_that_is_killed_loses_nothing(model, started, monkeypatch) -> N
         return before(self, request)
 
     monkeypatch.setattr(Helper, "_ask", killed)
-    assert same(balanced(model, SEQUENCES, helpers=2), alone)
+    assert same(balanced(model, SEQUENCES, processes=2), alone)
     assert len(started) == 2
 
 
@@ -105,7 +107,7 @@ def test_without_other_processes_this_one_does_all(model, missing: str, started,
         monkeypatch.delattr(os, "memfd_create")
     else:
         monkeypatch.setattr(helper_module.sys, "executable", "/nowhere/python")
-    assert same(balanced(model, SEQUENCES, helpers=1), alone)
+    assert same(balanced(model, SEQUENCES, processes=1), alone)
     assert not started[0].alive
 
 
@@ -118,8 +120,11 @@ def test_a_weight_that_is_not_finite_is_named_by_whoever_finds_it(
     model.get_parameter(name).data = model.get_parameter(name).detach().clone()
     model.get_parameter(name).data[3, 5] = float("nan")
     store = RoundedWeights(tmp_path / "out", {}, RECIPE)
-    with pytest.raises(QconvertError, match=f"layers.{layer}.mlp.down_proj.weight holds NaN or Inf"):
-        balance_and_round(model, RECIPE, SEQUENCES, store, progress=Progress(quiet=True), helpers=1)
+    with (
+        helpers(1) as others,
+        pytest.raises(QconvertError, match=f"layers.{layer}.mlp.down_proj.weight holds NaN or Inf"),
+    ):
+        balance_and_round(model, RECIPE, SEQUENCES, store, progress=Progress(quiet=True), helpers=others)
     assert not any(helper.alive for helper in started)
 
 
@@ -129,19 +134,69 @@ def test_no_process_is_left_when_the_caller_breaks_off(model, tmp_path, started,
 
     store = RoundedWeights(tmp_path / "out", {}, RECIPE)
     monkeypatch.setattr(RoundedWeights, "add_layer", full)
-    with pytest.raises(OSError, match="No space"):
-        balance_and_round(model, RECIPE, SEQUENCES, store, progress=Progress(quiet=True), helpers=2)
+    with helpers(2) as others, pytest.raises(OSError, match="No space"):
+        balance_and_round(model, RECIPE, SEQUENCES, store, progress=Progress(quiet=True), helpers=others)
     assert not any(helper.alive for helper in started)
-    assert not [child for child in psutil.Process().children() if "helper" in " ".join(child.cmdline())]
+    assert none_left()
 
 
-def test_small_models_are_not_worth_a_process(model, tmp_path, started) -> None:
+def none_left() -> bool:
+    return not [child for child in psutil.Process().children() if "helper" in " ".join(child.cmdline())]
+
+
+def test_the_memory_that_both_have_is_given_back_after_the_last_layer(model, tmp_path) -> None:
+    def shared() -> int:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return sum("memfd:qconvert" in each for each in maps) + len(
+            [each for each in others if is_open(each)]
+        )
+
     store = RoundedWeights(tmp_path / "out", {}, RECIPE)
-    balance_and_round(model, RECIPE, SEQUENCES, store, progress=Progress(quiet=True))
-    assert started == []
-    assert Walk(model, Balancing(RECIPE), SEQUENCES).weights == sum(
-        parameter.numel() for name, parameter in model.named_parameters() if name.endswith("_proj.weight")
-    )
+
+    def is_open(helper: Helper) -> bool:
+        return hasattr(helper, "_descriptor")
+
+    with helpers(2) as others:
+        assert shared() == 2
+        balance_and_round(model, RECIPE, SEQUENCES, store, progress=Progress(quiet=True), helpers=others)
+        assert shared() == 0
+        assert none_left()
+
+
+def test_each_further_core_gets_a_process_where_the_model_is_worth_it(monkeypatch) -> None:
+    monkeypatch.setattr(awq, "usable_cores", lambda: 4)
+    assert [helpers_worth(parameters) for parameters in (1_000_000, 494_000_000)] == [0, 3]
+    monkeypatch.setattr(awq, "usable_cores", lambda: 1)
+    assert helpers_worth(494_000_000) == 0
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_an_export_starts_them_where_it_calibrates_and_leaves_none(
+    checkpoint, tmp_path, started, monkeypatch, calibrated: bool
+) -> None:
+    monkeypatch.setattr(awq, "_WORTH_A_PROCESS", 0)
+    monkeypatch.setattr(awq, "usable_cores", lambda: 2)
+    recipe = "awq" if calibrated else "rtn"
+    options = ExportOptions(output=tmp_path / "m", precision="int4", recipe=recipe, verify=False)
+    export(str(checkpoint), options, Progress(quiet=True))
+    assert len(started) == int(calibrated)
+    assert none_left()
+
+
+def test_a_checkpoint_that_cannot_be_loaded_leaves_no_process(
+    checkpoint, tmp_path, started, monkeypatch
+) -> None:
+    def broken(_: object) -> None:
+        assert started[0].alive
+        raise QconvertError("broken")
+
+    monkeypatch.setattr(awq, "_WORTH_A_PROCESS", 0)
+    monkeypatch.setattr(awq, "usable_cores", lambda: 2)
+    monkeypatch.setattr(export_module, "load_model", broken)
+    options = ExportOptions(output=tmp_path / "m", precision="int4", verify=False)
+    with pytest.raises(QconvertError, match="broken"):
+        export(str(checkpoint), options, Progress(quiet=True))
+    assert none_left()
 
 
 def test_shared_tensors_of_every_type_come_back(tmp_path: Path) -> None:

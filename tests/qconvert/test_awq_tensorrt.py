@@ -130,7 +130,7 @@ def test_scales_are_solved_in_the_type_in_which_they_are_stored(tied: Path) -> N
     recipe = Recipe("int4", "bfloat16", fmt, None)
     walk = Walk(load_model(open_checkpoint(tied)), Balancing(recipe), [[*range(1, 33)]] * 2)
     columns = Int4Columns(32, "bfloat16")
-    for _, rounded in walk.rounded(0):
+    for _, rounded in walk.rounded():
         for packed in rounded.values():
             stored = columns.repack(packed)
             values = unpack_int4_columns(stored.data, stored.scales)
@@ -164,7 +164,7 @@ def test_factors_folded_into_the_wrong_place_are_noticed(
     exporter: TensorRTExporter, change: Callable[..., None]
 ) -> None:
     report = exporter.verify(exporter.export_with_recipe("awq", "write_graph", folded_wrongly(change)))
-    assert faults(report) & {NORM, f"{LAYER}.self_attn.v_proj.bias"}
+    assert any(name == NORM or name.endswith("self_attn.v_proj.bias") for name in faults(report))
 
 
 def test_another_factor_in_the_record_is_noticed(exporter: TensorRTExporter) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import pack, unpack
-from qconvert.formats.layout import PIECE, NonFiniteWeightError, row_ranges
+from qconvert.formats.layout import PIECE, NonFiniteWeightError, nibbles, row_ranges
 from qconvert.formats.recipe import BlockFormat
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.choose import Wishes, choose
@@ -86,6 +86,14 @@ def test_pieces_and_threads_do_not_change_the_result() -> None:
     parts = [pack(original[part], fmt) for part in row_ranges(original)]
     assert torch.equal(threaded.data, torch.cat([part.data for part in parts]))
     assert torch.equal(threaded.scales, torch.cat([part.scales for part in parts]))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_byte_holds_two_numbers_the_earlier_one_in_its_low_bits(turned: bool) -> None:
+    packed = torch.arange(256, dtype=torch.uint8).view(64, 4)
+    packed = packed.t() if turned else packed
+    expected = [[half for byte in row for half in (byte % 16, byte // 16)] for row in packed.tolist()]
+    assert nibbles(packed).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
+import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -113,3 +117,28 @@ def test_a_system_without_such_files_is_not_limited_by_them(groups, tmp_path):
         (tmp_path / name).unlink()
     assert machine.usable_cores() == 8
     assert machine.available_memory() is None
+
+
+FAULTS = """
+import resource, sys
+from qrun.machine import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(3):  # the C library learns from the first
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [b"x" * (12 << 20) for _ in range(4)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_taken_again_without_the_system() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    pages = 4 * (12 << 20) // resource.getpagesize()
+    assert faults("kept") < pages // 10
+    assert faults("given back") > pages // 2

@@ -28,6 +28,7 @@ from qconvert.checkpoint.quantised.floats8 import DTYPES, Float8Matrix, float8_m
 from qconvert.checkpoint.quantised.grouped import SCALE_DTYPES, Grouped, Groups
 from qconvert.checkpoint.quantised.tensors import TensorFiles
 from qconvert.errors import QconvertError
+from qconvert.formats.layout import nibbles
 
 if TYPE_CHECKING:
     import torch
@@ -310,6 +311,4 @@ def _fields(words: torch.Tensor, bits: int) -> torch.Tensor:
     import torch
 
     packed = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return packed
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+    return packed if bits == 8 else nibbles(packed)
