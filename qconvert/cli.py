@@ -17,6 +17,7 @@ from qconvert.errors import QconvertError
 from qconvert.formats.recipe import BLOCK_SIZES
 from qconvert.progress import Progress
 from qconvert.recipes.choose import RECIPES
+from qconvert.startup import imports
 from qconvert.targets import DEFAULT_TARGET, TARGETS
 from qrun.cli.group import CommandGroup
 from qrun.cli.terminal import complain
@@ -195,10 +196,11 @@ def export(
     **options: Any,
 ) -> None:
     """Convert SOURCE, a checkpoint folder or a model id, into a verified ONNX model folder."""
-    from qconvert.export import ExportOptions
-    from qconvert.export import export as run
-    from qconvert.export_engine import build_exported, prepare
-    from qconvert.tensorrt.plan import BuildOptions
+    with imports():
+        from qconvert.export import ExportOptions
+        from qconvert.export import export as run
+        from qconvert.export_engine import build_exported, prepare
+        from qconvert.tensorrt.plan import BuildOptions
 
     build = BuildOptions(backend, compute_capabilities, prompt_length)
     if not engine and build != BuildOptions():
@@ -243,8 +245,9 @@ def verify(
 
     Exit code 0: passed; 1: failed.
     """
-    from qconvert.proof.finished import verify_folder
-    from qconvert.proof.report_view import summary
+    with imports():
+        from qconvert.proof.finished import verify_folder
+        from qconvert.proof.report_view import summary
 
     report = verify_folder(path, reference, Progress(quiet=quiet), record=write, adapters=adapters)
     if as_json:

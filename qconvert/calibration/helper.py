@@ -29,8 +29,8 @@ from qrun.machine import keep_freed_memory
 
 _ALIGNED = 64
 _START = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[2]); "
-    "from qconvert.calibration.helper import main; main(int(sys.argv[1]))"
+    "import gc, sys, json; gc.disable(); sys.path[:] = json.loads(sys.argv[2]); "
+    "from qconvert.calibration.helper import main; gc.freeze(); gc.enable(); main(int(sys.argv[1]))"
 )
 _PARTS = ("data", "scales", "zero_points")
 
