@@ -11,7 +11,6 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 
 
 @contextmanager
@@ -28,7 +27,8 @@ def imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        import_module("transformers.modeling_utils")
+        import transformers.modeling_utils  # noqa: F401
+
         yield
         gc.freeze()
     finally:
