@@ -15,7 +15,7 @@ from qconvert.calibration.steps import search_steps
 from qconvert.calibration.work import Factors, Rounded, Seen
 from qconvert.formats.blocks import assemble, pack
 from qconvert.formats.folding import LARGEST_FACTOR, FoldedInput, Folding
-from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, is_finite
 from qconvert.formats.recipe import BlockFormat
 
 # Exponents of the input's sizes are tried with the first of the weights'; then, with the best, the others.
@@ -91,7 +91,7 @@ class LayerWork:
 
         def rounded(rows: slice) -> PackedWeight:
             part = folding.apply(name, weight[rows].float(), rows.start)
-            if not bool(torch.isfinite(part).all()):
+            if not is_finite(part):
                 raise NonFiniteWeightError(name)
             if fmt.bits == 8:
                 return pack(part, fmt)
@@ -145,7 +145,7 @@ def _some_rows(weight: torch.Tensor, name: str, folding: Folding) -> tuple[torch
     """Rows of the folded matrix, spread over it, float32; and how many each of them stands for."""
     step = max(1, len(weight) // _ROWS)
     rows = weight[::step].float()
-    if not bool(torch.isfinite(rows).all()):
+    if not is_finite(rows):
         raise NonFiniteWeightError(name)
     if name in folding.multiplied:
         rows = rows * folding.multiplied[name]

@@ -22,7 +22,7 @@ import torch
 from qconvert.calibration.statistics import EMBEDDING
 from qconvert.formats.blocks import pack
 from qconvert.formats.folding import Weights
-from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, for_each
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, for_each, is_finite
 from qconvert.formats.recipe import BlockFormat, Recipe
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def round_head(
     Raises:
         NonFiniteWeightError: NaN or Inf in the matrix or in ``products``.
     """
-    if not bool(torch.isfinite(products).all()):
+    if not is_finite(products):
         raise NonFiniteWeightError
     packed = pack(weight, fmt, workers)
     directions = principal_directions(products)
@@ -129,6 +129,5 @@ def _move(codes: torch.Tensor, steps: torch.Tensor, scales: torch.Tensor, direct
             move.mul_(crossed[place] * move > least[place])
             crossed[place + 1 :].addr_(inner[place + 1 :, place], move, alpha=-_HALF)
         carried.addmm_(part.T, block, alpha=-_HALF)
-    moved = moves.T != 0
     beyond = torch.where(rises, (upper << 4) + _HALF // 2, (upper << 4) - 9)
-    codes[moved] = beyond[moved]
+    torch.where(moves.T != 0, beyond, codes, out=codes)

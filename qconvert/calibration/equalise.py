@@ -17,7 +17,7 @@ import torch
 from qconvert.calibration.smoothing import factors_for
 from qconvert.calibration.work import Factors
 from qconvert.formats.folding import FoldedInput, FoldedWeights, Folding, Weights, decoder_inputs
-from qconvert.formats.layout import NonFiniteWeightError, row_ranges
+from qconvert.formats.layout import NonFiniteWeightError, is_finite, row_ranges
 from qconvert.models.spec import DecoderSpec
 
 
@@ -45,6 +45,6 @@ def _size(weights: FoldedWeights, name: str, found: FoldedInput) -> torch.Tensor
     for part in row_ranges(weight):
         total += weight[part].float().square().sum(0)
     weights.release(name)
-    if not bool(torch.isfinite(total).all()):
+    if not is_finite(total):
         raise NonFiniteWeightError(name)
     return found.of_rows(total).sqrt()

@@ -25,7 +25,7 @@ from qconvert.calibration.walk import Walk
 from qconvert.calibration.work import Factors, Rounded, Seen
 from qconvert.formats.channels import LARGEST, Channels, InputChannels, channel_groups, channel_layout
 from qconvert.formats.folding import FoldedInput, Folding
-from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, is_finite
 from qconvert.formats.recipe import ChannelFormat
 from qconvert.progress import Progress
 
@@ -156,7 +156,7 @@ class ChannelWork:
             values = folding.apply(name, weight[part].float(), part.start).t().contiguous()
             for place, inputs in enumerate(cuts):
                 steps = values[inputs].abs().amax(0) / LARGEST
-                if not bool(torch.isfinite(steps).all()):
+                if not is_finite(steps):
                     raise NonFiniteWeightError(name)
                 steps.masked_fill_(steps == 0, 1.0)  # a channel of zeros: any scale but 0 stores it exactly
                 values[inputs] /= steps

@@ -21,7 +21,7 @@ from qconvert.calibration.statistics import InputStatistics, Pass, Watcher
 from qconvert.calibration.work import Plan, Rounded, Work
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.folding import FoldedInput, decoder_inputs
-from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, is_finite
 from qconvert.formats.recipe import Recipe
 from qconvert.models.families import spec_of
 from qconvert.parallel import all_threads, piece_workers, single_threads
@@ -136,9 +136,9 @@ class Walk:
         with all_threads(but=but):
             self._pass.layer(index, looks)
         names = [name for found in inputs for name in found.readers]
-        bad = [found for found in inputs if not bool(torch.isfinite(seen[found].squares).all())]
+        bad = [found for found in inputs if not is_finite(seen[found].squares)]
         if bad:  # the cause is a weight of this layer, or else something before its first product
-            guilty = (name for name in names if not bool(torch.isfinite(self._weights[name]).all()))
+            guilty = (name for name in names if not is_finite(self._weights[name]))
             raise NonFiniteWeightError(next(guilty, bad[-1].readers[0]))
         weights = {name: self._weights[name] for name in names}
         return self._plan.work(seen, weights)

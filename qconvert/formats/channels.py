@@ -21,6 +21,7 @@ from qconvert.formats.layout import (
     Part,
     as_tensor,
     for_each,
+    is_finite,
     row_ranges,
 )
 from qconvert.formats.recipe import BlockFormat, ChannelFormat
@@ -54,7 +55,7 @@ def pack_int8_channels(
     def pack_rows(part: slice) -> None:
         values = weight[part].to(torch.float32)
         steps = values.abs().amax(-1) / LARGEST
-        if not bool(torch.isfinite(steps).all()):
+        if not is_finite(steps):
             raise NonFiniteWeightError
         steps.masked_fill_(steps == 0, 1.0)  # a channel of zeros: any scale but 0 stores it exactly
         codes = (values / steps.unsqueeze(-1)).round_().clamp_(-LARGEST, LARGEST)

@@ -17,6 +17,7 @@ from qconvert.formats.layout import (
     Part,
     as_tensor,
     for_each,
+    is_finite,
     nibbles,
     row_ranges,
 )
@@ -56,7 +57,7 @@ class Int4Columns:
         codes = nibbles(packed.data).flatten(1)
         signed = (codes ^ 8).t().contiguous()  # of a code about 8 the same number about 0, in four bits
         scales = packed.scales.t().to(getattr(torch, self.scale_dtype)).contiguous()
-        if not bool(torch.isfinite(scales).all()):
+        if not is_finite(scales):
             raise NonFiniteWeightError
         return PackedWeight(signed[:, 0::2] | (signed[:, 1::2] << 4), scales)
 
@@ -142,11 +143,11 @@ def pack_int4_columns(
 
     def pack_rows(part: slice) -> None:
         values = weight[part].to(torch.float32)
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             raise NonFiniteWeightError
         values = values.view(values.shape[0], -1, block_size)
         steps = (values.abs().amax(-1) / _LARGEST).to(scale_dtype)
-        if not bool(torch.isfinite(steps).all()):
+        if not is_finite(steps):
             raise NonFiniteWeightError
         # The block holds zeros, or values too small for the scale's type: any scale stores zeros.
         steps.masked_fill_(steps == 0, 1.0)

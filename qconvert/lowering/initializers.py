@@ -255,8 +255,8 @@ class Initializers:
             for part in row_ranges(weight):
                 piece = weight[part]
                 cast = piece.to(dtype)
-                if not bool(torch.isfinite(cast).all()):
-                    if bool(torch.isfinite(piece).all()):
+                if not is_finite(cast):
+                    if is_finite(piece):
                         raise _too_large(name, piece, str(dtype).removeprefix("torch."))
                     raise _not_finite(name)
                 yield cast

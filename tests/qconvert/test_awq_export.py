@@ -46,7 +46,7 @@ def test_the_command_publishes_a_verified_folder_and_nothing_else(
     assert manifest.verification == "passed"
     stated: Any = manifest.raw["recipe"]
     assert stated["calibration"]["method"] == "awq"
-    assert stated["calibration"]["tokens"] == 3072
+    assert stated["calibration"]["tokens"] == 4096
     assert {FACTORS_NAME, RECORD_NAME} <= {file.name for file in folder.iterdir()}
     assert len(read_factors(folder)) == 4 * 3
 

@@ -12,7 +12,7 @@ import torch
 
 from qconvert.errors import QconvertError
 from qconvert.formats.blocks import pack, unpack
-from qconvert.formats.layout import PIECE, NonFiniteWeightError, nibbles, row_ranges
+from qconvert.formats.layout import PIECE, NonFiniteWeightError, is_finite, nibbles, row_ranges
 from qconvert.formats.recipe import BlockFormat
 from qconvert.models.spec import DecoderSpec
 from qconvert.recipes.choose import Wishes, choose
@@ -86,6 +86,23 @@ def test_pieces_and_threads_do_not_change_the_result() -> None:
     parts = [pack(original[part], fmt) for part in row_ranges(original)]
     assert torch.equal(threaded.data, torch.cat([part.data for part in parts]))
     assert torch.equal(threaded.scales, torch.cat([part.scales for part in parts]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+    values = torch.full((7, 37), torch.finfo(dtype).max, dtype=dtype)
+    values[::2] *= -1
+    assert is_finite(values)
+    for place in range(values.numel()):
+        changed = values.clone()
+        changed.view(-1)[place] = bad
+        assert not is_finite(changed)
+        assert not is_finite(changed.t())
+
+
+def test_a_tensor_without_values_is_finite() -> None:
+    assert is_finite(torch.empty(0, 3))
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -21,7 +21,7 @@ from qconvert.calibration.statistics import EMBEDDING, final_norm, product_dtype
 from qconvert.checkpoint.weights import CheckpointWeights
 from qconvert.formats.blocks import pack, unpack
 from qconvert.formats.folding import FoldedWeights, Folding
-from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, is_finite
 from qconvert.formats.recipe import BlockFormat, Recipe
 from qconvert.models.families import family_of
 from qconvert.parallel import all_threads
@@ -166,7 +166,7 @@ class Walk:
         """Weights in float32; ``names`` are theirs in the layer and the checkpoint."""
         weights = {name: self._weights[full_name].float() for name, full_name in names.items()}
         for name, weight in weights.items():
-            if not bool(torch.isfinite(weight).all()):
+            if not is_finite(weight):
                 raise NonFiniteWeightError(names[name])
         return weights
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qconvert.checkpoint.quantised.tensors import TensorFiles
 from qconvert.formats.blocks import assemble
-from qconvert.formats.layout import NonFiniteWeightError, PackedWeight
+from qconvert.formats.layout import NonFiniteWeightError, PackedWeight, is_finite
 from qconvert.formats.recipe import BLOCK_SIZES, BlockFormat, Kept
 from qconvert.formats.stored import ORDER_PREFIX
 
@@ -121,7 +121,7 @@ class Grouped(ABC):
 
         assert self.kept is not None, "no block can hold these codes"
         codes, scales, zeros = self._codes()
-        if not bool(torch.isfinite(scales).all()):
+        if not is_finite(scales):
             raise NonFiniteWeightError
         order = self.order()
         if order is not None:
