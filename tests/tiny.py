@@ -20,6 +20,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
     "rope_theta": 10_000.0,
 }
+# Of the weights of models with 128 columns and more that are rounded and proven. Twice the usual width asks
+# for smaller weights: with the usual ones the model is so sensitive that right rounding to 8 and 4 bits is
+# beyond the limits, or within them by chance.
+WIDE_RANGE = 0.125
 # What a tiny checkpoint of a family has beside the common sizes: whatever sets the family apart.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},

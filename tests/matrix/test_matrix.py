@@ -22,7 +22,7 @@ from qconvert.progress import Progress
 from qconvert.targets import TARGETS
 from qrun.folder.manifest import read_manifest
 from tests.qconvert.combinations import Combination, accepted, distinct, offered
-from tests.tiny import make_tiny_checkpoint
+from tests.tiny import WIDE_RANGE, make_tiny_checkpoint
 
 QUIET = Progress(quiet=True)
 # Qwen2.5's vocabulary, and little else: most of the time goes into comparing 151,936 logits a position.
@@ -56,6 +56,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DecoderSp
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,
             max_position_embeddings=spec.context_length,
+            **({"initializer_range": WIDE_RANGE} if spec.hidden_size >= WIDE.hidden_size else {}),
         )
 
     return of
